@@ -1,0 +1,69 @@
+"""The referee: numbers recorded with the released code, and the rule that regenerates the weights they were made with.
+
+`load("eft")` gives the arrays of `eft.npz`. They are looked for in $PARITY, then in `../shared/parity` beside the repository,
+then in `tests/data`, which holds the small ones; a fixture that is in none of the three skips the test with a reason.
+"""
+import json
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+SALT = os.environ.get("PARITY_SALT", "")  # the fixtures' weights are drawn from names + salt
+_TESTS = Path(__file__).resolve().parent
+_PLACES = [Path(p) for p in [os.environ.get("PARITY", "")] if p] + [_TESTS.parent.parent / "shared" / "parity", _TESTS / "data"]
+
+
+def path(name: str) -> Path:
+    """The file `name` of the fixtures; skips the running test where it is absent."""
+    for place in _PLACES:
+        if (place / name).exists():
+            return place / name
+    pytest.skip(f"parity fixture {name} is not in {', '.join(str(p) for p in _PLACES)}")
+
+
+def load(name: str) -> dict[str, torch.Tensor]:
+    """Every array of `<name>.npz` as a tensor; strings stay numpy."""
+    with np.load(path(name + ".npz")) as f:
+        return {k: torch.from_numpy(np.ascontiguousarray(f[k])).reshape(f[k].shape) if f[k].dtype.kind in "fiub" else f[k] for k in f.files}
+
+
+def manifest(name: str) -> dict:
+    """`manifest_<name>.json`: `entries` is a list of [name, shape, dtype] in state-dict order."""
+    return json.loads(path(f"manifest_{name}.json").read_text())
+
+
+def weight(name: str, shape, salt: str = SALT) -> torch.Tensor:
+    """The pseudo-random value of one released state-dict entry: it follows from the entry's name and shape."""
+    leaf, shape = name.split(".")[-1], tuple(shape)
+    if leaf == "num_batches_tracked":
+        return torch.zeros(shape, dtype=torch.int64)
+    z = np.random.default_rng(zlib.crc32((name + salt).encode())).standard_normal(shape, dtype=np.float32)
+    if leaf == "running_mean":
+        z = np.float32(0.02) * z
+    elif leaf == "running_var":
+        z = np.float32(1) + np.float32(0.1) * np.abs(z)
+    elif leaf.endswith("bias"):
+        z = np.float32(0.02) * z
+    elif leaf == "g" or (leaf == "weight" and len(shape) == 1):
+        z = np.float32(1) + np.float32(0.02) * z
+    elif len(shape) >= 2:
+        z = z * np.float32(1 / np.sqrt(np.prod(shape[1:])))
+    return torch.from_numpy(np.asarray(z))
+
+
+def weights(name: str) -> dict[str, torch.Tensor]:
+    """The whole rule-made state dict of `manifest_<name>.json`, under the released names."""
+    return {n: weight(n, shape) for n, shape, _ in manifest(name)["entries"]}
+
+
+def assert_close(actual, expected, std: float = 0.0, rtol: float = 0.0, atol: float = 0.0):
+    """|actual - expected| <= std * (standard deviation of expected) + atol + rtol * |expected|, everywhere; shapes equal."""
+    actual, expected = torch.as_tensor(actual).detach().double().cpu(), torch.as_tensor(expected).double()
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    allowed = atol + rtol * expected.abs() + (std * expected.std(correction=0) if std else 0)
+    excess = ((actual - expected).abs() - allowed).max() if expected.numel() else torch.tensor(0.0)
+    assert excess <= 0, f"off by {(actual - expected).abs().max():.3g}, allowed {torch.as_tensor(allowed).max():.3g}"
