@@ -106,23 +106,45 @@ class Trunk(nn.Module):
         return torch.cat([stem, *resized], 1)
 
 
+class EncoderLayer(nn.TransformerEncoderLayer):
+    """PyTorch's post-norm encoder layer (Vaswani et al., 2017) with its attention written out.
+
+    Here sequences are short (V views, D points) and there are up to a million of them: fused attention kernels waste most of a tile on
+    them, and on a GPU the one for float32 refuses more than 65,535 sequences when dropout is on.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (..., L, N) -> (..., L, N); attention along L."""
+        attention = self.self_attn
+        qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+        q, k, v = qkv.unflatten(-1, (3, attention.num_heads, -1)).movedim(-2, -4).unbind(-2)  # (..., heads, L, N / heads) each
+        weights = F.dropout((q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1), attention.dropout, self.training)
+        mixed = (weights @ v).transpose(-2, -3).flatten(-2)  # (..., L, N)
+        x = self.norm1(x + self.dropout1(attention.out_proj(mixed)))
+        return self.norm2(x + self.dropout2(self.linear2(self.dropout(F.relu(self.linear1(x))))))
+
+
 class Transformer(nn.Module):
-    """Linear and GELU, then post-norm encoder layers (Vaswani et al., 2017) along the second last axis; no positional encoding."""
+    """Linear and GELU, then encoder layers along the second last axis; no positional encoding."""
 
     def __init__(self, parts: list[int], config: EFTConfig):
         super().__init__()
         self.parts = parts
         self.input = nn.Linear(sum(parts), config.width)
         self.encoder = nn.Sequential(*(
-            nn.TransformerEncoderLayer(config.width, config.heads, config.feedforward, config.dropout, batch_first=True)
+            EncoderLayer(config.width, config.heads, config.feedforward, config.dropout, batch_first=True)
             for _ in range(config.layers)))
 
-    def forward(self, *parts: Tensor) -> Tensor:
-        """The concatenated parts of a token, (..., L, n) each with axes that broadcast -> (..., L, N)."""
+    def weights(self) -> tuple[Tensor, ...]:
+        """The input layer's columns for each part of a token, (N, n) each."""
+        return self.input.weight.split(self.parts, 1)
+
+    def forward(self, *parts: Tensor | None, done: Tensor | float = 0.0) -> Tensor:
+        """The parts of a token, (..., L, n) each with axes that broadcast -> (..., L, N). A part that comes multiplied by its weights
+        already is None, and `done` (..., L, N) is the product."""
         # W [a, b] = W_a a + W_b b: each part is multiplied at its own shape, then broadcast; the concatenation is never built.
-        products = [F.linear(x, weight) for x, weight in zip(parts, self.input.weight.split(self.parts, 1), strict=True)]
-        tokens = F.gelu(sum(products) + self.input.bias)
-        return self.encoder(tokens.flatten(0, -3)).view(tokens.shape)
+        products = [F.linear(x, weight) for x, weight in zip(parts, self.weights(), strict=True) if x is not None]
+        return self.encoder(F.gelu(done + sum(products) + self.input.bias))
 
 
 def harmonic(x: Tensor, harmonics: int) -> Tensor:
@@ -155,7 +177,7 @@ class EFT(nn.Module):
         harmonics = 2 * config.harmonics + 1
         ray, depth, width = 6 * harmonics, harmonics, config.width
         self.trunk = Trunk(config)
-        self.visual = Transformer([ray, depth, self.trunk.channels + 3], config)
+        self.visual = Transformer([ray, depth, self.trunk.channels, 3], config)
         self.epipolar = Transformer([ray, ray, depth, width], config)
         self.views = Transformer([ray, ray, width], config)
         self.depth_logit = nn.Linear(width, 1)
@@ -163,25 +185,29 @@ class EFT(nn.Module):
         self.colour = nn.Linear(width, 3)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Feature maps of the input images (*, V, 3, H, W) in [0, 1], black background: (*, V, C, H/2, W/2)."""
-        maps = self.trunk(images.flatten(0, -4))
+        """Feature maps of the input images (*, V, 3, H, W) in [0, 1], black background: (*, V, N, H/2, W/2).
+
+        Bilinear sampling and T1's input layer are both linear, so the layer is applied here, once to the trunk's maps, instead of
+        to every sample.
+        """
+        maps = F.conv2d(self.trunk(images.flatten(0, -4)), self.visual.weights()[2][..., None, None])
         return maps.unflatten(0, images.shape[:-3])
 
     def forward(self, maps: Tensor, images: Tensor, cameras: Cameras, query: Cameras, xy: Tensor,
                 near: float | Tensor, far: float | Tensor) -> tuple[Tensor, Tensor]:
         """Features (*, R, N) and colours (*, R, 3) in [0, 1] of query rays.
 
-        maps (*, V, C, h, w) from `encode`, images (*, V, 3, H, W); `cameras` (*, V) of the inputs and `query` (*) in the world;
+        maps (*, V, N, h, w) from `encode`, images (*, V, 3, H, W); `cameras` (*, V) of the inputs and `query` (*) in the world;
         xy (R, 2) or (*, R, 2): NDC of the rays in the query view; near, far: depth range, CO3D units, numbers or (*,).
         """
         with torch.autocast(xy.device.type, enabled=False):  # positions and angles need float32
             query_ray, reference_rays, depth, xy_views = self.geometry(cameras, query, xy, near, far)
         flat = xy_views.flatten(0, -4)  # (* V, R, D, 2)
-        samples = torch.cat([sample(maps.flatten(0, -4), flat), sample(images.flatten(0, -4), flat)], -1)
-        samples = samples.unflatten(0, images.shape[:-3])  # (*, V, R, D, C + 3)
+        samples, colours = (sample(x.flatten(0, -4), flat).unflatten(0, images.shape[:-3]) for x in (maps, images))  # (*, V, R, D, .)
 
         # Tokens (*, R, D, V, .), then (*, R, V, D, .), then (*, R, V, .): attention runs along the second last axis.
-        visual = self.visual(reference_rays.movedim(-4, -2), depth.unsqueeze(-2), samples.movedim(-4, -2))
+        visual = self.visual(reference_rays.movedim(-4, -2), depth.unsqueeze(-2), None, colours.movedim(-4, -2),
+                             done=samples.movedim(-4, -2))
         epipolar = self.epipolar(query_ray[..., None, None, :], reference_rays.movedim(-4, -3), depth.unsqueeze(-3),
                                  visual.transpose(-2, -3))
         epipolar = (self.depth_logit(epipolar).softmax(-2) * epipolar).sum(-2)  # (*, R, V, N)
@@ -210,8 +236,10 @@ class EFT(nn.Module):
         return embed(plucker(rays_o, rays_d)), reference, embed(depths.unsqueeze(-1)), xy_views.unflatten(-2, (R, D))
 
     def image(self, maps: Tensor, images: Tensor, cameras: Cameras, query: Cameras, size: int, near: float | Tensor,
-              far: float | Tensor, chunk: int = 256) -> tuple[Tensor, Tensor]:
-        """Feature map (*, N, size, size) and colour image (*, 3, size, size) of a whole query view, `chunk` rays at a time.
+              far: float | Tensor, chunk: int = 128) -> tuple[Tensor, Tensor]:
+        """Feature map (*, N, size, size) and colour image (*, 3, size, size) of a whole query view.
+
+        `chunk` rays at a time: 128 fit the caches of a CPU, a GPU wants thousands.
 
         `size` is the conditioning map's (H / 8) or the image's own, H; the outer rays pass through the outermost pixels of the full image.
         """
