@@ -11,8 +11,8 @@ The three-stage layout is that of GPNR (Suhail et al., ECCV 2022). All geometry 
 result does not depend on where the world's origin is, nor on the order of the input views.
 
 Differences from the released code: the trunk ends after its third stage (theirs carries a fourth and a classifier, unused);
-the linear layer that opens a transformer is applied to each part of its input before the parts are broadcast and added, which is
-the same number for less work; depths need no origin shift by the first camera. In evaluation mode dropout is off and the batch norms
+the linear layer that opens a transformer is applied to each part of its input, before the parts are sampled, broadcast and added,
+which gives the same numbers for less work; depths need no origin shift by the first camera. In evaluation mode dropout is off and the batch norms
 use their running statistics (the released demo leaves the module in training mode).
 
 Letters: `*` optional batch of query viewpoints, `V` input views, `R` rays, `D` points a ray, `C` map channels, `H W` image rows and columns,
@@ -231,17 +231,16 @@ class EFT(nn.Module):
         xy_views, _ = cameras.project(points)  # (*, V, R D, 2)
         centers = cameras.centers().unsqueeze(-2)  # (*, V, 1, 3)
 
-        embed = lambda x: harmonic(x, self.config.harmonics)
-        reference = embed(plucker(centers, points - centers)).unflatten(-2, (R, D))
-        return embed(plucker(rays_o, rays_d)), reference, embed(depths.unsqueeze(-1)), xy_views.unflatten(-2, (R, D))
+        query_ray, reference = plucker(rays_o, rays_d), plucker(centers, points - centers).unflatten(-2, (R, D))
+        embedded = (harmonic(x, self.config.harmonics) for x in (query_ray, reference, depths.unsqueeze(-1)))
+        return *embedded, xy_views.unflatten(-2, (R, D))
 
     def image(self, maps: Tensor, images: Tensor, cameras: Cameras, query: Cameras, size: int, near: float | Tensor,
               far: float | Tensor, chunk: int = 128) -> tuple[Tensor, Tensor]:
-        """Feature map (*, N, size, size) and colour image (*, 3, size, size) of a whole query view.
+        """Feature map (*, N, size, size) and colour image (*, 3, size, size) in [0, 1] of a whole query view.
 
-        `chunk` rays at a time: 128 fit the caches of a CPU, a GPU wants thousands.
-
-        `size` is the conditioning map's (H / 8) or the image's own, H; the outer rays pass through the outermost pixels of the full image.
+        `size` is the conditioning map's (H / 8) or the image's own, H; the outer rays pass through the outermost pixels of the full
+        image. `chunk` rays go at a time: 128 fit a CPU's caches, a GPU wants thousands.
         """
         grid = pixel_grid(size, size, full=images.shape[-1], device=images.device)
         parts = [self(maps, images, cameras, query, xy, near, far) for xy in grid.split(chunk)]
