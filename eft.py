@@ -11,12 +11,12 @@ The three-stage layout is that of GPNR (Suhail et al., ECCV 2022). All geometry 
 result does not depend on where the world's origin is, nor on the order of the input views.
 
 Differences from the released code: the trunk ends after its third stage (theirs carries a fourth and a classifier, unused);
-the linear layer that opens a transformer is applied to each part of its input, before the parts are sampled, broadcast and added,
-which gives the same numbers for less work; depths need no origin shift by the first camera. In evaluation mode dropout is off and the batch norms
-use their running statistics (the released demo leaves the module in training mode).
+the linear layer that opens a transformer is applied to each part of its input, before the parts are sampled, broadcast and
+added, which gives the same numbers for less work; in evaluation mode dropout is off and the batch norms use their running
+statistics (the released demo leaves the module in training mode).
 
-Letters: `*` optional batch of query viewpoints, `V` input views, `R` rays, `D` points a ray, `C` map channels, `H W` image rows and columns,
-`h w` those of the map, `N` width of the transformers, `n` numbers in an embedding.
+Letters: `*` optional batch of query viewpoints, `V` input views, `R` rays, `D` points a ray, `C` channels of the trunk, `N` width
+of the transformers, `n` numbers in an embedding, `H W` image rows and columns, `h w` those of a map.
 """
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from cameras import Cameras, pixel_grid, relative_to
 @dataclass(frozen=True)
 class EFTConfig:
     """The numbers of an EFT. Sources: [P] the paper, Sec. 3.1 and supplement; [R] the released model."""
-    stem: int = 64                               # channels after the trunk's first convolution, ResNet-18 [R]
+    stem: int = 64                                 # channels after the trunk's first convolution, ResNet-18 [R]
     stages: tuple[int, int, int] = (64, 128, 256)  # channels of the trunk's stages 1 to 3, ResNet-18 [R]
-    blocks: int = 2                              # residual blocks a stage, ResNet-18 [R]
-    width: int = 256                             # width of the three transformers, and of the feature handed on [P]
-    layers: int = 4                              # encoder layers of each transformer [P]
-    heads: int = 1                               # attention heads [R]
-    feedforward: int = 256                       # hidden width of an encoder layer's feed-forward part [R]
-    dropout: float = 0.1                         # inside the encoder layers, while training [R]
-    depths: int = 20                             # points a ray [P]
-    harmonics: int = 6                           # frequencies 1, 2, ..., 2^5 of the harmonic embedding [P]
-    depth_margin: float = 5.0                    # rays run from the mean camera distance minus to plus this, CO3D units [R]
+    blocks: int = 2                                # residual blocks a stage, ResNet-18 [R]
+    width: int = 256                               # width of the three transformers, and of the feature handed on [P]
+    layers: int = 4                                # encoder layers of each transformer [P]
+    heads: int = 1                                 # attention heads [R]
+    feedforward: int = 256                         # hidden width of an encoder layer's feed-forward part [R]
+    dropout: float = 0.1                           # inside the encoder layers, while training [R]
+    depths: int = 20                               # points a ray [P]
+    harmonics: int = 6                             # frequencies 1, 2, ..., 2^5 of the harmonic embedding [P]
+    depth_margin: float = 5.0                      # rays run from the mean camera distance minus to plus this, CO3D units [R]
 
 
 PAPER = EFTConfig()
@@ -156,7 +156,7 @@ def harmonic(x: Tensor, harmonics: int) -> Tensor:
 def plucker(origins: Tensor, directions: Tensor) -> Tensor:
     """Lines through `origins` along `directions` (..., 3), of any length -> (d, o x d) with d normalised, (..., 6)."""
     directions = F.normalize(directions, dim=-1)
-    return torch.cat([directions, torch.linalg.cross(origins.expand_as(directions), directions)], -1)
+    return torch.cat([directions, torch.linalg.cross(origins, directions)], -1)
 
 
 def sample(maps: Tensor, xy: Tensor) -> Tensor:
