@@ -46,7 +46,7 @@ class EFTConfig:
 
 
 PAPER = EFTConfig()
-NANO = EFTConfig(stem=32, stages=(32, 64, 96), blocks=2, width=96, layers=2, feedforward=96)
+NANO = EFTConfig(stem=32, stages=(32, 64, 96), blocks=2, width=96, layers=2, feedforward=96, dropout=0.0)
 
 # Names of the released state dict -> ours, as regular expressions for `re.sub`; a key belongs to exactly one rule or is unused.
 RELEASED_KEYS = [

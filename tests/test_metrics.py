@@ -1,0 +1,271 @@
+"""Metrics by hand, SSIM and LPIPS against plain references written here, and files that must be refused."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from metrics import AttributeNet, VGG16LPIPS, feature_distance, iou, perceptual_distance, psnr, ssim
+from parity import assert_close
+
+
+def images(n=2, size=24, seed=0, channels=3):
+    return torch.rand(n, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def blurred(x, sigma):
+    t = torch.arange(-9.0, 10)
+    k = (-t.square() / (2 * sigma ** 2)).exp()
+    k = (k / k.sum()).expand(x.shape[1], 1, 1, -1)
+    x = F.conv2d(F.pad(x, (9, 9, 9, 9), mode="reflect"), k, groups=x.shape[1])
+    return F.conv2d(x, k.transpose(-1, -2), groups=x.shape[1])
+
+
+# --- by hand ---
+
+def test_psnr_by_hand():
+    a = torch.zeros(3, 3, 4, 4)
+    b = torch.stack([torch.full((3, 4, 4), v) for v in (0.1, 1.0, 0.0)])
+    assert_close(psnr(a, b)[:2], torch.tensor([20.0, 0.0]), atol=1e-5)
+    assert psnr(a, b)[2] == math.inf
+
+
+def test_psnr_counts_only_the_mask():
+    a, b, mask = torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4), torch.zeros(1, 1, 4, 4)
+    mask[..., :2] = 1
+    b[..., :1] = 0.2  # half of the mask
+    b[..., 3] = 1.0   # outside
+    assert_close(psnr(a, b, mask), torch.tensor([-10 * math.log10(0.5 * 0.04)]), atol=1e-4)
+
+
+def test_ssim_of_constant_images():
+    """No variance: (2 x y + c1) / (x^2 + y^2 + c1)."""
+    a, b = torch.full((1, 3, 12, 15), 0.3, dtype=torch.float64), torch.full((1, 3, 12, 15), 0.8, dtype=torch.float64)
+    assert_close(ssim(a, b), torch.tensor([(2 * 0.24 + 1e-4) / (0.09 + 0.64 + 1e-4)], dtype=torch.float64), atol=1e-9)
+
+
+def test_ssim_of_a_negative():
+    """Zero-mean noise and its negative around 1/2: almost the same luminance, opposite structure."""
+    a = images(1, 40).double()
+    value = float(ssim(a, 1 - a))
+    assert -1 < value < -0.9
+
+
+def test_iou_by_hand():
+    opacity, mask = torch.zeros(3, 1, 4, 4), torch.zeros(3, 1, 4, 4)
+    opacity[0, 0, :, :2], mask[0, 0, :2] = 0.9, 0.51        # 8 and 8 pixels, 4 shared
+    opacity[1, 0, 0, 0] = 0.5                               # not over the threshold: both empty
+    opacity[2], mask[2, 0, 0, 0] = 1.0, 1.0
+    assert_close(iou(opacity, mask), torch.tensor([4 / 12, 1.0, 1 / 16]), atol=1e-7)
+
+
+def test_feature_distance_by_hand():
+    """Perpendicular unit vectors are 2 apart, opposite ones 4; length does not matter; weights choose channels."""
+    a = torch.tensor([[3.0, 0.0]]).reshape(1, 2, 1, 1).expand(1, 2, 1, 2)
+    b = torch.tensor([[[0.0, -5.0], [7.0, 0.0]]]).reshape(1, 2, 1, 2)
+    assert_close(feature_distance([a], [b]), torch.tensor([3.0]), atol=1e-6)
+    assert_close(feature_distance([a, a], [b, 2 * a]), torch.tensor([3.0]), atol=1e-6)
+    assert_close(feature_distance([a], [b], [torch.tensor([1.0, 0.0])]), torch.tensor([2.5]), atol=1e-6)
+
+
+# --- against a plain reference ---
+
+def test_ssim_against_a_loop_over_windows():
+    a, b = images(2, 14, 0, 2).double(), images(2, 14, 1, 2).double()
+    b = 0.6 * a + 0.4 * b
+    t = np.arange(-5, 6)
+    w = np.exp(-(t[:, None] ** 2 + t[None] ** 2) / (2 * 1.5 ** 2))
+    w /= w.sum()
+    expected = np.zeros(2)
+    for n in range(2):
+        values = []
+        for c in range(2):
+            for i in range(4):
+                for j in range(4):
+                    x, y = a[n, c, i:i + 11, j:j + 11].numpy(), b[n, c, i:i + 11, j:j + 11].numpy()
+                    mx, my = (w * x).sum(), (w * y).sum()
+                    vx, vy, cxy = (w * (x - mx) ** 2).sum(), (w * (y - my) ** 2).sum(), (w * (x - mx) * (y - my)).sum()
+                    values.append((2 * mx * my + 1e-4) * (2 * cxy + 9e-4) / ((mx ** 2 + my ** 2 + 1e-4) * (vx + vy + 9e-4)))
+        expected[n] = np.mean(values)
+    assert_close(ssim(a, b), expected, atol=1e-10)
+    assert_close(ssim(a.float(), b.float()), expected, atol=1e-4)
+
+
+CONVS = {0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256), 14: (256, 256),
+         17: (256, 512), 19: (512, 512), 21: (512, 512), 24: (512, 512), 26: (512, 512), 28: (512, 512)}
+
+
+def vgg_states():
+    """Pseudo-random weights in the layout of the two public files (the classifier's sizes are not the real ones)."""
+    g = torch.Generator().manual_seed(5)
+    vgg = {}
+    for i, (n_in, n_out) in CONVS.items():
+        vgg[f"features.{i}.weight"] = torch.randn(n_out, n_in, 3, 3, generator=g) * (2 / (9 * n_in)) ** 0.5
+        vgg[f"features.{i}.bias"] = 0.1 * torch.randn(n_out, generator=g)
+    for i in (0, 3, 6):
+        vgg[f"classifier.{i}.weight"], vgg[f"classifier.{i}.bias"] = torch.zeros(4, 4), torch.zeros(4)
+    lin = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1, generator=g) for i, c in enumerate((64, 128, 256, 512, 512))}
+    return vgg, lin
+
+
+@pytest.fixture(scope="module")
+def vgg_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vgg")
+    vgg, lin = vgg_states()
+    torch.save(vgg, folder / "vgg16-397923af.pth", _use_new_zipfile_serialization=False)  # the public file is of the old kind
+    torch.save(lin, folder / "vgg.pth")
+    return folder / "vgg16-397923af.pth", folder / "vgg.pth"
+
+
+def test_lpips_against_a_plain_reference(vgg_files):
+    vgg, lin = vgg_states()
+    a, b = images(2, 40, 0), images(2, 40, 1)
+    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+    expected = torch.zeros(2)
+    x = torch.cat([a, b])
+    x = ((2 * x - 1).permute(0, 2, 3, 1) - shift) / scale
+    x, layer = x.permute(0, 3, 1, 2), 0
+    for i in CONVS:
+        x = F.conv2d(x, vgg[f"features.{i}.weight"], vgg[f"features.{i}.bias"], padding=1).clamp(min=0)
+        if i in (2, 7, 14, 21, 28):
+            unit = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+            difference = (unit[:2] - unit[2:]) ** 2
+            expected += F.conv2d(difference, lin[f"lin{layer}.model.1.weight"]).mean((1, 2, 3))
+            x, layer = F.max_pool2d(x, 2), layer + 1
+    assert layer == 5
+    assert_close(VGG16LPIPS(*vgg_files)(a, b), expected, rtol=1e-5)
+
+
+def test_lpips_has_a_gradient_in_both_images_and_none_in_its_weights(vgg_files):
+    lpips, a, b = VGG16LPIPS(*vgg_files), images(1, 16, 0).requires_grad_(), images(1, 16, 1).requires_grad_()
+    lpips(a, b).sum().backward()
+    assert a.grad.abs().max() > 0 and b.grad.abs().max() > 0
+    assert not any(p.requires_grad for p in lpips.parameters()) and not lpips.training
+
+
+# --- properties of all of them ---
+
+def distances(vgg_files):
+    torch.manual_seed(0)
+    net = AttributeNet(7).eval()
+    return {"ssim": lambda a, b: 1 - ssim(a, b), "mse": lambda a, b: -psnr(a, b), "lpips": VGG16LPIPS(*vgg_files),
+            "attributes": lambda a, b: perceptual_distance(net.layers, a, b)}
+
+
+def test_symmetric_zero_for_equal_images_and_growing_with_blur(vgg_files):
+    x = blurred(images(2, 48, 3), 0.6)
+    b = images(2, 48, 4)
+    for name, distance in distances(vgg_files).items():
+        with torch.no_grad():
+            assert_close(distance(x, b), distance(b, x), rtol=1e-5)
+            if name != "mse":
+                assert_close(distance(x, x), torch.zeros(2), atol=1e-6)
+            grows = torch.stack([distance(blurred(x, s), x) for s in (0.5, 1.0, 2.0, 4.0)])
+        assert (grows[1:] > grows[:-1]).all(), (name, grows)
+
+
+def test_distance_of_a_batch_is_that_of_its_images(vgg_files):
+    a, b = images(3, 32, 0), images(3, 32, 1)
+    for name, distance in distances(vgg_files).items():
+        with torch.no_grad():
+            assert_close(distance(a, b), torch.cat([distance(a[i:i + 1], b[i:i + 1]) for i in range(3)]), rtol=1e-4)
+
+
+def test_equal_black_images_have_a_finite_gradient():
+    """All features zero: the unit vector of a zero vector must not divide by zero."""
+    x = torch.zeros(1, 4, 2, 2, requires_grad=True)
+    feature_distance([x], [torch.ones(1, 4, 2, 2)]).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_attribute_net_learns_and_has_the_announced_size():
+    torch.manual_seed(0)
+    net = AttributeNet(3)
+    assert 0.3e6 < sum(p.numel() for p in net.parameters()) < 0.6e6
+    assert [tuple(x.shape) for x in net.layers(images(1, 128))] == [
+        (1, c, s, s) for c, s in zip((16, 32, 64, 96, 128), (64, 32, 16, 8, 4))]
+    x = images(16, 32) * torch.linspace(0.1, 1, 16)[:, None, None, None]
+    target = x.mean((2, 3))
+    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
+    for _ in range(60):
+        loss = F.mse_loss(net(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1 * target.var(0).mean().item()
+    net.eval()
+    with torch.no_grad():
+        assert_close(net(x)[3:4], net(x[3:4]), atol=1e-5)  # an image's attributes do not depend on its company
+
+
+# --- bad input ---
+
+def refused(error, *words):
+    message = str(error.value)
+    assert "\n" not in message and all(w in message for w in words), message
+
+
+def test_small_images_are_refused_by_ssim():
+    with pytest.raises(ValueError) as error:
+        ssim(torch.zeros(1, 3, 8, 20), torch.zeros(1, 3, 8, 20))
+    refused(error, "8 x 20", "11 x 11")
+
+
+@pytest.mark.parametrize("case", ["absent", "garbage", "pickle", "list", "missing", "surplus", "renamed", "shape", "not a tensor"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_bad_weight_files_are_refused_in_one_line(tmp_path, vgg_files, case, which):
+    state = vgg_states()[which]
+    key = ("features.7.bias", "lin2.model.1.weight")[which]
+    bad, words, kind = tmp_path / "bad.pth", ["bad.pth"], ValueError
+    if case == "missing":
+        del state[key]
+        words += [key, "missing", str(128 if which == 0 else 256)]
+    elif case == "surplus":
+        state["extra.weight"] = torch.zeros(1)
+        words += ["extra.weight", "surplus"]
+    elif case == "renamed":
+        state["x." + key] = state.pop(key)
+        words += [key]
+    elif case == "shape":
+        state[key] = torch.zeros(3)
+        words += [key, "(3,)", "128" if which == 0 else "256"]
+    elif case == "not a tensor":
+        state[key] = 1.5
+        words += [key, "float"]
+    elif case == "list":
+        state = [1, 2]
+        words += ["list"]
+    elif case == "pickle":
+        state = {"x": Trap(tmp_path / "ran")}
+    if case == "garbage":
+        bad.write_bytes(b"not weights at all")
+    elif case == "absent":
+        kind = FileNotFoundError
+    else:
+        torch.save(state, bad)
+    files = [*vgg_files]
+    files[which] = bad
+    with pytest.raises(kind) as error:
+        VGG16LPIPS(*files)
+    refused(error, *words)
+    assert not (tmp_path / "ran").exists()
+
+
+class Trap:
+    """Unpickled carelessly, it would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_negative_channel_weights_are_refused(tmp_path, vgg_files):
+    state = vgg_states()[1]
+    state["lin3.model.1.weight"][0, 5] = -0.1
+    torch.save(state, tmp_path / "lin.pth")
+    with pytest.raises(ValueError) as error:
+        VGG16LPIPS(vgg_files[0], tmp_path / "lin.pth")
+    refused(error, "lin.pth", "lin3", "negative")
