@@ -214,7 +214,7 @@ class EFT(nn.Module):
         middle = reference_rays[..., self.config.depths // 2, :].transpose(-2, -3)  # (*, R, V, n)
         views = self.views(query_ray.unsqueeze(-2), middle, epipolar)
         features = (self.view_logit(views).softmax(-2) * views).sum(-2)  # (*, R, N)
-        return features, self.colour(features).sigmoid()
+        return features, self.colour(features).float().sigmoid()
 
     def geometry(self, cameras: Cameras, query: Cameras, xy: Tensor, near: float | Tensor,
                  far: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

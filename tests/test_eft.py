@@ -197,7 +197,8 @@ def test_bfloat16_autocast_keeps_the_geometry_in_float32():
     seen, geometry = [], model.geometry
     model.geometry = lambda *a: seen.append(geometry(*a)) or seen[-1]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        features, _ = model(model.encode(images), images, cameras[1:], cameras[0], xy, 2.0, 6.0)
+        features, colour = model(model.encode(images), images, cameras[1:], cameras[0], xy, 2.0, 6.0)
+    assert features.dtype == colour.dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(seen[0], exact))
     with torch.no_grad():
         parity.assert_close(features, model(model.encode(images), images, cameras[1:], cameras[0], xy, 2.0, 6.0)[0], std=0.1)
