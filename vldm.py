@@ -530,10 +530,10 @@ class VLDM(nn.Module):
 
 PAPER = (VAEConfig(), UNetConfig(), DiffusionConfig())
 NANO = (
-    VAEConfig(widths=(24, 48, 96, 128), groups=8, blocks=1, scale=1.0),
-    UNetConfig(cond_channels=48, cond_unshuffle=2, widths=(96, 96, 128, 160), attention=(False, True, True), kernels=(3, 7),
+    VAEConfig(widths=(24, 48, 96, 96), groups=8, blocks=1),
+    UNetConfig(cond_channels=96, cond_unshuffle=2, widths=(96, 96, 128, 128), attention=(False, True, True), kernels=(3,),
                heads=4, head_dim=32, time_dim=192, token_dim=96),
-    DiffusionConfig(prediction="v", snr_gamma=0.0, noisings=4, steps=10, t_start=0.98),
+    DiffusionConfig(prediction="v", snr_gamma=0.0, clip=5.0, noisings=4, steps=10, t_start=0.98),
 )
 
 # Released key -> ours: every pattern is substituted, in this order, in every key; the result must be exactly our state dict.
@@ -550,7 +550,8 @@ RELEASED_VLDM_KEYS = [
     (r"\.mid_block", ".mid"), (r"\.mid_attn\.fn\.fn\.", ".mid_attention."), (r"\.final_res_block\.", ".final_block."),
     (r"\.resize\.fns\.0\.", ".resize.conv3."), (r"\.resize\.fns\.1\.", ".resize.conv1."),
     (r"\.layers\.0\.0\.fn\.", ".attention."), (r"\.layers\.0\.1\.", ".feed_forward."), (r"\.cross_attn\.fn\.", ".cross_attention."),
-    (r"\.to_q\.", ".q."), (r"\.to_kv\.", ".kv."), (r"\.to_context\.", ".context."), (r"\.to_out\.0\.", ".out."), (r"\.to_out\.1\.", ".norm_out."),
+    (r"\.to_q\.", ".q."), (r"\.to_kv\.", ".kv."), (r"\.to_context\.", ".context."), (r"\.to_out\.0\.", ".out."),
+    (r"\.to_out\.1\.", ".norm_out."),
     (r"\.time_mlp\.1\.", ".time."), (r"\.block([12])\.groupnorm\.", r".norm\1."), (r"\.block([12])\.project\.", r".conv\1."),
     (r"\.gca\.to_k\.", ".gate.key."), (r"\.gca\.net\.", ".gate.net."), (r"\.res_conv\.", ".shortcut."),
 ]
