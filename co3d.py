@@ -160,7 +160,7 @@ def evenly_spaced(n: int, count: int) -> list[int]:
     return list(range(n)) if n <= count else torch.linspace(0, n - 1, count).long().tolist()
 
 
-# ---- the arithmetic of crop, resize and intrinsics ---------------------------------------------------------------------------------
+# ---- the arithmetic of crop, resize and intrinsics -------------------------------------------------------------------------------
 
 class Crop(NamedTuple):
     """One photograph cut to its object, with the camera of the result."""
@@ -223,7 +223,7 @@ def context_box(box) -> Tensor:
     return torch.cat([corner, corner + sides.clamp(min=2)])
 
 
-# ---- a CO3Dv2 tree ------------------------------------------------------------------------------------------------------------------
+# ---- a CO3Dv2 tree ---------------------------------------------------------------------------------------------------------------
 
 class _Tree:
     """One category of a dataset folder."""
@@ -237,12 +237,23 @@ class _Tree:
 
     def sequences(self, split: str | None) -> list[str]:
         """Names of all sequences, or of those with frames in the split, sorted."""
-        return [name for (name,) in self._query("SELECT DISTINCT sequence", "", (), split, "sequence")]
+        names = self._column(f"SELECT DISTINCT sequence FROM frames WHERE {_IN_SPLIT} ORDER BY sequence", split=split)
+        splits = [] if names else self._column("SELECT DISTINCT split FROM splits ORDER BY split")
+        if split is not None and not names and split not in splits:
+            raise ValueError(f"{self.folder}/set_lists: no split {split!r}; there is {_some(splits)}")
+        return names
 
     def frame_numbers(self, sequence: str, split: str | None) -> list[int]:
         """Numbers of the frames in order of time."""
-        numbers = [i for (i,) in self._query("SELECT number", "WHERE sequence = ?", (sequence,), split, "time, number")]
-        return numbers or self._no_sequence(sequence, split)
+        query = f"SELECT number FROM frames WHERE sequence = :sequence AND {_IN_SPLIT} ORDER BY time, number"
+        numbers = self._column(query, sequence=sequence, split=split)
+        if not numbers:
+            where = f" in split {split!r}" if split else ""
+            raise ValueError(f"{self.folder}: no sequence {sequence!r}{where}; there is {_some(self.sequences(split))}")
+        return numbers
+
+    def _column(self, query: str, **values) -> list:
+        return [value for (value,) in self.index.execute(query, values)]
 
     def load(self, sequence: str, size: int, numbers: list[int]) -> Scene:
         """The frames with these numbers."""
@@ -272,20 +283,6 @@ class _Tree:
             raise ValueError(f"{self.root / mask}: {e} (frame {number} of {sequence!r})") from None
         return crop, (R.float(), T.float())
 
-    def _query(self, select: str, where: str, values: tuple, split: str | None, order: str) -> list[tuple]:
-        """Rows of the frames that meet a condition and, unless it is None, belong to the split."""
-        if split is not None:
-            splits = [name for (name,) in self.index.execute("SELECT DISTINCT split FROM splits ORDER BY split")]
-            if split not in splits:
-                raise ValueError(f"{self.folder}/set_lists: no split {split!r}; there is {_some(splits)}")
-            where += (" AND" if where else "WHERE") + " image IN (SELECT image FROM splits WHERE split = ?)"
-            values += (split,)
-        return self.index.execute(f"{select} FROM frames {where} ORDER BY {order}", values).fetchall()
-
-    def _no_sequence(self, sequence: str, split: str | None):
-        where = f" in split {split!r}" if split else ""
-        raise ValueError(f"{self.folder}: no sequence {sequence!r}{where}; there is {_some(self.sequences(split))}")
-
 
 _SCHEMA = """
     CREATE TABLE stamp (stamp);
@@ -294,6 +291,7 @@ _SCHEMA = """
     CREATE TABLE splits (split, image);
     CREATE INDEX by_split ON splits (split, image);
 """
+_IN_SPLIT = "(:split IS NULL OR EXISTS (SELECT 1 FROM splits WHERE split = :split AND splits.image = frames.image))"
 
 
 @lru_cache(maxsize=8)
@@ -321,7 +319,8 @@ def _open_index(folder: Path, sources: tuple[Path, ...], stamp: str) -> sqlite3.
             index.backup(copy)
         os.replace(temporary, file)
     except (OSError, sqlite3.Error):  # a cache that cannot be written only costs time
-        temporary.unlink(missing_ok=True)
+        if temporary.is_file():
+            temporary.unlink()
     return index
 
 
@@ -370,7 +369,7 @@ def _decode(file: Path, mode: str) -> np.ndarray:
         raise ValueError(f"{file}: not a readable image ({e})") from None
 
 
-# ---- the released toy data ------------------------------------------------------------------------------------------------------------
+# ---- the released toy data -------------------------------------------------------------------------------------------------------
 
 class _Toy:
     """`<category>_toy.pt`: {category: [{images, R, T, f, c, masks, valid_region, ...}]}, already cropped, images already masked."""
@@ -416,7 +415,7 @@ def _resized(x: Tensor, channels: int, size: int, mode: str, **options) -> Tenso
     return x if x.shape[-2:] == (size, size) else F.interpolate(x, (size, size), mode=mode, **options)
 
 
-# ---- helpers --------------------------------------------------------------------------------------------------------------------------
+# ---- helpers ---------------------------------------------------------------------------------------------------------------------
 
 def _source(root, category: str) -> _Tree | _Toy:
     """The dataset of a category under `root`, in either layout."""
