@@ -25,7 +25,6 @@ import colorsys
 import gzip
 import json
 import math
-import os
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +45,7 @@ LONG_SIDE, SHORT_SIDE = 192, 144  # pixels; the crop of a toy (its mask's box gr
 SUPER, BLOCK = 2, 8               # rays per pixel side; rays per side of a coarse block
 COARSE_STEPS, FINE_STEPS = 16, 40  # of sphere tracing, multiples of 4
 BLEND = 0.09                      # toy units: how far body parts melt into each other (log-sum-exp union)
-SURFACE, STRIDE = 0.003, 0.02     # toy units: a ray this near has arrived; no step is shorter, so grazing rays get on. A pixel is 0.05
+SURFACE, STRIDE = 0.003, 0.004    # toy units: a ray this near has arrived; step n is at least n strides, so that grazing rays get on
 STANCES, EARS = ("standing", "sitting", "on fours"), ("round", "long", "pointed", "floppy", "antenna")
 HATS, BACKS = ("none", "cap", "beanie", "top hat"), ("backpack", "tail", "shell", "key", "emblem")
 BADGES = ("disc", "square", "heart", "star", "plus")
@@ -439,7 +438,7 @@ def distance(toy: Toy, points: Tensor) -> Tensor:
 def _march(toy: Toy, rays_o: Tensor, rays_d: Tensor, near: Tensor, far: Tensor, cone: float, steps: int) -> tuple[Tensor, Tensor]:
     """Sphere tracing of unit rays (R, 3) with cones of half width `cone * t` around them -> length (R,), arrived (R,) bool.
 
-    Finished rays are dropped every few steps. A ray that runs out of steps grazes the surface; it has arrived if it is about there.
+    Finished rays are dropped every few steps. A cone that runs out of steps may yet touch, so it counts as arrived; a ray does not.
     """
     length, arrived = near.clone(), torch.zeros_like(near, dtype=torch.bool)
     alive = torch.arange(len(near), device=near.device)
@@ -447,14 +446,15 @@ def _march(toy: Toy, rays_o: Tensor, rays_d: Tensor, near: Tensor, far: Tensor, 
     for step in range(steps):
         free = distance(toy, o + t[:, None] * d) - cone * t
         near_by = free < (cone * t).clamp_min(SURFACE)
-        t = torch.where(near_by, t, t + (free * (0.95 / (1 + cone))).clamp_min(STRIDE))
+        t = t + torch.where(near_by, free.clamp_max(0), (free * (0.95 / (1 + cone))).clamp_min(STRIDE * step))  # back out if too far
         if step % 4 == 3:
             length[alive] = t
-            arrived[alive] = near_by if step < steps - 1 else free < 4 * (cone * t).clamp_min(SURFACE)
+            arrived[alive] = near_by
             keep = (~near_by & (t < far)).nonzero()[:, 0]
             alive, o, d, t, far = alive[keep], o[keep], d[keep], t[keep], far[keep]
             if len(alive) == 0:
                 break
+    arrived[alive] = cone > 0
     return length, arrived
 
 
@@ -475,7 +475,7 @@ def _shade(toy: Toy, points: Tensor) -> Tensor:
             cover = (0.5 - SHAPES[decal.shape](u, v, n) / decal.edge).clamp(0, 1) * weights[decal.parts].sum(0)
             cover = cover if decal.through else cover * (n > 0)
             color = torch.lerp(color, decal.color, cover[:, None])
-        light = 0.56 + 0.13 * normal[:, 1] + 0.45 * (normal @ toy.light).clamp_min(0)
+        light = 0.66 + 0.12 * normal[:, 1] + 0.36 * (normal @ toy.light).clamp_min(0)
         result.append((color * (light * open_)[:, None]).clamp(0, 1))
     return torch.cat(result)
 
@@ -583,7 +583,7 @@ def _write_json(path: Path, data):
 def write_tree(root: Path, instances: int, seed: int, views: int, device):
     """Render `instances` toys and write `<root>/toys`. The annotations come last: before them, the tree does not exist for a reader."""
     frames, sequences, pending = [], [], deque()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow's encoders release the interpreter's lock
+    with ThreadPoolExecutor(4) as pool:  # Pillow's encoders release the interpreter's lock
         for index in tqdm(range(instances), desc="synthetic toys", disable=None):
             generator = _generator(seed, index)
             toy, cameras, name = _make_toy(generator, device), turntable(generator, views), f"toy_{seed}_{index:05d}"
