@@ -217,7 +217,7 @@ def _fit_circle(cameras: Cameras, at: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     solution = torch.linalg.lstsq(torch.cat([2 * xy, torch.ones_like(xy[:, :1])], 1), xy.square().sum(1, keepdim=True)).solution[:, 0]
     c, radius = solution[:2], (solution[2] + solution[:2].square().sum()).sqrt()
     center = mean + c @ plane
-    round_at = (plane @ (at - center)).norm() < 0.5 * radius and radius > 0.3 * (centers - at).norm(dim=-1).mean()
+    round_at = (plane @ (at - center)).norm() < radius / 3 and radius > 0.3 * (centers - at).norm(dim=-1).mean()
     if not round_at or (normal @ upright).abs() < 0.5:
         return None
     bearing = F.normalize(centers[0] - center, dim=0)  # as released: not projected, so the path tilts towards camera 0
