@@ -38,7 +38,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, the modules lie one folder up
-from cameras import Cameras  # noqa: E402
+from cameras import Cameras, look_at  # noqa: E402
 
 CATEGORY = "toys"
 LONG_SIDE, SHORT_SIDE = 192, 144  # pixels; the crop of a toy (its mask's box grown by 30 %) is then about 128
@@ -341,7 +341,7 @@ def _generator(seed: int, index: int) -> torch.Generator:
 def _make_toy(generator: torch.Generator, device) -> Toy:
     w = _Workshop(generator)
     c, u = _palette(w), w.uniform
-    a = {"stance": w.choice(STANCES, [5, 3, 3]), "ears": w.choice(EARS), "hat": w.choice(HATS), "badge": w.choice(BADGES),
+    a = {"stance": w.choice(STANCES, [4, 3, 4]), "ears": w.choice(EARS), "hat": w.choice(HATS), "badge": w.choice(BADGES),
          "back": w.choice(BACKS, [3, 2, 2, 2, 2]), "emblem": w.choice(BADGES), "torso width": u(0.85, 1.2), "head size": u(0.95, 1.35),
          "head boxiness": w.choice([0.0, u(0.3, 0.6)], [2, 1]), "eye size": u(0.2, 0.31), "ear size": u(0.8, 1.25),
          "left arm": u(-1.2, 1.1), "right arm": u(-1.2, 1.1)}
@@ -487,6 +487,7 @@ def render(toy: Toy, cameras: Cameras, height: int, width: int) -> tuple[Tensor,
     Returns colour over black (V, 3, H, W) and coverage (V, 1, H, W), both in [0, 1] on the toy's device.
     """
     device, views, h, w = toy.frames.device, len(cameras), height * SUPER, width * SUPER
+    cone = BLOCK / min(h, w) * math.sqrt(2) / cameras.focal.min().item()                # half a block's diagonal at distance 1
     cameras = cameras.to(device)
 
     def grid(step):  # NDC of the centres of squares of `step` x `step` rays
@@ -502,7 +503,6 @@ def render(toy: Toy, cameras: Cameras, height: int, width: int) -> tuple[Tensor,
     coarse_o, coarse_d = rays(grid(BLOCK).expand(views, -1, -1, -1))                    # (V * blocks, 3)
     middle = toy.to_toy(torch.zeros(1, 3, device=device))                               # the world's origin: no toy reaches 4 units from it
     reach = (coarse_o - middle).norm(dim=-1)
-    cone = BLOCK / min(h, w) * math.sqrt(2) / cameras.focal.min().item()
     start, touched = _march(toy, coarse_o, coarse_d, reach - 4 / toy.scale, reach + 4 / toy.scale, cone, COARSE_STEPS)
 
     fine = grid(1).reshape(h // BLOCK, BLOCK, w // BLOCK, BLOCK, 2).permute(0, 2, 1, 3, 4)  # (rows, columns, BLOCK, BLOCK, 2) of blocks
@@ -539,12 +539,9 @@ def turntable(generator: torch.Generator, views: int) -> Cameras:
     radius = once(9.6, 10.6) + jitter(0.4)
     flat = elevation.cos()
     center = radius[:, None] * torch.stack([flat * azimuth.cos(), elevation.sin(), flat * azimuth.sin()], -1)
-    z = torch.nn.functional.normalize(jitter(0.3, 3) - center, dim=-1)
-    up = torch.nn.functional.normalize(torch.cat([jitter(0.04, 1), torch.ones(views, 1), jitter(0.04, 1)], -1), dim=-1)
-    x = torch.nn.functional.normalize(torch.linalg.cross(up, z), dim=-1)
-    R = torch.stack([x, torch.linalg.cross(z, x), z], -1)
-    focal = (once(2.65, 2.9) * (1 + jitter(0.01, 1))).expand(-1, 2).contiguous()
-    return Cameras(R, -torch.einsum("vi,vij->vj", center, R), focal, jitter(0.04, 2) + (2 * torch.rand(2, generator=generator) - 1) * 0.06)
+    R, T = look_at(center, jitter(0.3, 3), torch.cat([jitter(0.04, 1), torch.ones(views, 1), jitter(0.04, 1)], -1))
+    focal = (once(2.8, 3.05) * (1 + jitter(0.01, 1))).expand(-1, 2).contiguous()
+    return Cameras(R, T, focal, jitter(0.04, 2) + (2 * torch.rand(2, generator=generator) - 1) * 0.06)
 
 
 def _annotations(name: str, cameras: Cameras, height: int, width: int, per_axis: bool, mass: list[float]) -> list[dict]:
@@ -619,6 +616,8 @@ def main(argv=None):
     for flag, low, high in (("instances", 1, 100_000), ("seed", 0, 40_000), ("views", 1, 1000)):
         if not low <= getattr(args, flag) <= high:
             parser.error(f"--{flag} is {getattr(args, flag)}; it must lie between {low} and {high}")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device is {args.device}, but torch finds no CUDA device; use cpu")
     write_tree(args.root, args.instances, args.seed, args.views, args.device)
 
 
