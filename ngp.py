@@ -54,6 +54,7 @@ class FieldConfig:
 
 
 PAPER = FieldConfig()
+# For the sample category and for CPUs: fewer, wider levels cost less; an object of about unit radius; starts nearly transparent.
 NANO = FieldConfig(levels=5, features=4, log2_table=14, base_resolution=8, finest_resolution=96, bound=1.5, width=32,
                    blob_density=0.0, density_bias=-1.0, samples=64, importance=0, occupancy_cells=48, occupancy_decay=0.8)
 
@@ -96,7 +97,7 @@ class GridEncoding(nn.Module):
     def __init__(self, config: FieldConfig, generator: torch.Generator | None = None):
         super().__init__()
         self.bound, self.features = config.bound, config.features
-        log2_growth = math.log2(config.finest_resolution / config.base_resolution) / max(config.levels - 1, 1)
+        log2_growth = np.log2(config.finest_resolution / config.base_resolution) / max(config.levels - 1, 1)
         # Scales are float32 and computed once, since one unit in their last place moves fine features; the exponential itself is
         # rounded from double because float32 ones differ between processors.
         exponent = np.arange(config.levels, dtype=np.float32) * np.float32(log2_growth)
@@ -104,7 +105,7 @@ class GridEncoding(nn.Module):
         scale = growth * np.float32(config.base_resolution) - np.float32(1)
         rows, stride, hashed = [], [], []
         for l, cells in enumerate(np.ceil(scale).astype(int).tolist()):
-            wanted = (math.ceil(config.base_resolution * (2**log2_growth) ** l) + 1) ** 3
+            wanted = (math.ceil(config.base_resolution * np.exp2(log2_growth) ** l) + 1) ** 3
             rows.append(math.ceil(min(2**config.log2_table, wanted) / 8) * 8)
             side = cells + 2  # corners a side, as the kernel counts them
             hashed.append(config.hashed and side**3 > rows[-1])
@@ -133,7 +134,7 @@ class GridEncoding(nn.Module):
         index = torch.empty(*cell.shape[:2], 8, dtype=torch.int32, device=x.device)
         weights = torch.empty(*cell.shape[:2], 8, dtype=x.dtype, device=x.device)
         dense, hashed = slice(None, self.hashed_from), slice(self.hashed_from, None)
-        for corner, (i, j, k) in enumerate(itertools.product((0, 1), repeat=3)):  # writing in place: 15 times faster than broadcasting
+        for corner, (i, j, k) in enumerate(itertools.product((0, 1), repeat=3)):  # writing in place: several times faster than broadcasting
             a, b, c = terms[0][i], terms[1][j], terms[2][k]
             index[:, dense, corner] = a[:, dense] + b[:, dense] + c[:, dense]
             index[:, hashed, corner] = a[:, hashed] ^ b[:, hashed] ^ c[:, hashed]
@@ -218,6 +219,7 @@ class Occupancy(nn.Module):
         return self.occupied.flatten()[(cell[..., 0] * g + cell[..., 1]) * g + cell[..., 2]]
 
     def _set(self, occupied: Tensor) -> None:
+        """Take over the cells (G, G, G) and their bounding box."""
         self.occupied.copy_(occupied)
         for axis in range(3):
             used = occupied.any((axis + 1) % 3, keepdim=True).any((axis + 2) % 3, keepdim=True).flatten().nonzero()
@@ -244,7 +246,7 @@ class Occupancy(nn.Module):
         if not self.possible.any():
             raise ValueError(f"masks and cameras: no part of the cube of half side {self.config.bound:g} round the world origin lies "
                              "in every mask; the object must be inside the cube")
-        self._set(self.possible & self.occupied)
+        self._set(self.possible)
 
     @torch.no_grad()
     def update(self, field: Field, generator: torch.Generator | None = None) -> None:
@@ -265,10 +267,9 @@ def _footprint_hits(maybe: Tensor, lattice: Tensor, camera: Cameras) -> Tensor:
     view = camera.to_view(lattice.reshape(-1, 3)).reshape(lattice.shape).movedim(-1, 0)  # (3, G + 1, G + 1, G + 1)
     low, high = -F.max_pool3d(-view[None], 2, stride=1)[0], F.max_pool3d(view[None], 2, stride=1)[0]  # bounds of X, Y, Z in a cell
     near, far = low[2].clamp(min=1e-6), high[2].clamp(min=1e-6)
-    xy_low, xy_high = low[:2], high[:2]
     focal, principal = camera.focal[:, None, None, None], camera.principal[:, None, None, None]
-    xy_low = focal * torch.minimum(xy_low / near, xy_low / far) + principal
-    xy_high = focal * torch.maximum(xy_high / near, xy_high / far) + principal
+    xy_low = focal * torch.minimum(low[:2] / near, low[:2] / far) + principal  # the extremes of X/Z over the cell's intervals
+    xy_high = focal * torch.maximum(high[:2] / near, high[:2] / far) + principal
     size = torch.tensor([width, height], device=maybe.device)[:, None, None, None]
     # NDC +x is left and +y is up: the largest coordinate is the first pixel. Index 0 is the pixel before the image.
     first = ((1 - xy_high) / 2 * size).floor().clamp(min=-1).minimum(size).long() + 1
@@ -411,7 +412,7 @@ def _tetrahedra() -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def extract_mesh(field: Field, resolution: int = 128, threshold: float | None = None, occupancy: Occupancy | None = None) -> Mesh:
-    """The surface where density passes the threshold, by marching tetrahedra (Doi and Koide 1991): closed and without tables of cases.
+    """The surface where density passes the threshold, by marching tetrahedra (Doi and Koide 1991): always closed.
 
     The field is sampled `resolution` times along the longest side of its cube, or of the occupancy's box, outside whose occupied
     cells it counts as empty. `threshold` is a density; by default one that absorbs all but e^-5 along that side, whatever the units.
