@@ -12,8 +12,8 @@ Shading has no view-dependent term, because the field has none.
 A toy depends on (seed, index) only, not on how many are made; the same seed on the same device gives the same bytes.
 Seeds: 1-99 train the nano models, 1000 is the shipped `sample/co3d`, 2000 the reported evaluation, 3000 tuning.
 
-How it renders: coarse rays, one per block of 4 x 4 pixels, march until the block's cone may touch the toy; only the rays of those
-blocks are traced, 2 x 2 a pixel. All primitives share one formula, so they are an axis of a tensor; left-right pairs share a row.
+How it renders: coarse rays, one per block of 4 x 4 pixels, march until the block's cone may touch the toy; then the 2 x 2 rays of every
+pixel of those blocks do. All primitives share one formula, so they are an axis of a tensor; left-right pairs share a row.
 
 Letters: `P` primitives, `R` rays or points, `V` views, `H W` rows and columns.
 Toy axes: +x the toy's left, +y up, +z where it looks; toy units: a standing toy is about 5 high, before it is scaled.
@@ -26,7 +26,6 @@ import gzip
 import json
 import math
 import sys
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,12 +45,14 @@ SUPER, BLOCK = 2, 8               # rays per pixel side; rays per side of a coar
 COARSE_STEPS, FINE_STEPS = 16, 40  # of sphere tracing, multiples of 4
 BLEND = 0.09                      # toy units: how far body parts melt into each other (log-sum-exp union)
 SURFACE, STRIDE = 0.003, 0.004    # toy units: a ray this near has arrived; step n is at least n strides, so that grazing rays get on
-STANCES, EARS = ("standing", "sitting", "on fours"), ("round", "long", "pointed", "floppy", "antenna")
-HATS, BACKS = ("none", "cap", "beanie", "top hat"), ("backpack", "tail", "shell", "key", "emblem")
 BADGES = ("disc", "square", "heart", "star", "plus")
-ATTRIBUTES = (*(f"{part} {c}" for part in ("body", "second", "badge", "hat", "back") for c in "rgb"),
-              "torso width", "head size", "head boxiness", "eye size", "ear size", "arm raise",
-              *STANCES, *EARS, *HATS, *BADGES, *BACKS)
+KINDS = {"stance": ("standing", "sitting", "on fours"), "ears": ("round", "long", "pointed", "floppy", "antenna"),
+         "hat": ("none", "cap", "beanie", "top hat"), "badge": BADGES, "back": ("backpack", "tail", "shell", "key", "emblem")}
+RANGES = {"torso width": (0.85, 1.2), "head size": (0.95, 1.35), "head boxiness": (0, 0.6), "eye size": (0.2, 0.31),
+          "ear size": (0.8, 1.25), "arm raise": (-1.2, 1.1)}  # toy units, but fractions of boxiness and radians above the horizontal
+ATTRIBUTES = (*(f"{part} {c}" for part in ("body", "second", "badge", "hat", "back") for c in "rgb"), *RANGES,
+              *(f"{kind}: {option}" for kind, options in KINDS.items() for option in options))
+CHUNK = {"cpu": 1 << 12, "cuda": 1 << 21}  # points at a time: a CPU wants (3, P, R) numbers in its caches, a GPU wants to be full
 
 
 # ---- a toy: primitives, paint, place --------------------------------------------------------------------------------------------
@@ -87,10 +88,6 @@ class Toy:
     def to_toy(self, points: Tensor) -> Tensor:
         """World points (R, 3) in toy units (R, 3)."""
         return (points - self.offset) @ self.rotation.T / self.scale
-
-    def to_world(self, points: Tensor) -> Tensor:
-        """Toy points (R, 3) in CO3D units (R, 3)."""
-        return points @ self.rotation * self.scale + self.offset
 
 
 def _axes(up, front=(0.0, 0.0, 1.0)) -> np.ndarray:
@@ -166,10 +163,9 @@ def _body(w: _Workshop, c: dict, a: dict):
     if a["stance"] == "on fours":
         size, height = np.array([0.9 * width, w.uniform(0.75, 0.95), w.uniform(1.15, 1.5)]), w.uniform(0.75, 1.15)
         center = np.array([0, height + 0.7 * size[1], 0])
-        for name, z in (("legs", 0.62), ("hind legs", -0.66)):
-            w.limb(name, (0.58 * size[0], center[1] - 0.1, z * size[2]), (0.66 * size[0], leg, z * size[2]), leg, c["body"], pair=True)
-        w.add("feet", (0.68 * size[0], 0.2, 0.62 * size[2] + 0.16), (leg + 0.06, 0.24, leg + 0.16), c["second"], pair=True)
-        w.add("hind feet", (0.68 * size[0], 0.2, -0.66 * size[2] + 0.16), (leg + 0.06, 0.24, leg + 0.16), c["second"], pair=True)
+        for legs, feet, z in (("legs", "feet", 0.62 * size[2]), ("hind legs", "hind feet", -0.66 * size[2])):
+            w.limb(legs, (0.58 * size[0], center[1] - 0.1, z), (0.66 * size[0], leg, z), leg, c["body"], pair=True)
+            w.add(feet, (0.68 * size[0], 0.2, z + 0.16), (leg + 0.06, 0.24, leg + 0.16), c["second"], pair=True)
     else:
         size = np.array([width, w.uniform(0.95, 1.3), w.uniform(0.75, 0.95)])
         height = 0.1 if a["stance"] == "sitting" else w.uniform(0.55, 0.95)
@@ -195,16 +191,12 @@ def _head(w: _Workshop, c: dict, a: dict):
     size = a["head size"] * np.array([w.uniform(1.0, 1.15), w.uniform(0.85, 1.0), w.uniform(0.82, 0.95)])
     top = torso["center"] + (torso["radii"] + torso["box"]) * ([0, 0.75, 0.85] if fours else [0, 1, 0])
     center = top + size * ([0, 0.55, 0.45] if fours else [0, 0.78, 0.08])
-    boxy = a["head boxiness"]
-    w.add("head", center, size * (1 - boxy), c["body"], size * boxy)
-    x, y, z = center
+    w.add("head", center, size * (1 - a["head boxiness"]), c["body"], size * a["head boxiness"])
+    y = center[1]
     _ears(w, c, a, center, size)
-
     eye, apart, high = a["eye size"], w.uniform(0.36, 0.5) * size[0], y + w.uniform(0.05, 0.25) * size[1]
-    beak = w.uniform() < 0.2
-    low, out = y - w.uniform(0.3, 0.42) * size[1], w.uniform(0.22, 0.4)
-    muzzle = w.on("head", 0, low)
-    w.add("snout", muzzle, (w.uniform(0.42, 0.6) * size[0], 0.3 * size[1], out) if not beak else (0.34, 0.2, out + 0.3),
+    beak, low, out = w.uniform() < 0.2, y - w.uniform(0.3, 0.42) * size[1], w.uniform(0.22, 0.4)
+    w.add("snout", w.on("head", 0, low), (w.uniform(0.42, 0.6) * size[0], 0.3 * size[1], out) if not beak else (0.34, 0.2, out + 0.3),
           c["light"] if not beak else np.array([1.0, 0.62, 0.12]), hard=beak)
     tip = w.on("snout", 0, low + (0.16 * size[1] if not beak else 0))
     if not beak:
@@ -222,8 +214,7 @@ def _head(w: _Workshop, c: dict, a: dict):
 
 def _ears(w: _Workshop, c: dict, a: dict, center: np.ndarray, size: np.ndarray):
     """One of five kinds of ears."""
-    k, kind = a["ear size"], a["ears"]
-    x, y, z = center
+    k, kind, (_, y, z) = a["ear size"], a["ears"], center
     if kind == "round":
         at = np.array([0.78 * size[0], y + 0.78 * size[1], z - 0.05])
         w.add("ears", at, (0.46 * k, 0.46 * k, 0.2), c["body"], pair=True)
@@ -264,12 +255,13 @@ def _clothes(w: _Workshop, c: dict, a: dict):
         w.paint("disc", ["torso"], middle - [0, 0.1, 0], (0.66 * half[0], 0.72 * half[1], 1), c["light"])
     for name, hand, reach in c.get("gloves", []):
         w.paint("half", [name], hand - 0.12 * reach, 1, c["second"], up=reach, front=(0.1, 0.2, 1), through=True)
-    at, front, size = (middle + [0, 0.05, -0.1], (1, 0, 0), 0.44) if fours else (middle + [0, 0.12 * half[1], 0], (0, 0, 1), w.uniform(0.4, 0.5))
+    at, front, size = middle + [0, 0.05, -0.1], (1, 0, 0), 0.44
+    if not fours:
+        at, front, size = middle + [0, 0.12 * half[1], 0], (0, 0, 1), w.uniform(0.4, 0.5)
     for grown, color in ((1.25, c["light"]), (1.0, c["badge"])):
         w.paint(a["badge"], ["torso"], at, grown * size, color, front=front, pair=fours)
-
     head, hat = w.prims["head"], a["hat"]
-    (x, y, z), size = head["center"], head["radii"] + head["box"]
+    (_, y, z), size = head["center"], head["radii"] + head["box"]
     if hat in ("cap", "beanie"):
         w.paint("half", ["head"], (0, y + 0.42 * size[1], z), 1, c["hat"], up=(0, 1, -0.15), through=True)
     if hat == "cap":
@@ -316,10 +308,12 @@ def _back(w: _Workshop, c: dict, a: dict):
     elif kind == "key":
         spot = spot + up * 0.15 * tall
         w.limb("stem", spot - out * 0.1, spot + out * 0.5, 0.1, c["back"], hard=True)
-        w.add("key", spot + out * 0.62 + [0.3, 0, 0], (0.34, 0.34, 0.13), c["back"], axes=np.stack([[1, 0, 0], out, up]), pair=True, hard=True)
-        w.paint("disc", ["key"], spot + out * 0.62 + [0.3, 0, 0], 0.16, c["back 2"], up=out, front=up, pair=True, through=True)
+        lobe = spot + out * 0.62 + [0.3, 0, 0]
+        w.add("key", lobe, (0.34, 0.34, 0.13), c["back"], axes=np.stack([[1, 0, 0], out, up]), pair=True, hard=True)
+        w.paint("disc", ["key"], lobe, 0.16, c["back 2"], up=out, front=up, pair=True, through=True)
         spot = spot - up * 0.6 * tall
-    w.paint(a["emblem"], ["torso"], spot - 0.5 * deep * out, w.uniform(0.34, 0.48) * (1.4 if kind == "emblem" else 0.8), c["back 2"], up=up, front=out)
+    size = w.uniform(0.34, 0.48) * (1.4 if kind == "emblem" else 0.8)
+    w.paint(a["emblem"], ["torso"], spot - 0.5 * deep * out, size, c["back 2"], up=up, front=out)
 
 
 def _palette(w: _Workshop) -> dict:
@@ -338,18 +332,25 @@ def _generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 100_000 + index)
 
 
+def _attributes(c: dict, a: dict) -> list[float]:
+    """The numbers ATTRIBUTES of a toy with colours `c` and choices `a`, each in [0, 1]."""
+    colors = [c["body"], c["second"], c["badge"], c["hat"] * (a["hat"] != "none"), c["back"]]
+    sizes = [(a[k] - low) / (high - low) for k, (low, high) in RANGES.items()]
+    return [float(x) for x in (*np.concatenate(colors), *sizes, *(a[k] == option for k, options in KINDS.items() for option in options))]
+
+
 def _make_toy(generator: torch.Generator, device) -> Toy:
     w = _Workshop(generator)
     c, u = _palette(w), w.uniform
-    a = {"stance": w.choice(STANCES, [4, 3, 4]), "ears": w.choice(EARS), "hat": w.choice(HATS), "badge": w.choice(BADGES),
-         "back": w.choice(BACKS, [3, 2, 2, 2, 2]), "emblem": w.choice(BADGES), "torso width": u(0.85, 1.2), "head size": u(0.95, 1.35),
-         "head boxiness": w.choice([0.0, u(0.3, 0.6)], [2, 1]), "eye size": u(0.2, 0.31), "ear size": u(0.8, 1.25),
+    a = {"stance": w.choice(KINDS["stance"], [4, 3, 4]), "ears": w.choice(KINDS["ears"]), "hat": w.choice(KINDS["hat"]),
+         "badge": w.choice(BADGES), "back": w.choice(KINDS["back"], [3, 2, 2, 2, 2]), "emblem": w.choice(BADGES),
+         "torso width": u(*RANGES["torso width"]), "head size": u(*RANGES["head size"]),
+         "head boxiness": w.choice([0.0, u(0.3, 0.6)], [2, 1]), "eye size": u(*RANGES["eye size"]), "ear size": u(*RANGES["ear size"]),
          "left arm": u(-1.2, 1.1), "right arm": u(-1.2, 1.1)}
-    _body(w, c, a)
-    _head(w, c, a)
-    _clothes(w, c, a)
-    _back(w, c, a)
-    prims = dict(sorted(w.prims.items(), key=lambda p: p[1]["hard"]))  # blended ones first; the sort is stable
+    a["arm raise"] = (a["left arm"] + a["right arm"]) / 2
+    for build in (_body, _head, _clothes, _back):
+        build(w, c, a)
+    prims = dict(sorted(w.prims.items(), key=lambda p: p[1]["hard"]))  # blended ones first
     names = {name: i for i, name in enumerate(prims)}
     low, high = w.bounds()
     scale, yaw = u(3.0, 3.3) / (np.linalg.norm(high - low) / 2), u(0, 2 * math.pi)
@@ -358,20 +359,15 @@ def _make_toy(generator: torch.Generator, device) -> Toy:
     rotation = np.array([[math.cos(yaw), 0, -math.sin(yaw)], [0, 1, 0], [math.sin(yaw), 0, math.cos(yaw)]])
     offset = np.array([u(-0.2, 0.2) for _ in range(3)]) - (low + high) / 2 @ rotation * scale
     backdrop = w.color((0.08, 0.3), (0.55, 0.85))
-    scaled = {"torso width": (0.85, 1.2), "head size": (0.95, 1.35), "head boxiness": (0, 0.6), "eye size": (0.2, 0.31), "ear size": (0.8, 1.25)}
-    attributes = [*np.concatenate([c[k] for k in ("body", "second", "badge")]), *c["hat"] * (a["hat"] != "none"), *c["back"],
-                  *((a[k] - lo) / (hi - lo) for k, (lo, hi) in scaled.items()), ((a["left arm"] + a["right arm"]) / 2 + 1.2) / 2.3,
-                  *(float(a[k] == option) for k, kinds in (("stance", STANCES), ("ears", EARS), ("hat", HATS), ("badge", BADGES), ("back", BACKS))
-                    for option in kinds)]
-    tensor = lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float32, device=device)  # noqa: E731
-    rows = prims.values()
+    rows, tensor = prims.values(), lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float32, device=device)
     return Toy(
         frames=tensor(np.stack([_affine(p["axes"], p["center"], p["radii"], p["pair"]) for p in rows], 1)),
         box=tensor(np.stack([p["box"] / p["radii"] for p in rows], 1)), inverse_radii=tensor(np.stack([1 / p["radii"] for p in rows], 1)),
         blended=sum(not p["hard"] for p in rows), colors=tensor(np.stack([p["color"] for p in rows])),
-        decals=[Decal(s, [names[n] for n in parts], tensor(m), tensor(color), edge, through) for s, parts, m, color, edge, through in w.decals],
+        decals=[Decal(shape, [names[part] for part in parts], tensor(frame), tensor(color), edge, through)
+                for shape, parts, frame, color, edge, through in w.decals],
         rotation=tensor(rotation), offset=tensor(offset), scale=float(scale), light=tensor(sun) @ tensor(rotation).T,
-        backdrop=tensor(np.stack([backdrop * 1.12, backdrop * 0.8])), attributes=[float(x) for x in attributes], parts=names)
+        backdrop=tensor(np.stack([backdrop * 1.12, backdrop * 0.8])), attributes=_attributes(c, a), parts=names)
 
 
 def make_toys(n: int, seed: int, device="cpu") -> list[Toy]:
@@ -414,42 +410,35 @@ def distances(toy: Toy, points: Tensor) -> Tensor:
     With q the part of a point outside the box: f = |q / r|, and (f - 1) f / |q / r^2| is (f - 1) over its own gradient's length.
     """
     q = (toy.frames.flatten(0, 1) @ _homogeneous(points)).reshape(3, -1, len(points))  # (3P, 5) @ (5, R) -> (3, P, R)
-    q = q.abs_().sub_(toy.box[..., None]).clamp_min_(1e-4)                               # not 0: both lengths vanish inside the box
-    f = q.square().sum(0).sqrt_()                                                       # (P, R); norm(dim=0) takes 20 times as long on a CPU
+    q = q.abs_().sub_(toy.box[..., None]).clamp_min_(1e-4)  # not 0: both lengths vanish inside the box
+    f = q.square().sum(0).sqrt_()                           # (P, R); norm(dim=0) takes 20 times as long on a CPU
     slope = q.mul_(toy.inverse_radii[..., None]).square_().sum(0).sqrt_()
     return (f - 1).mul_(f).div_(slope)
-
-
-def _chunk(points: Tensor) -> int:
-    """Points at a time: a CPU wants its caches to hold (3, P, R) numbers, a GPU wants to be full."""
-    return 1 << 12 if points.device.type == "cpu" else 1 << 19
 
 
 def distance(toy: Toy, points: Tensor) -> Tensor:
     """About the signed distance (R,) of toy points (R, 3) to the toy: log-sum-exp union of the body, hard union of the rest."""
     result = []
-    for chunk in points.split(_chunk(points)):
+    for chunk in points.split(CHUNK[points.device.type]):
         d = distances(toy, chunk)
         soft = (d[:toy.blended] / -BLEND).exp_().sum(0).clamp_min_(1e-37).log_().mul_(-BLEND)
         result.append(torch.minimum(soft, d[toy.blended:].amin(0)))
     return torch.cat(result)
 
 
-def _march(toy: Toy, rays_o: Tensor, rays_d: Tensor, near: Tensor, far: Tensor, cone: float, steps: int) -> tuple[Tensor, Tensor]:
-    """Sphere tracing of unit rays (R, 3) with cones of half width `cone * t` around them -> length (R,), arrived (R,) bool.
+def _march(toy: Toy, o: Tensor, d: Tensor, t: Tensor, far: Tensor, cone: float, steps: int) -> tuple[Tensor, Tensor]:
+    """Sphere tracing of unit rays `o + t d` (R, 3) with cones of half width `cone * t` around them -> length (R,), arrived (R,) bool.
 
     Finished rays are dropped every few steps. A cone that runs out of steps may yet touch, so it counts as arrived; a ray does not.
     """
-    length, arrived = near.clone(), torch.zeros_like(near, dtype=torch.bool)
-    alive = torch.arange(len(near), device=near.device)
-    o, d, t, far = rays_o, rays_d, near, far
+    length, arrived = t.clone(), torch.zeros_like(t, dtype=torch.bool)
+    alive = torch.arange(len(t), device=t.device)
     for step in range(steps):
         free = distance(toy, o + t[:, None] * d) - cone * t
         near_by = free < (cone * t).clamp_min(SURFACE)
         t = t + torch.where(near_by, free.clamp_max(0), (free * (0.95 / (1 + cone))).clamp_min(STRIDE * step))  # back out if too far
         if step % 4 == 3:
-            length[alive] = t
-            arrived[alive] = near_by
+            length[alive], arrived[alive] = t, near_by
             keep = (~near_by & (t < far)).nonzero()[:, 0]
             alive, o, d, t, far = alive[keep], o[keep], d[keep], t[keep], far[keep]
             if len(alive) == 0:
@@ -462,7 +451,7 @@ def _shade(toy: Toy, points: Tensor) -> Tensor:
     """Colours (R, 3) of surface points (R, 3): paint, Lambert's law, light from the sky, ambient occlusion; no view dependence."""
     result = []
     corners = torch.tensor([[1.0, -1, -1], [-1, -1, 1], [-1, 1, -1], [1, 1, 1]], device=points.device)
-    for p in points.split(_chunk(points) // 4):
+    for p in points.split(CHUNK[points.device.type] // 4):
         taps = distance(toy, (p + 0.01 * corners[:, None]).flatten(0, 1)).reshape(4, -1)
         normal = torch.nn.functional.normalize(taps.T @ corners, dim=-1)
         open_ = 1.0
@@ -472,8 +461,7 @@ def _shade(toy: Toy, points: Tensor) -> Tensor:
         color, x = weights.T @ toy.colors, _homogeneous(p)
         for decal in toy.decals:
             u, v, n = decal.frame @ x
-            cover = (0.5 - SHAPES[decal.shape](u, v, n) / decal.edge).clamp(0, 1) * weights[decal.parts].sum(0)
-            cover = cover if decal.through else cover * (n > 0)
+            cover = (0.5 - SHAPES[decal.shape](u, v, n) / decal.edge).clamp(0, 1) * weights[decal.parts].sum(0) * ((n > 0) | decal.through)
             color = torch.lerp(color, decal.color, cover[:, None])
         light = 0.66 + 0.12 * normal[:, 1] + 0.36 * (normal @ toy.light).clamp_min(0)
         result.append((color * (light * open_)[:, None]).clamp(0, 1))
@@ -489,41 +477,28 @@ def render(toy: Toy, cameras: Cameras, height: int, width: int) -> tuple[Tensor,
     device, views, h, w = toy.frames.device, len(cameras), height * SUPER, width * SUPER
     cone = BLOCK / min(h, w) * math.sqrt(2) / cameras.focal.min().item()                # half a block's diagonal at distance 1
     cameras = cameras.to(device)
-
     def grid(step):  # NDC of the centres of squares of `step` x `step` rays
         y = (h / 2 - torch.arange(step / 2, h, step, device=device)) * (2 / min(h, w))
         x = (w / 2 - torch.arange(step / 2, w, step, device=device)) * (2 / min(h, w))
         return torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1)
-
     def rays(xy):  # (V, ..., 2) -> origins and unit directions in toy units
         o, d = cameras.rays(xy.reshape(views, -1, 2))
         d = torch.nn.functional.normalize(d @ toy.rotation.T, dim=-1)
         return toy.to_toy(o[:, :1]).expand_as(d).reshape(-1, 3), d.reshape(-1, 3)
-
     coarse_o, coarse_d = rays(grid(BLOCK).expand(views, -1, -1, -1))                    # (V * blocks, 3)
-    middle = toy.to_toy(torch.zeros(1, 3, device=device))                               # the world's origin: no toy reaches 4 units from it
-    reach = (coarse_o - middle).norm(dim=-1)
+    reach = (coarse_o - toy.to_toy(torch.zeros(1, 3, device=device))).norm(dim=-1)      # to the world's origin; no toy is 4 units off it
     start, touched = _march(toy, coarse_o, coarse_d, reach - 4 / toy.scale, reach + 4 / toy.scale, cone, COARSE_STEPS)
-
     fine = grid(1).reshape(h // BLOCK, BLOCK, w // BLOCK, BLOCK, 2).permute(0, 2, 1, 3, 4)  # (rows, columns, BLOCK, BLOCK, 2) of blocks
     blocks = touched.nonzero()[:, 0]
     o, d = (x.reshape(-1, BLOCK ** 2, 3)[blocks].flatten(0, 1) for x in rays(fine.expand(views, *fine.shape)))
     each = lambda x: x[blocks, None].expand(-1, BLOCK ** 2).flatten()  # noqa: E731
     length, hit = _march(toy, o, d, each(start), each(reach + 4 / toy.scale), 0.0, FINE_STEPS)
-    image = torch.zeros(len(touched), BLOCK ** 2, 4, device=device)
-    found = torch.zeros(len(hit), 4, device=device)
+    image, found = torch.zeros(len(touched), BLOCK ** 2, 4, device=device), torch.zeros(len(hit), 4, device=device)
     found[hit] = torch.nn.functional.pad(_shade(toy, o[hit] + length[hit, None] * d[hit]), (0, 1), value=1.0)
     image[blocks] = found.reshape(-1, BLOCK ** 2, 4)
-    n = BLOCK // SUPER
-    image = image.reshape(views, h // BLOCK, w // BLOCK, n, SUPER, n, SUPER, 4).mean((4, 6))
+    image = image.reshape(views, h // BLOCK, w // BLOCK, BLOCK // SUPER, SUPER, BLOCK // SUPER, SUPER, 4).mean((4, 6))
     image = image.permute(0, 5, 1, 3, 2, 4).reshape(views, 4, height, width)
     return image[:, :3], image[:, 3:]
-
-
-def render_toys(toys: list[Toy], cameras: list[Cameras], height: int, width: int) -> tuple[Tensor, Tensor]:
-    """T toys, each from its own V cameras -> colour over black (T, V, 3, H, W) and coverage (T, V, 1, H, W) in [0, 1]."""
-    rgb, mask = zip(*(render(toy, c, height, width) for toy, c in zip(toys, cameras)))
-    return torch.stack(rgb), torch.stack(mask)
 
 
 # ---- the CO3Dv2 tree ------------------------------------------------------------------------------------------------------------
@@ -537,8 +512,7 @@ def turntable(generator: torch.Generator, views: int) -> Cameras:
     azimuth = (once(0, views) + torch.arange(views) + jitter(0.3)) * (2 * math.pi / views)
     elevation = torch.deg2rad(once(13, 30) + jitter(5))
     radius = once(9.6, 10.6) + jitter(0.4)
-    flat = elevation.cos()
-    center = radius[:, None] * torch.stack([flat * azimuth.cos(), elevation.sin(), flat * azimuth.sin()], -1)
+    center = torch.stack([elevation.cos() * azimuth.cos(), elevation.sin(), elevation.cos() * azimuth.sin()], -1) * radius[:, None]
     R, T = look_at(center, jitter(0.3, 3), torch.cat([jitter(0.04, 1), torch.ones(views, 1), jitter(0.04, 1)], -1))
     focal = (once(2.8, 3.05) * (1 + jitter(0.01, 1))).expand(-1, 2).contiguous()
     return Cameras(R, T, focal, jitter(0.04, 2) + (2 * torch.rand(2, generator=generator) - 1) * 0.06)
@@ -571,15 +545,14 @@ def _write_pictures(root: Path, frames: list[dict], pixels: np.ndarray):
 def _write_json(path: Path, data):
     """JSON, gzipped if the name ends in `.jgz`, complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    raw = json.dumps(data).encode()
-    temporary = path.with_name(path.name + ".tmp")
+    raw, temporary = json.dumps(data).encode(), path.with_name(path.name + ".tmp")
     temporary.write_bytes(gzip.compress(raw, 6, mtime=0) if path.suffix == ".jgz" else raw)
     temporary.replace(path)
 
 
 def write_tree(root: Path, instances: int, seed: int, views: int, device):
     """Render `instances` toys and write `<root>/toys`. The annotations come last: before them, the tree does not exist for a reader."""
-    frames, sequences, pending = [], [], deque()
+    frames, sequences, jobs = [], [], []
     with ThreadPoolExecutor(4) as pool:  # Pillow's encoders release the interpreter's lock
         for index in tqdm(range(instances), desc="synthetic toys", disable=None):
             generator = _generator(seed, index)
@@ -587,17 +560,14 @@ def write_tree(root: Path, instances: int, seed: int, views: int, device):
             height, width = (LONG_SIDE, SHORT_SIDE) if index % 2 == 0 else (SHORT_SIDE, LONG_SIDE)
             rgb, mask = render(toy, cameras, height, width)
             backdrop = torch.lerp(*toy.backdrop[:, :, None, None], torch.linspace(0, 1, height, device=device)[:, None])  # (3, H, 1)
-            pixels = torch.cat([rgb + (1 - mask) * backdrop, mask], 1).permute(0, 2, 3, 1)
-            pixels = pixels.mul(255).round().clamp(0, 255).byte().cpu().numpy()
+            pixels = (torch.cat([rgb + (1 - mask) * backdrop, mask], 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
             new = _annotations(name, cameras, height, width, index % 4 == 3, (pixels[..., 3] / 255).sum((1, 2)).tolist())
             frames += new
-            sequences.append({"sequence_name": name, "category": CATEGORY, "video": None, "point_cloud": None, "viewpoint_quality_score": None,
-                              "attributes": toy.attributes})
-            pending.append(pool.submit(_write_pictures, root, new, pixels))
-            while len(pending) > 64 or (pending and pending[0].done()):
-                pending.popleft().result()
-        while pending:
-            pending.popleft().result()
+            sequences.append({"sequence_name": name, "category": CATEGORY, "video": None, "point_cloud": None,
+                              "viewpoint_quality_score": None, "attributes": toy.attributes})
+            jobs.append(pool.submit(_write_pictures, root, new, pixels))
+        for job in jobs:
+            job.result()
     listed = [[f["sequence_name"], f["frame_number"], f["image"]["path"]] for f in frames]
     _write_json(root / CATEGORY / "set_lists" / "set_lists_fewview_dev.json", {"train": listed, "val": [], "test": listed})
     _write_json(root / CATEGORY / "sequence_annotations.jgz", sequences)
@@ -618,7 +588,10 @@ def main(argv=None):
             parser.error(f"--{flag} is {getattr(args, flag)}; it must lie between {low} and {high}")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device is {args.device}, but torch finds no CUDA device; use cpu")
-    write_tree(args.root, args.instances, args.seed, args.views, args.device)
+    try:
+        write_tree(args.root, args.instances, args.seed, args.views, args.device)
+    except OSError as e:
+        parser.error(f"--root {args.root} cannot be written: {e}")
 
 
 if __name__ == "__main__":
