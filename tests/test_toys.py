@@ -184,6 +184,15 @@ def test_more_steps_change_little(index, monkeypatch):
     assert (mask - exact).abs().mean() < 5e-4 and ((mask - exact).abs() > 0.3).sum() <= 5
 
 
+def test_coarse_cones_out_of_steps_lose_nothing(monkeypatch):
+    generator = toys._generator(1000, 0)
+    toy, cameras = toys._make_toy(generator, "cpu"), toys.turntable(generator, 2)
+    _, mask = toys.render(toy, cameras, 48, 64)
+    monkeypatch.setattr(toys, "COARSE_STEPS", 4)
+    _, hasty = toys.render(toy, cameras, 48, 64)
+    assert (mask - hasty).abs().mean() < 1e-3
+
+
 def test_attributes_are_in_range_and_informative():
     table = torch.tensor([toy.attributes for toy in toys.make_toys(300, 4003)])
     assert table.shape[1] == len(toys.ATTRIBUTES) and table.min() >= 0 and table.max() <= 1
