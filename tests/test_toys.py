@@ -30,13 +30,13 @@ def tree(tmp_path_factory) -> Path:
     return root
 
 
-def plain_toy(axes, center, radii, box, pair=False, blended=1) -> toys.Toy:
+def plain_toy(axes, center, radii, box, pair=False) -> toys.Toy:
     """A grey primitive in the world's frame, lit from +z, with a second one far away (each toy has something hard, too)."""
     far = toys._affine(np.eye(3), (0, 0, 900), 1, False)
     frames = np.stack([toys._affine(axes, center, radii, pair), far], 1)
     tensor = lambda x: torch.tensor(np.asarray(x), dtype=torch.float32)  # noqa: E731
-    return toys.Toy(tensor(frames), tensor(np.stack([np.divide(box, radii), np.zeros(3)], 1)), tensor(np.stack([1 / np.array(radii), np.ones(3)], 1)),
-                    blended, torch.full((2, 3), 0.5), [], torch.eye(3), torch.zeros(3), 1.0, tensor([0, 0, 1]), torch.zeros(2, 3), [], {})
+    boxes, inverse = np.stack([np.divide(box, radii), np.zeros(3)], 1), np.stack([1 / np.array(radii), np.ones(3)], 1)
+    return toys.Toy(tensor(frames), tensor(boxes), tensor(inverse), 1, torch.full((2, 3), 0.5), [], torch.eye(3), torch.zeros(3), 1.0, tensor([0, 0, 1]), torch.zeros(2, 3), [], {})
 
 
 def test_same_seed_same_bytes_whatever_the_number(tree, tmp_path):
@@ -232,7 +232,8 @@ def test_shipped_toys_are_those_of_seed_1000():
     assert (picture - rgb[0])[:, inside].abs().mean() < 0.01
 
 
-@pytest.mark.parametrize("flag, value", [("--instances", "0"), ("--seed", "-1"), ("--views", "0"), ("--views", "x"), ("--device", "cuda:99")])
+@pytest.mark.parametrize("flag, value", [
+    ("--instances", "0"), ("--seed", "-1"), ("--views", "0"), ("--views", "x"), ("--device", "cuda:99")])
 def test_bad_flags_end_in_one_line(flag, value, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     flags = {"--root": str(tmp_path), "--instances": "1", "--seed": "1", flag: value}
