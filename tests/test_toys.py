@@ -36,7 +36,8 @@ def plain_toy(axes, center, radii, box, pair=False) -> toys.Toy:
     frames = np.stack([toys._affine(axes, center, radii, pair), far], 1)
     tensor = lambda x: torch.tensor(np.asarray(x), dtype=torch.float32)  # noqa: E731
     boxes, inverse = np.stack([np.divide(box, radii), np.zeros(3)], 1), np.stack([1 / np.array(radii), np.ones(3)], 1)
-    return toys.Toy(tensor(frames), tensor(boxes), tensor(inverse), 1, torch.full((2, 3), 0.5), [], torch.eye(3), torch.zeros(3), 1.0, tensor([0, 0, 1]), torch.zeros(2, 3), [], {})
+    return toys.Toy(tensor(frames), tensor(boxes), tensor(inverse), 1, torch.full((2, 3), 0.5), [], torch.eye(3), torch.zeros(3), 1.0,
+                    tensor([0, 0, 1]), torch.zeros(2, 3), [], {})
 
 
 def test_same_seed_same_bytes_whatever_the_number(tree, tmp_path):
