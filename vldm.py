@@ -533,7 +533,7 @@ NANO = (
     VAEConfig(widths=(24, 48, 96, 96), groups=8, blocks=1),
     UNetConfig(cond_channels=96, cond_unshuffle=2, widths=(96, 96, 128, 128), attention=(False, True, True), kernels=(3,),
                heads=4, head_dim=32, time_dim=192, token_dim=96),
-    DiffusionConfig(prediction="v", snr_gamma=0.0, clip=5.0, noisings=4, steps=10, t_start=0.98),
+    DiffusionConfig(prediction="v", snr_gamma=0.0, clip=5.0, noisings=12, steps=10, t_start=0.98),
 )
 
 # Released key -> ours: every pattern is substituted, in this order, in every key; the result must be exactly our state dict.
