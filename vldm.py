@@ -446,7 +446,7 @@ def plms(denoise: Denoiser, x0: Tensor | None, level: float, randn: Callable[[],
     The latent `x0` (B, 4, h, w) is noised to `level` in [0, 1] (below 0.01 nothing is left to do and nothing is yielded; without
     `x0`, `randn` gives the start). The first step is an improved Euler step, later ones extrapolate the noise predictions by
     Adams-Bashforth of order 2, 3, 4; then z moves along the deterministic path (Song et al. 2021, DDIM), or, `ancestral`, through
-    the posterior with fresh noise. The last step is the posterior's mean. `randn()` is a standard normal draw like the latent.
+    the posterior with fresh noise. The last step is the posterior's mean, clipped. `randn()` is a standard normal draw like the latent.
     """
     times = plms_times(level, steps)
     snr = log_snr(times)
@@ -456,7 +456,7 @@ def plms(denoise: Denoiser, x0: Tensor | None, level: float, randn: Callable[[],
         estimate = x0_from_eps(z, snr[k], eps).clamp(-clip, clip)
         if ancestral or k + 2 == len(snr):
             mean, var = posterior(estimate, z, snr[k], snr[k + 1])
-            return mean if k + 2 == len(snr) else mean + var.clamp(min=1e-20).sqrt() * randn(), estimate
+            return mean.clamp(-clip, clip) if k + 2 == len(snr) else mean + var.clamp(min=1e-20).sqrt() * randn(), estimate
         (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(snr[k]), alpha_sigma(snr[k + 1])
         return alpha_s * estimate + sigma_s * (z - alpha_t * estimate) / sigma_t, estimate
 
@@ -493,7 +493,7 @@ def ancestral(denoise: Denoiser, randn: Callable[[], Tensor], steps: int = 500, 
     for k in range(steps):
         eps = denoise(z, snr[k].to(z.device).expand(len(z)))
         mean, var = posterior(x0_from_eps(z, snr[k], eps).clamp(-clip, clip), z, snr[k], snr[k + 1])
-        z = mean if k + 1 == steps else mean + var.clamp(min=1e-20).sqrt() * randn()
+        z = mean.clamp(-clip, clip) if k + 1 == steps else mean + var.clamp(min=1e-20).sqrt() * randn()
     return z
 
 
