@@ -147,7 +147,7 @@ def load_packed(root, category: str, names: list[str] | None, views: int, size: 
     with _pool(workers) as pool:
         packed = (pool.imap if pool else map)(partial(_load_bytes, root, category, size), jobs)
         for n, arrays in enumerate(tqdm(packed, f"reading {category}", len(jobs), unit="sequence", disable=None)):
-            rgba[n], valid[n] = torch.from_numpy(arrays[0]), torch.from_numpy(arrays[1])
+            rgba.numpy()[n], valid.numpy()[n] = arrays[:2]  # not torch's copy, whose threads would take the cores from the workers
             cameras.append(Cameras(*(torch.from_numpy(x) for x in arrays[2:])))
     return PackedScenes(rgba, valid, Cameras.stack(cameras), [name for name, _ in jobs], [[str(i) for i in numbers] for _, numbers in jobs])
 
