@@ -14,9 +14,11 @@ Letters: `V` input views, `Q` query views, `B` batch, `C` feature channels, `S` 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import gzip
 import json
 import math
+import multiprocessing
 import os
 import random
 import sys
@@ -33,7 +35,7 @@ from tqdm import tqdm
 import eft
 import vldm
 from cameras import Cameras, depth_range, pixel_grid
-from co3d import PackedScenes, Scene, load_packed
+from co3d import PackedScenes, load_packed, sequences
 from metrics import AttributeNet, feature_distance
 
 ROOT = Path(__file__).resolve().parent
@@ -103,11 +105,11 @@ class SparseFusion(nn.Module):
 
     @torch.no_grad()
     def denoise(self, image: Tensor, features: Tensor, level: float, generator: torch.Generator, guidance: float = 1.0,
-                **sampler) -> Tensor:
+                steps: int | None = None, **sampler) -> Tensor:
         """Images (B, 3, S, S) in [0, 1] -> what the VLDM makes of them after noising to `level` in [0, 1] (Sec. 3.2): the same
-        shape, in [0, 1]. Keyword arguments go to `vldm.plms`."""
+        shape, in [0, 1]. `steps` overrides the preset's; keyword arguments go to `vldm.plms`."""
         latent = self.vae.encode(image)
-        return self.decode(self._plms(latent, features, level, generator, guidance, **sampler))
+        return self.decode(self._plms(latent, features, level, generator, guidance, steps or self.preset.diffusion.steps, **sampler))
 
     @torch.no_grad()
     def sample(self, features: Tensor, generator: torch.Generator, guidance: float = 1.0, steps: int | None = None) -> Tensor:
@@ -118,12 +120,13 @@ class SparseFusion(nn.Module):
         latent = vldm.ancestral(self.vldm.denoiser(features, guidance), randn, steps or 5 * c.steps, c.clip, c.t_start)
         return self.decode(latent)
 
-    def _plms(self, latent: Tensor, features: Tensor, level: float, generator: torch.Generator, guidance: float, **sampler) -> Tensor:
+    def _plms(self, latent: Tensor, features: Tensor, level: float, generator: torch.Generator, guidance: float, steps: int,
+              **sampler) -> Tensor:
         c = self.preset.diffusion
         randn = lambda: torch.randn(latent.shape, generator=generator, device=generator.device).to(latent.device)
         start = level = min(level, c.t_start)
         result = None
-        for result, _, _ in vldm.plms(self.vldm.denoiser(features, guidance), latent, level, randn, c.steps, c.clip, **sampler):
+        for result, _, _ in vldm.plms(self.vldm.denoiser(features, guidance), latent, level, randn, steps, c.clip, **sampler):
             pass
         return vldm.start_latent(latent, start, randn) if result is None else result
 
@@ -406,6 +409,44 @@ def train_perceptual(data: PackedScenes, args: argparse.Namespace) -> None:
     fit(net, loss, args.out, finish, args)
 
 
+# ---------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate_one(job: tuple) -> dict:
+    """Distil one sequence, unless its results are there already: what `metrics.json` holds."""
+    import distill  # the main command knows this module, so this one only asks for it here
+
+    args, k, name = job
+    out = args.out / name
+    if (out / "metrics.json").exists():
+        return json.loads((out / "metrics.json").read_text())
+    flags = {"sequence": name, "out": out, "seed": args.seed + k, "input_frames": None, "no_prior": False}
+    return distill.Job(argparse.Namespace(**vars(args) | flags)).run()
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """The `evaluate` command (Sec. 4): every sequence of a category, input views excluded from the metrics."""
+    import distill
+
+    names = sequences(args.root, args.category)[:args.instances]
+    jobs, results = [(args, k, name) for k, name in enumerate(names)], []
+    with concurrent.futures.ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
+        run_all = pool.map(evaluate_one, jobs) if args.workers > 1 else map(evaluate_one, jobs)
+        for result in tqdm(run_all, total=len(jobs), desc="instances", disable=None):
+            results.append(result)
+    each = [r["methods"] for r in results]
+    mean = {m: {k: sum(e[m][k] for e in each) / len(each) for k in each[0][m]} for m in each[0]}
+    better = {"psnr": 1, "ssim": 1, "perceptual": -1, "iou": 1}
+    wins = {k: sum(sign * e["sparsefusion"][k] > sign * e["eft"][k] for e in each) for k, sign in better.items()}
+    ratio = mean["sparsefusion"]["perceptual"] / mean["eft"]["perceptual"]
+    summary = {"instances": len(results), "views": args.views, "mean": mean, "sparsefusion_beats_eft": wins, "perceptual_ratio": ratio,
+               "perceptual": results[0]["perceptual"], "seconds": [r["seconds"] for r in results]}
+    (args.out / "evaluation.json").write_text(json.dumps(summary, indent=1))
+    print(f"{len(results)} instances, {args.views} input views each\n{distill.table(mean)}")
+    print("SparseFusion better than EFT: " + ", ".join(f"{k} {n} of {len(each)}" for k, n in wins.items())
+          + f"; perceptual distance {ratio:.2f} times EFT's")
+
+
 # ---------------------------------------------------------------------------------------------- commands
 
 
@@ -431,6 +472,8 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
+    import distill
+
     top = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="`python distill.py` is the main command.")
     commands = top.add_subparsers(dest="command", required=True)
     p = commands.add_parser("train", help="train a part of a model; the same command again goes on where it stopped")
@@ -451,6 +494,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     add_device(p)
     p.set_defaults(run=train)
+    p = commands.add_parser("evaluate", help="distil every sequence of a category and average the metrics")
+    distill.add_job_flags(p)
+    p.add_argument("--out", type=Path, default=Path("output/evaluation"), metavar="DIR", help="results, a folder a sequence")
+    p.add_argument("--instances", type=count, metavar="N", help="only the first N sequences")
+    p.add_argument("--workers", type=count, default=1, metavar="N", help="sequences at a time, a process each")
+    p.set_defaults(run=evaluate)
     return top
 
 
