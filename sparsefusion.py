@@ -3,6 +3,7 @@
     python sparsefusion.py train vae         the autoencoder of a category, from its pictures
     python sparsefusion.py train prior       EFT and UNet jointly, the VAE frozen (Sec. 3.1)
     python sparsefusion.py train perceptual  the small network whose features measure perceptual distance in the evaluation
+    python sparsefusion.py convert           the released files -> one weights file of this program
     python sparsefusion.py evaluate          distil every sequence of a tree and average the metrics (Sec. 4)
 
 `PRESETS["paper"]` is the released architecture, `PRESETS["nano"]` the same classes, small, for the synthetic sample category.
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import eft
+import released
 import vldm
 from cameras import Cameras, depth_range, pixel_grid
 from co3d import PackedScenes, load_packed, sequences
@@ -74,6 +76,14 @@ PRESETS = {
 }
 
 
+# Part -> where a released file has its state dict, the rules from its names to ours, and what of it nothing uses.
+RELEASED = {
+    "eft": ("model_state_dict", eft.RELEASED_KEYS, eft.RELEASED_UNUSED),
+    "vldm": ("model_state_dict", vldm.RELEASED_VLDM_KEYS, vldm.RELEASED_VLDM_UNUSED),
+    "vae": ("state_dict", vldm.RELEASED_VAE_KEYS, []),
+}
+
+
 class Condition(NamedTuple):
     """What the EFT says about query views."""
     features: Tensor  # (Q, C, s, s), s = latent side times the UNet's cond_unshuffle
@@ -87,6 +97,17 @@ class SparseFusion(nn.Module):
         super().__init__()
         self.preset = preset
         self.eft, self.vae, self.vldm = eft.EFT(preset.eft), vldm.VAE(preset.vae), vldm.VLDM(preset.unet, preset.diffusion)
+
+    @staticmethod
+    def from_released(eft: Path, vldm: Path, vae: Path, device: str = "cpu") -> SparseFusion:
+        """The released model: EFT and VLDM checkpoints, and the VAE of a Stable Diffusion v1 `.ckpt` or of a Diffusers `.safetensors`.
+
+        Prints the numbers of parameters. Raises `ValueError` with one line for a file that is not exactly that; runs nothing in it.
+        """
+        model = blank(PRESETS["paper"])
+        for part, path in (("eft", eft), ("vldm", vldm), ("vae", vae)):
+            load_released(getattr(model, part), part, path)
+        return ready(model, device)
 
     @torch.no_grad()
     def condition(self, images: Tensor, cameras: Cameras, queries: Cameras, near: float, far: float, size: int | None = None,
@@ -168,10 +189,10 @@ def read_checkpoint(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights file")
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        data = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)  # tensors are read when they are used
     except Exception as e:
         raise ValueError(f"{path}: not a checkpoint that can be read safely ({type(e).__name__})") from e
-    if not isinstance(data, dict) or "weights" not in data:
+    if not isinstance(data, dict) or not isinstance(data.get("weights"), dict):
         raise ValueError(f"{path}: not a checkpoint of this program (released files go through `sparsefusion.py convert` first)")
     return data
 
@@ -180,11 +201,34 @@ def load(path: Path, device: str = "cpu") -> SparseFusion:
     """The model that `save` wrote, in evaluation mode, float32."""
     data = read_checkpoint(path)
     try:
-        model = SparseFusion(Preset.from_dict(data["preset"]))
+        model = blank(Preset.from_dict(data["preset"]))
         model.load_state_dict(data["weights"])
-    except (KeyError, TypeError, RuntimeError) as e:
-        raise ValueError(f"{path}: preset and weights do not fit together ({str(e).splitlines()[0][:160]})") from e
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"{path}: preset and weights do not fit together ({' '.join(str(e).split())[:160]})") from e
     return ready(model, device)
+
+
+def load_released(module: nn.Module, part: str, path: Path) -> None:
+    """Fill the `part` ("eft", "vldm" or "vae") of a model from its released file; says what the file has."""
+    entry, rules, unused = RELEASED[part]
+    state, beside = released.read(path, entry)
+    diffusers = part == "vae" and not any(key.startswith("first_stage_model.") for key in state)
+    if diffusers:
+        rules = vldm.DIFFUSERS_VAE_KEYS
+    elif part == "vae":  # the first stage is one of several networks in the file
+        every, state = state, {key: value for key, value in state.items() if key.startswith("first_stage_model.")}
+        beside = [*beside, f"{len(every) - len(state):,} keys of other networks"]
+    known = released.fill(module, state, rules, unused, path, matrices=diffusers)
+    print(f"{path}: {part.upper()} with {released.count_parameters(state):,} parameters"
+          + (f", of them {released.count_parameters(known):,} known to be unused" if known else "")
+          + (f"; left alone: {', '.join(beside)}" if beside else ""))
+
+
+def blank(preset: Preset) -> SparseFusion:
+    """A model whose weights are about to be loaded: to draw 500 million random ones first would take longer than to read them."""
+    with torch.device("meta"):
+        model = SparseFusion(preset)
+    return model.to_empty(device="cpu")
 
 
 def ready(model: SparseFusion, device: str) -> SparseFusion:
@@ -273,14 +317,17 @@ def fit(module: nn.Module, loss, out: Path, finish, args: argparse.Namespace) ->
     optimizer = torch.optim.Adam(parameters, lr=args.lr, betas=(0.9, 0.99), fused=args.device == "cuda")
     state, start, shown = out.with_name(out.name + ".state"), 0, {}
     if state.exists():
-        saved = torch.load(state, map_location=args.device, weights_only=True)
-        module.load_state_dict(saved["module"]), optimizer.load_state_dict(saved["optimizer"])
-        average, start = saved["average"], saved["step"]
+        saved = read_checkpoint(state)
+        try:
+            module.load_state_dict(saved["weights"]), optimizer.load_state_dict(saved["optimizer"])
+            average, start = {k: saved["average"][k].to(v.device) for k, v in average.items()}, saved["step"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as e:
+            raise ValueError(f"{state}: the state of another training; delete it or choose another --out") from e
         print(f"resuming {out.name} at step {start}")
     generator, began = torch.Generator(args.device), time.time()
 
     def checkpoint(step: int) -> None:
-        save_atomically({"module": module.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}, state)
+        save_atomically({"weights": module.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}, state)
         finish(average)
 
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=f"train {args.what}", disable=None, mininterval=5)
@@ -320,18 +367,15 @@ def ema(average: dict[str, Tensor], module: nn.Module, decay: float) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """The `train` command: `vae`, `prior` or `perceptual`."""
-    preset = PRESETS[args.preset]
-    data = [load_packed(root, args.category, None, args.frames, preset.image_size) for root in args.root]
+    if args.what == "prior" and not (args.vae and args.fewest <= args.most < args.frames):
+        raise ValueError("train prior: needs --vae, the file of `train vae`, and --fewest <= --most < --frames, "
+                         f"not --vae {args.vae} --fewest {args.fewest} --most {args.most} --frames {args.frames}")
+    data = [load_packed(root, args.category, None, args.frames, PRESETS[args.preset].image_size) for root in args.root]
     data = PackedScenes(torch.cat([d.rgba for d in data]), torch.cat([d.valid for d in data]), Cameras.cat([d.cameras for d in data]),
                         sum((d.names for d in data), []), sum((d.frames for d in data), [])).to(args.device)
     print(f"{data.rgba.shape[0]} sequences of {data.rgba.shape[1]} pictures")
     torch.manual_seed(args.seed)
-    if args.what == "vae":
-        train_vae(preset, data, args)
-    elif args.what == "prior":
-        train_prior(data, args)
-    else:
-        train_perceptual(data, args)
+    {"vae": train_vae, "prior": train_prior, "perceptual": train_perceptual}[args.what](data, args)
 
 
 def attributes(roots: list[Path], category: str, names: list[str]) -> Tensor:
@@ -343,8 +387,9 @@ def attributes(roots: list[Path], category: str, names: list[str]) -> Tensor:
     return torch.tensor([known[name] for name in names])
 
 
-def train_vae(preset: Preset, data: PackedScenes, args: argparse.Namespace) -> None:
+def train_vae(data: PackedScenes, args: argparse.Namespace) -> None:
     """Train the autoencoder; then scale its latents to unit variance."""
+    preset = PRESETS[args.preset]
     vae = vldm.VAE(preset.vae).to(args.device)
 
     def loss(generator):
@@ -356,7 +401,7 @@ def train_vae(preset: Preset, data: PackedScenes, args: argparse.Namespace) -> N
         model = SparseFusion(preset)
         model.vae.load_state_dict(average)
         model.to(args.device).eval()
-        images, _ = draw_images(data, 256, torch.Generator(args.device).manual_seed(args.seed))
+        images, _ = draw_images(data, min(256, data.rgba.shape[:2].numel()), torch.Generator(args.device).manual_seed(args.seed))
         with torch.no_grad():
             scale = 1 / float(model.vae.moments(images)[0].std())
             psnr = -10 * torch.log10(((model.vae.decode(model.vae.encode(images)) - images) ** 2).mean())
@@ -371,7 +416,8 @@ def train_prior(data: PackedScenes, args: argparse.Namespace) -> None:
     """Train EFT and UNet jointly on top of the frozen autoencoder in `args.vae`."""
     model = load(args.vae, args.device)
     pair = nn.ModuleDict({"eft": model.eft, "vldm": model.vldm}).requires_grad_(True)
-    limits = tuple(torch.tensor(x, device=args.device) for x in zip(*(depth_limits(model.preset, data.cameras[i]) for i in range(len(data.rgba)))))
+    limits = [depth_limits(model.preset, data.cameras[i]) for i in range(len(data.rgba))]
+    limits = tuple(torch.tensor(x, device=args.device) for x in zip(*limits))
 
     if args.device == "cuda":  # a thousand small kernels: one launch instead (110 -> 30 ms a step on an H100)
         c, side = model.preset.diffusion, model.preset.latent_size
@@ -407,6 +453,12 @@ def train_perceptual(data: PackedScenes, args: argparse.Namespace) -> None:
         save_atomically({"weights": {k: v.half() if v.is_floating_point() else v for k, v in average.items()}}, args.out)
 
     fit(net, loss, args.out, finish, args)
+
+
+def convert(args: argparse.Namespace) -> None:
+    """The `convert` command: released files -> one weights file."""
+    save(SparseFusion.from_released(args.eft, args.vldm, args.vae), args.out, half=args.half)
+    print(f"{args.out}: {args.out.stat().st_size / 1e9:.2f} GB in {'half' if args.half else 'full'} precision, for --weights")
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
@@ -452,10 +504,9 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def positive(text: str) -> float:
     """A number above 0, for argparse."""
-    value = float(text)
-    if not value > 0:
+    if not float(text) > 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
+    return float(text)
 
 
 def count(text: str) -> int:
@@ -465,16 +516,32 @@ def count(text: str) -> int:
     return int(text)
 
 
+def decay(text: str) -> float:
+    """A number in [0, 1), for argparse."""
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0 and below 1")
+    return float(text)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line; exit code 2."""
+
+    def error(self, message: str):
+        """Without the usage, which --help prints."""
+        self.exit(2, f"error: {message}\n")
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """The flag --device."""
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there is one)")
+    there = ["cpu", "cuda"][:1 + torch.cuda.is_available()]
+    parser.add_argument("--device", choices=there, default=there[-1], help="cpu or cuda (default: cuda if there is one)")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     import distill
 
-    top = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="`python distill.py` is the main command.")
+    top = Parser(description=__doc__.splitlines()[0], epilog="`python distill.py` is the main command.")
     commands = top.add_subparsers(dest="command", required=True)
     p = commands.add_parser("train", help="train a part of a model; the same command again goes on where it stopped")
     p.add_argument("what", choices=["vae", "prior", "perceptual"])
@@ -489,11 +556,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=count, default=10000)
     p.add_argument("--batch", type=count, default=32, help="pictures (prior: sequences) a step")
     p.add_argument("--lr", type=positive, default=4e-4)
-    p.add_argument("--ema", type=float, default=0.999, help="decay of the average of weights that is kept")
+    p.add_argument("--ema", type=decay, default=0.999, help="decay of the average of weights that is kept")
     p.add_argument("--minutes", type=positive, help="stop after that long; the same command goes on from there")
     p.add_argument("--seed", type=int, default=0)
     add_device(p)
     p.set_defaults(run=train)
+    p = commands.add_parser("convert", help="the released files -> one weights file of this program; nothing in them is run")
+    p.add_argument("--eft", type=Path, required=True, metavar="F", help="the released EFT checkpoint of a category")
+    p.add_argument("--vldm", type=Path, required=True, metavar="F", help="the released VLDM checkpoint of the same category")
+    p.add_argument("--vae", type=Path, required=True, metavar="F", help="Stable Diffusion v1 (.ckpt), or its Diffusers VAE (.safetensors)")
+    p.add_argument("--out", type=Path, required=True, metavar="F", help="weights file to write")
+    p.add_argument("--half", action="store_true", help="half precision: 1 GB instead of 2, and rounded")
+    p.set_defaults(run=convert)
     p = commands.add_parser("evaluate", help="distil every sequence of a category and average the metrics")
     distill.add_job_flags(p)
     p.add_argument("--out", type=Path, default=Path("output/evaluation"), metavar="DIR", help="results, a folder a sequence")
@@ -507,7 +581,7 @@ def run(function, args: argparse.Namespace) -> None:
     """Call a command; bad input ends in one line and exit code 2."""
     try:
         function(args)
-    except (FileNotFoundError, ValueError) as e:
+    except (OSError, ValueError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
 

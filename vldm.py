@@ -571,7 +571,7 @@ RELEASED_VLDM_KEYS = [
     (r"\.downs\.(\d)\.2\.1\.", r".down.\1.blocks.2."), (r"\.downs\.(\d)\.3\.", r".down.\1.attention."),
     (r"\.downs\.(\d)\.4\.", r".down.\1.resize."), (r"\.ups\.(\d)\.0\.", r".up.\1.blocks.0."), (r"\.ups\.(\d)\.1\.0\.", r".up.\1.blocks.1."),
     (r"\.ups\.(\d)\.1\.1\.", r".up.\1.blocks.2."), (r"\.ups\.(\d)\.2\.", r".up.\1.attention."),
-    (r"\.ups\.(\d)\.3\.net\.", r".up.\1.resize."), (r"\.mid_block", ".mid"), (r"\.mid_attn\.fn\.fn\.", ".mid_attention."),
+    (r"\.ups\.(\d)\.3\.net\.", r".up.\1.resize."), (r"\.mid_block([12])\.", r".mid\1."), (r"\.mid_attn\.fn\.fn\.", ".mid_attention."),
     (r"\.final_res_block\.", ".final_block."), (r"\.resize\.fns\.0\.", ".resize.conv3."), (r"\.resize\.fns\.1\.", ".resize.conv1."),
     (r"\.layers\.0\.0\.fn\.", ".attention."), (r"\.layers\.0\.1\.", ".feed_forward."), (r"\.cross_attn\.fn\.", ".cross_attention."),
     (r"\.to_q\.", ".q."), (r"\.to_kv\.", ".kv."), (r"\.to_context\.", ".context."), (r"\.to_out\.0\.", ".out."),
@@ -589,4 +589,12 @@ RELEASED_VAE_KEYS = [
     (r"\.1\.conv\.(weight|bias)$", r".1.\1"),
     (r"\.mid\.block_1\.", ".mid.0."), (r"\.mid\.attn_1\.", ".mid.1."), (r"\.mid\.block_2\.", ".mid.2."),
     (r"\.nin_shortcut\.", ".shortcut."), (r"\.proj_out\.", ".out."),
+]
+DIFFUSERS_VAE_KEYS = [  # the same network in the Diffusers library; its attention has old and new names
+    (r"^encoder\.down_blocks\.(\d)\.downsamplers\.0\.", r"encoder.levels.\1.2."), (r"\.down_blocks\.(\d)\.resnets\.", r".levels.\1."),
+    (r"^decoder\.up_blocks\.(\d)\.upsamplers\.0\.conv\.", r"decoder.levels.\1.3.1."), (r"\.up_blocks\.(\d)\.resnets\.", r".levels.\1."),
+    (r"\.mid_block\.resnets\.0\.", ".mid.0."), (r"\.mid_block\.attentions\.0\.", ".mid.1."), (r"\.mid_block\.resnets\.1\.", ".mid.2."),
+    *((rf"\.{theirs}\.", f".{ours}.") for theirs, ours in (("query", "q"), ("key", "k"), ("value", "v"), ("proj_attn", "out"))),
+    *((rf"\.to_{part}\.", f".{part}.") for part in "qkv"), (r"\.to_out\.0\.", ".out."), (r"\.group_norm\.", ".norm."),
+    (r"\.conv_norm_out\.", ".norm_out."), (r"\.conv_shortcut\.", ".shortcut."),
 ]
