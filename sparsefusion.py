@@ -183,8 +183,8 @@ def save(model: SparseFusion, path: Path, half: bool = True) -> None:
     save_atomically({"preset": asdict(model.preset), "weights": weights}, path)
 
 
-def read_checkpoint(path: Path) -> dict:
-    """A checkpoint that this program wrote, as a dict on the CPU. Raises ValueError with one line for anything else."""
+def read_checkpoint(path: Path, entry: str = "weights") -> dict:
+    """A checkpoint that this program wrote, with a state dict under `entry`, on the CPU; ValueError with one line for anything else."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights file")
@@ -192,7 +192,7 @@ def read_checkpoint(path: Path) -> dict:
         data = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)  # tensors are read when they are used
     except Exception as e:
         raise ValueError(f"{path}: not a checkpoint that can be read safely ({type(e).__name__})") from e
-    if not isinstance(data, dict) or not isinstance(data.get("weights"), dict):
+    if not isinstance(data, dict) or not isinstance(data.get(entry), dict):
         raise ValueError(f"{path}: not a checkpoint of this program (released files go through `sparsefusion.py convert` first)")
     return data
 
@@ -317,9 +317,9 @@ def fit(module: nn.Module, loss, out: Path, finish, args: argparse.Namespace) ->
     optimizer = torch.optim.Adam(parameters, lr=args.lr, betas=(0.9, 0.99), fused=args.device == "cuda")
     state, start, shown = out.with_name(out.name + ".state"), 0, {}
     if state.exists():
-        saved = read_checkpoint(state)
+        saved = read_checkpoint(state, "module")
         try:
-            module.load_state_dict(saved["weights"]), optimizer.load_state_dict(saved["optimizer"])
+            module.load_state_dict(saved["module"]), optimizer.load_state_dict(saved["optimizer"])
             average, start = {k: saved["average"][k].to(v.device) for k, v in average.items()}, saved["step"]
         except (KeyError, TypeError, ValueError, RuntimeError) as e:
             raise ValueError(f"{state}: the state of another training; delete it or choose another --out") from e
@@ -327,7 +327,7 @@ def fit(module: nn.Module, loss, out: Path, finish, args: argparse.Namespace) ->
     generator, began = torch.Generator(args.device), time.time()
 
     def checkpoint(step: int) -> None:
-        save_atomically({"weights": module.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}, state)
+        save_atomically({"module": module.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}, state)
         finish(average)
 
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=f"train {args.what}", disable=None, mininterval=5)
