@@ -23,6 +23,7 @@ import json
 import math
 import platform
 import random
+import resource
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -370,7 +371,7 @@ class Job:
         turntable(work, self.scene, out / "turntable.gif")
         mesh = ngp.largest_component(ngp.extract_mesh(work.field, 160, occupancy=work.occupancy))
         ngp.write_ply(out / "mesh.ply", mesh)
-        result["seconds"] = round(time.time() - self.began, 1)
+        result |= {"seconds": round(time.time() - self.began, 1), "distillation_seconds": round(work.seconds, 1), "peak_gb": peak_gb(self.args.device)}
         temporary = out / "metrics.json.tmp"
         temporary.write_text(json.dumps(result, indent=1))
         temporary.replace(out / "metrics.json")
@@ -379,6 +380,13 @@ class Job:
     def device_name(self) -> str:
         """What the numbers were made on."""
         return torch.cuda.get_device_name() if self.args.device.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads"
+
+
+def peak_gb(device: str) -> float:
+    """The most memory used so far, 10^9 bytes: of the GPU if it is one, else of this process."""
+    if device.startswith("cuda"):
+        return round(torch.cuda.max_memory_reserved() / 1e9, 2)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9, 2)
 
 
 def load_attribute_net(path: Path) -> metrics.AttributeNet:

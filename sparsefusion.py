@@ -233,7 +233,9 @@ def blank(preset: Preset) -> SparseFusion:
 
 def ready(model: SparseFusion, device: str) -> SparseFusion:
     """The model for inference: on the device, channels last (1.1 to 1.4 times faster on a CPU), no gradients."""
-    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    model.vldm.accelerate()
+    return model
 
 
 # ---------------------------------------------------------------------------------------------- training

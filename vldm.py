@@ -381,9 +381,25 @@ class GraphedUNet:
         """As `UNet.forward`, without gradients; the result is float32."""
         shapes = tuple(x.shape for x in inputs)
         if shapes not in self.graphs:
-            buffers = tuple(x.detach().clone() for x in inputs)
-            self.graphs[shapes] = torch.cuda.make_graphed_callables(lambda *x: self.unet(*x).float(), buffers)
-        return self.graphs[shapes](*inputs).clone()  # a graph writes every result to the same place
+            self.graphs[shapes] = self.capture([x.clone() for x in inputs])
+        graph, buffers, result = self.graphs[shapes]
+        for buffer, x in zip(buffers, inputs):
+            buffer.copy_(x)
+        graph.replay()
+        return result.clone()  # every replay writes to the same place
+
+    def capture(self, buffers: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+        """The graph of one forward pass, the buffers it reads and the tensor it writes."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries choose their algorithms before the capture
+            for _ in range(3):
+                self.unet(*buffers)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = self.unet(*buffers).float()
+        return graph, buffers, result
 
 
 # ---------------------------------------------------------------------------------------------- the diffusion
