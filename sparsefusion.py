@@ -243,7 +243,7 @@ def ready(model: SparseFusion, device: str) -> SparseFusion:
 
 def pseudo_huber(x: Tensor, scale: float = 0.1) -> Tensor:
     """(sqrt(1 + (x / s)^2) - 1) s, elementwise (Charbonnier et al. 1994): the colour loss of Sec. 3 and the supplement."""
-    return ((1 + (x / scale) ** 2).sqrt() - 1) * scale
+    return ((1 + x**2 / scale**2).sqrt() - 1) * scale
 
 
 def colours_at(images: Tensor, xy: Tensor, aligned: bool = False) -> Tensor:
