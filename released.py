@@ -61,12 +61,12 @@ class TensorUnpickler(pickle.Unpickler):
     PRESENT = sys.stdlib_module_names | {"torch", "numpy", "PIL"}
     DATA = "|".join((
         r"builtins\.(set|frozenset|list|dict|tuple|object|int|float|bool|str|bytes|bytearray|complex|slice|range)",
-        r"(collections|typing|datetime)\.\w+", r"(pathlib|argparse|uuid|decimal|fractions|types)\.[A-Z]\w+", r"copyreg\._reconstructor",
+        r"(collections|typing|datetime)\.\w+", r"(pathlib|argparse|uuid|decimal|fractions)\.[A-Z]\w+", r"copyreg\._reconstructor",
         r"_codecs\.encode", r"numpy\.(dtype|ndarray|bool_?|(float|u?int|complex)\d+)", r"numpy\._?core\.multiarray\.(scalar|_reconstruct)",
         r"torch\.(Size|device|bool|half|double|long|(b?float|u?int)\d+)", r"torch\.(nn|optim)\.([a-z]\w*\.)*[A-Z]\w*"))
 
     def find_class(self, module: str, name: str):
-        """What the pickle gets for a name: the real thing for the four of `REAL`, and an inert class of that name for all others."""
+        """What the pickle gets for a name: the real thing for those of `REAL`, and an inert class of that name for all others."""
         full = f"{IMPORT_MAPPING.get(module, module)}.{name}"  # Python 2's names of modules -> Python 3's
         if full in self.REAL:
             return self.REAL[full]

@@ -217,7 +217,7 @@ def load_released(module: nn.Module, part: str, path: Path) -> None:
         rules = vldm.DIFFUSERS_VAE_KEYS
     elif part == "vae":  # the first stage is one of several networks in the file
         every, state = state, {key: value for key, value in state.items() if key.startswith("first_stage_model.")}
-        beside = [*beside, f"{len(every) - len(state):,} keys of other networks"]
+        beside += [f"{len(every) - len(state):,} keys of other networks"] * (len(every) > len(state))
     known = released.fill(module, state, rules, unused, path, matrices=diffusers)
     print(f"{path}: {part.upper()} with {released.count_parameters(state):,} parameters"
           + (f", of them {released.count_parameters(known):,} known to be unused" if known else "")

@@ -656,7 +656,8 @@ def test_the_average_follows_the_weights():
 @pytest.mark.parametrize("flags,words", [
     (["--steps", "0"], "--steps"), (["--steps", "x"], "--steps"), (["--batch", "-1"], "--batch"), (["--frames", "1.5"], "--frames"),
     (["--lr", "0"], "--lr"), (["--lr", "nan"], "--lr"), (["--ema", "1"], "--ema"), (["--ema", "x"], "--ema"),
-    (["--minutes", "-3"], "--minutes"), (["--seed", "x"], "--seed"), (["--preset", "huge"], "--preset"), (["--device", "tpu"], "--device"), (["--root"], "--root"),
+    (["--minutes", "-3"], "--minutes"), (["--seed", "x"], "--seed"), (["--preset", "huge"], "--preset"), (["--device", "tpu"], "--device"),
+    (["--root"], "--root"),
     (["--unknown"], "--unknown"), (["--frames", "999"], "toys"), (["--category", "cars"], "cars"), (["--root", "nowhere"], "nowhere")])
 def test_bad_values(flags, words, tmp_path, capsys):
     one_line(capsys, ["train", "vae", "--root", SAMPLE, "--out", tmp_path / "x", *flags], words)
