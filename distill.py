@@ -270,8 +270,6 @@ class Job:
 
     def load_model(self) -> sf.SparseFusion:
         """The prior that the flags name."""
-        if self.args.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"--device {self.args.device}: this machine has no CUDA device; use --device cpu")
         model = sf.load(self.args.weights, self.args.device)
         if self.args.eft_train_mode:
             model.eft.train()
@@ -469,7 +467,7 @@ def add_job_flags(p: argparse.ArgumentParser) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Run without flags: two views of a synthetic toy, on a CPU in minutes.")
+    p = sf.Parser(description=__doc__.splitlines()[0], epilog="Run without flags: two views of a synthetic toy, on a CPU in minutes.")
     add_job_flags(p)
     p.add_argument("--sequence", metavar="S", help="default: the first of the category")
     p.add_argument("--input-frames", type=lambda s: s.split(","), metavar="I,J,...", help="frame numbers of the input views, instead of --views")
