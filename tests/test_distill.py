@@ -247,7 +247,7 @@ def test_gradient_of_the_distillation_loss_by_hand():
 
 
 def test_bootstrap_target():
-    """A rendering that is the EFT image, with its mask, has nothing left but the opacity term; the last bootstrap iteration still is one."""
+    """A rendering that is the EFT image, with its mask, leaves the opacity term only; the last bootstrap iteration is one."""
     seen = torch.full((1, 4, 32, 32), 0.4)
     seen[:, 3] = 1
     model = Dummy()
