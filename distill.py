@@ -61,14 +61,14 @@ class DistillConfig:
     decay: float = 0.2              # learning rates fall to this fraction by the last iteration (released: after 3000)
     opacity: float = 1e-3           # weight of the opacity term
     perceptual: float = 0.1         # weight of the perceptual term of distillation
-    t_max: float = 1.0              # noise levels ~ U(0, t_max)
+    t_min: float = 0.0              # noise levels ~ U(t_min, 1); at least 1 / (2 steps), below which no step is taken
     steps: int = 50                 # of multi-step denoising from t = 1/2 or above
     occupancy_every: int = 16       # iterations between looks at where space is empty
     field: FieldConfig = ngp.PAPER
 
 
 PAPER = DistillConfig()
-NANO = DistillConfig(iterations=500, bootstrap=120, viewpoints=24, image_size=128, render_size=64, lr_grid=1e-2, lr_mlp=2e-3, steps=5,
+NANO = DistillConfig(iterations=500, bootstrap=120, viewpoints=24, image_size=128, render_size=64, lr_grid=1e-2, lr_mlp=2e-3, steps=5, t_min=0.2,
                      field=replace(ngp.NANO, bound=4.0, finest_resolution=160))
 PLAIN = DistillConfig(iterations=1500, image_size=256, render_size=64, lr_grid=1e-2, lr_mlp=2e-3, field=replace(
     ngp.NANO, bound=4.0, levels=6, finest_resolution=384, log2_table=17))
@@ -177,7 +177,7 @@ class Distillation:
             loss = photometric_loss(seen[:, :3], seen[:, 3:], guess, eft_mask(guess))
         else:
             x = upsample(seen[:, :3], S, first, S // c.render_size)
-            level = c.t_max * self.random.random()
+            level = c.t_min + (1 - c.t_min) * self.random.random()
             x_hat = self.model.denoise(x.detach(), features, level, self.generator, steps=c.steps, **self.sampler)
             loss = fusion_weight(level) * (x - x_hat).abs().mean() + c.perceptual * self.perceptual(x, x_hat).mean()
         return loss + c.opacity * opacity_loss(seen[:, 3:])
@@ -247,7 +247,7 @@ class Job:
         self.model = None if args.no_prior else self.load_model()
         name = args.preset or ("plain" if args.no_prior else self.model.preset.name)
         config = replace(PRESETS[name], **({"iterations": args.iterations} if args.iterations else {}))
-        config = replace(config, bootstrap=min(config.bootstrap, config.iterations * 2 // 3), decay=config.decay)
+        config = replace(config, bootstrap=min(config.bootstrap, config.iterations * 2 // 3))
         self.config = replace(config, field=replace(config.field, hashed=args.grid == "hashed"))
         size = self.model.preset.image_size if self.model else config.image_size
         self.sequence = args.sequence or sequences(args.root, args.category)[0]
@@ -311,13 +311,15 @@ class Job:
         work = self.distillation(self.model is not None, self.config)
         file = self.args.out / "field.pt"
         settings = {"config": asdict(self.config), "sequence": self.sequence, "inputs": [self.scene.names[i] for i in self.inputs],
-                    "seed": self.args.seed, "prior": self.model is not None and str(self.args.weights)}
+                    "flags": {k: str(v) for k, v in vars(self.args).items() if k not in ("out", "run", "workers", "instances", "targets")}}
+        if self.model:
+            settings["weights"] = sum(float(p.double().sum()) for p in self.model.parameters())
 
         def checkpoint() -> None:
             sf.save_atomically({"settings": settings, **work.state_dict()}, file)
 
         if file.exists():
-            saved = torch.load(file, map_location=self.args.device, weights_only=True)
+            saved = sf.read_checkpoint(file, "field")
             if saved.get("settings") == settings:
                 work.load_state_dict(saved)
                 print(f"{file}: going on at iteration {work.iteration}")
@@ -346,12 +348,12 @@ class Job:
 
     @torch.no_grad()
     def measure(self, pictures: dict) -> dict:
-        """Metrics of every method, means over the target views."""
+        """Metrics of every method, means over the target views; the PSNR of equal pictures is 100 dB, for JSON has no infinity."""
         truth, masks, rows = self.scene.images[self.targets], self.scene.masks[self.targets], {}
         for name, (image, silhouette) in pictures.items():
             image = image.clamp(0, 1)
-            rows[name] = {"psnr": metrics.psnr(image, truth), "ssim": metrics.ssim(image, truth), "perceptual": self.distance(image, truth),
-                          "iou": metrics.iou(silhouette, masks)}
+            rows[name] = {"psnr": metrics.psnr(image, truth).clamp(max=100), "ssim": metrics.ssim(image, truth),
+                          "perceptual": self.distance(image, truth), "iou": metrics.iou(silhouette, masks)}
             rows[name] = {k: round(float(v.mean()), 4) for k, v in rows[name].items()}
         return rows
 
@@ -390,8 +392,11 @@ def peak_gb(device: str) -> float:
 def load_attribute_net(path: Path) -> metrics.AttributeNet:
     """The network that measures perceptual distance, in evaluation mode."""
     weights = sf.read_checkpoint(path)["weights"]
-    net = metrics.AttributeNet(len(weights["head.bias"]))
-    net.load_state_dict(weights)
+    try:
+        net = metrics.AttributeNet(len(weights["head.bias"]))
+        net.load_state_dict(weights)
+    except (LookupError, TypeError, RuntimeError) as e:
+        raise ValueError(f"{path}: not the weights of a perceptual network (`sparsefusion.py train perceptual` writes one)") from e
     return net.eval().requires_grad_(False)
 
 

@@ -206,3 +206,42 @@ def fill(module: nn.Module, state: dict, rules: Rules, unused: list[str], path: 
         raise ValueError(f"{path}: {text}" + (f"; and {more} more" if more > 0 else ""))
     module.load_state_dict({name: value.reshape(wanted[name].shape) for name, value in found.items()})
     return known
+
+
+# ---------------------------------------------------------------------------------------------- the tables of names
+
+# Released key -> ours (the EFT's are in `eft.py`): every pattern is substituted, in this order, in every key; the result must be exactly our state dict.
+RELEASED_VLDM_KEYS = [
+    (r"^unets\.0\.", "unet."), (r"\.init_conv\.convs\.", ".init_convs."), (r"\.to_time_hiddens\.0\.weights", ".time_frequencies"),
+    (r"\.to_time_hiddens\.1\.", ".time_hidden."), (r"\.to_time_cond\.0\.", ".time_embed."), (r"\.to_time_tokens\.0\.", ".time_tokens."),
+    (r"\.norm_cond\.", ".token_norm."), (r"\.downs\.(\d)\.1\.", r".down.\1.blocks.0."), (r"\.downs\.(\d)\.2\.0\.", r".down.\1.blocks.1."),
+    (r"\.downs\.(\d)\.2\.1\.", r".down.\1.blocks.2."), (r"\.downs\.(\d)\.3\.", r".down.\1.attention."),
+    (r"\.downs\.(\d)\.4\.", r".down.\1.resize."), (r"\.ups\.(\d)\.0\.", r".up.\1.blocks.0."), (r"\.ups\.(\d)\.1\.0\.", r".up.\1.blocks.1."),
+    (r"\.ups\.(\d)\.1\.1\.", r".up.\1.blocks.2."), (r"\.ups\.(\d)\.2\.", r".up.\1.attention."),
+    (r"\.ups\.(\d)\.3\.net\.", r".up.\1.resize."), (r"\.mid_block([12])\.", r".mid\1."), (r"\.mid_attn\.fn\.fn\.", ".mid_attention."),
+    (r"\.final_res_block\.", ".final_block."), (r"\.resize\.fns\.0\.", ".resize.conv3."), (r"\.resize\.fns\.1\.", ".resize.conv1."),
+    (r"\.layers\.0\.0\.fn\.", ".attention."), (r"\.layers\.0\.1\.", ".feed_forward."), (r"\.cross_attn\.fn\.", ".cross_attention."),
+    (r"\.to_q\.", ".q."), (r"\.to_kv\.", ".kv."), (r"\.to_context\.", ".context."), (r"\.to_out\.0\.", ".out."),
+    (r"\.to_out\.1\.", ".norm_out."), (r"\.time_mlp\.1\.", ".time."), (r"\.block([12])\.groupnorm\.", r".norm\1."),
+    (r"\.block([12])\.project\.", r".conv\1."), (r"\.gca\.to_k\.", ".gate.key."), (r"\.gca\.net\.", ".gate.net."),
+    (r"\.res_conv\.", ".shortcut."),
+]
+RELEASED_VLDM_UNUSED = [r"^unets\.0\.null_conditional_(embed|hidden)$"]  # text conditioning that the model was built without
+
+RELEASED_VAE_KEYS = [
+    (r"^first_stage_model\.", ""),
+    (r"^encoder\.down\.(\d)\.block\.", r"encoder.levels.\1."), (r"^encoder\.down\.(\d)\.downsample\.", r"encoder.levels.\1.2."),
+    *((rf"^decoder\.up\.{i}\.block\.", f"decoder.levels.{3 - i}.") for i in range(4)),
+    *((rf"^decoder\.up\.{i}\.upsample\.", f"decoder.levels.{3 - i}.3.1.") for i in range(4)),
+    (r"\.1\.conv\.(weight|bias)$", r".1.\1"),
+    (r"\.mid\.block_1\.", ".mid.0."), (r"\.mid\.attn_1\.", ".mid.1."), (r"\.mid\.block_2\.", ".mid.2."),
+    (r"\.nin_shortcut\.", ".shortcut."), (r"\.proj_out\.", ".out."),
+]
+DIFFUSERS_VAE_KEYS = [  # the same network in the Diffusers library; its attention has old and new names
+    (r"^encoder\.down_blocks\.(\d)\.downsamplers\.0\.", r"encoder.levels.\1.2."), (r"\.down_blocks\.(\d)\.resnets\.", r".levels.\1."),
+    (r"^decoder\.up_blocks\.(\d)\.upsamplers\.0\.conv\.", r"decoder.levels.\1.3.1."), (r"\.up_blocks\.(\d)\.resnets\.", r".levels.\1."),
+    (r"\.mid_block\.resnets\.0\.", ".mid.0."), (r"\.mid_block\.attentions\.0\.", ".mid.1."), (r"\.mid_block\.resnets\.1\.", ".mid.2."),
+    *((rf"\.{theirs}\.", f".{ours}.") for theirs, ours in (("query", "q"), ("key", "k"), ("value", "v"), ("proj_attn", "out"))),
+    *((rf"\.to_{part}\.", f".{part}.") for part in "qkv"), (r"\.to_out\.0\.", ".out."), (r"\.group_norm\.", ".norm."),
+    (r"\.conv_norm_out\.", ".norm_out."), (r"\.conv_shortcut\.", ".shortcut."),
+]

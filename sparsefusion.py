@@ -79,8 +79,8 @@ PRESETS = {
 # Part -> where a released file has its state dict, the rules from its names to ours, and what of it nothing uses.
 RELEASED = {
     "eft": ("model_state_dict", eft.RELEASED_KEYS, eft.RELEASED_UNUSED),
-    "vldm": ("model_state_dict", vldm.RELEASED_VLDM_KEYS, vldm.RELEASED_VLDM_UNUSED),
-    "vae": ("state_dict", vldm.RELEASED_VAE_KEYS, []),
+    "vldm": ("model_state_dict", released.RELEASED_VLDM_KEYS, released.RELEASED_VLDM_UNUSED),
+    "vae": ("state_dict", released.RELEASED_VAE_KEYS, []),
 }
 
 
@@ -214,7 +214,7 @@ def load_released(module: nn.Module, part: str, path: Path) -> None:
     state, beside = released.read(path, entry)
     diffusers = part == "vae" and not any(key.startswith("first_stage_model.") for key in state)
     if diffusers:
-        rules = vldm.DIFFUSERS_VAE_KEYS
+        rules = released.DIFFUSERS_VAE_KEYS
     elif part == "vae":  # the first stage is one of several networks in the file
         every, state = state, {key: value for key, value in state.items() if key.startswith("first_stage_model.")}
         beside += [f"{len(every) - len(state):,} keys of other networks"] * (len(every) > len(state))

@@ -499,11 +499,21 @@ def plms(denoise: Denoiser, x0: Tensor | None, level: float, randn: Callable[[],
         (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(snr[k]), alpha_sigma(snr[k + 1])
         return alpha_s * estimate + sigma_s * (z - alpha_t * estimate) / sigma_t, estimate
 
+    def start(z: Tensor, ahead: Tensor, eps: Tensor, eps_ahead: Tensor) -> Tensor:
+        """The first step's noise: as released the mean of two predictions; else that of the mean of the two clean estimates, since near
+        t = 1 a small difference in noise is a large one in what it implies (sigma / alpha is 30 at t = 0.98)."""
+        if ancestral:
+            return (eps + eps_ahead) / 2
+        estimate = sum(x0_from_eps(*x).clamp(-clip, clip) for x in ((z, snr[0], eps), (ahead, snr[1], eps_ahead))) / 2
+        alpha, sigma = alpha_sigma(snr[0])
+        return (z - alpha * estimate) / sigma
+
     for k in range(len(snr) - 1):
         eps = denoise(z, told[k])
         past = [eps, *past][:4]
         if k == 0:
-            mixed = (eps + denoise(step(eps, k)[0], told[k + 1])) / 2
+            ahead = step(eps, k)[0]
+            mixed = start(z, ahead, eps, denoise(ahead, told[k + 1]))
         else:
             mixed = sum(w * e for w, e in zip(ADAMS_BASHFORTH[len(past)], past))
         z, estimate = step(mixed, k)
@@ -569,7 +579,7 @@ class VLDM(nn.Module):
         return diffusion_loss(self.unet(z, snr, cond).float(), target, snr, self.config.snr_gamma, mask)
 
 
-# ---------------------------------------------------------------------------------------------- presets and released names
+# ---------------------------------------------------------------------------------------------- presets
 
 PAPER = (VAEConfig(), UNetConfig(), DiffusionConfig())
 NANO = (
@@ -578,39 +588,3 @@ NANO = (
                heads=4, head_dim=32, time_dim=192, token_dim=96),
     DiffusionConfig(prediction="v", snr_gamma=0.0, clip=5.0, noisings=12, steps=10, t_start=0.98),
 )
-
-# Released key -> ours: every pattern is substituted, in this order, in every key; the result must be exactly our state dict.
-RELEASED_VLDM_KEYS = [
-    (r"^unets\.0\.", "unet."), (r"\.init_conv\.convs\.", ".init_convs."), (r"\.to_time_hiddens\.0\.weights", ".time_frequencies"),
-    (r"\.to_time_hiddens\.1\.", ".time_hidden."), (r"\.to_time_cond\.0\.", ".time_embed."), (r"\.to_time_tokens\.0\.", ".time_tokens."),
-    (r"\.norm_cond\.", ".token_norm."), (r"\.downs\.(\d)\.1\.", r".down.\1.blocks.0."), (r"\.downs\.(\d)\.2\.0\.", r".down.\1.blocks.1."),
-    (r"\.downs\.(\d)\.2\.1\.", r".down.\1.blocks.2."), (r"\.downs\.(\d)\.3\.", r".down.\1.attention."),
-    (r"\.downs\.(\d)\.4\.", r".down.\1.resize."), (r"\.ups\.(\d)\.0\.", r".up.\1.blocks.0."), (r"\.ups\.(\d)\.1\.0\.", r".up.\1.blocks.1."),
-    (r"\.ups\.(\d)\.1\.1\.", r".up.\1.blocks.2."), (r"\.ups\.(\d)\.2\.", r".up.\1.attention."),
-    (r"\.ups\.(\d)\.3\.net\.", r".up.\1.resize."), (r"\.mid_block([12])\.", r".mid\1."), (r"\.mid_attn\.fn\.fn\.", ".mid_attention."),
-    (r"\.final_res_block\.", ".final_block."), (r"\.resize\.fns\.0\.", ".resize.conv3."), (r"\.resize\.fns\.1\.", ".resize.conv1."),
-    (r"\.layers\.0\.0\.fn\.", ".attention."), (r"\.layers\.0\.1\.", ".feed_forward."), (r"\.cross_attn\.fn\.", ".cross_attention."),
-    (r"\.to_q\.", ".q."), (r"\.to_kv\.", ".kv."), (r"\.to_context\.", ".context."), (r"\.to_out\.0\.", ".out."),
-    (r"\.to_out\.1\.", ".norm_out."), (r"\.time_mlp\.1\.", ".time."), (r"\.block([12])\.groupnorm\.", r".norm\1."),
-    (r"\.block([12])\.project\.", r".conv\1."), (r"\.gca\.to_k\.", ".gate.key."), (r"\.gca\.net\.", ".gate.net."),
-    (r"\.res_conv\.", ".shortcut."),
-]
-RELEASED_VLDM_UNUSED = [r"^unets\.0\.null_conditional_(embed|hidden)$"]  # text conditioning that the model was built without
-
-RELEASED_VAE_KEYS = [
-    (r"^first_stage_model\.", ""),
-    (r"^encoder\.down\.(\d)\.block\.", r"encoder.levels.\1."), (r"^encoder\.down\.(\d)\.downsample\.", r"encoder.levels.\1.2."),
-    *((rf"^decoder\.up\.{i}\.block\.", f"decoder.levels.{3 - i}.") for i in range(4)),
-    *((rf"^decoder\.up\.{i}\.upsample\.", f"decoder.levels.{3 - i}.3.1.") for i in range(4)),
-    (r"\.1\.conv\.(weight|bias)$", r".1.\1"),
-    (r"\.mid\.block_1\.", ".mid.0."), (r"\.mid\.attn_1\.", ".mid.1."), (r"\.mid\.block_2\.", ".mid.2."),
-    (r"\.nin_shortcut\.", ".shortcut."), (r"\.proj_out\.", ".out."),
-]
-DIFFUSERS_VAE_KEYS = [  # the same network in the Diffusers library; its attention has old and new names
-    (r"^encoder\.down_blocks\.(\d)\.downsamplers\.0\.", r"encoder.levels.\1.2."), (r"\.down_blocks\.(\d)\.resnets\.", r".levels.\1."),
-    (r"^decoder\.up_blocks\.(\d)\.upsamplers\.0\.conv\.", r"decoder.levels.\1.3.1."), (r"\.up_blocks\.(\d)\.resnets\.", r".levels.\1."),
-    (r"\.mid_block\.resnets\.0\.", ".mid.0."), (r"\.mid_block\.attentions\.0\.", ".mid.1."), (r"\.mid_block\.resnets\.1\.", ".mid.2."),
-    *((rf"\.{theirs}\.", f".{ours}.") for theirs, ours in (("query", "q"), ("key", "k"), ("value", "v"), ("proj_attn", "out"))),
-    *((rf"\.to_{part}\.", f".{part}.") for part in "qkv"), (r"\.to_out\.0\.", ".out."), (r"\.group_norm\.", ".norm."),
-    (r"\.conv_norm_out\.", ".norm_out."), (r"\.conv_shortcut\.", ".shortcut."),
-]

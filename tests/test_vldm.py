@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import parity
+import released
 import vldm
 from vldm import NANO, DiffusionConfig, UNet, UNetConfig, VAE, VAEConfig, VLDM, alpha_sigma, log_snr, plms, posterior, q_sample, x0_from_eps
 
@@ -45,7 +46,7 @@ def released_vldm(name, **diffusion):
     """A VLDM with the rule-made weights of `manifest_<name>.json`, held once in memory."""
     with torch.device("meta"):
         model = VLDM(unet_config(name), DiffusionConfig(**diffusion))
-    model.load_state_dict(rename(parity.weights(name), vldm.RELEASED_VLDM_KEYS, vldm.RELEASED_VLDM_UNUSED), assign=True)
+    model.load_state_dict(rename(parity.weights(name), released.RELEASED_VLDM_KEYS, released.RELEASED_VLDM_UNUSED), assign=True)
     return model.eval().requires_grad_(False)
 
 
@@ -61,7 +62,7 @@ def vae():
     config = VAEConfig(tuple(c["ch"] * k for k in c["ch_mult"]), c["num_res_blocks"], 32, c["z_channels"], m["latent_scale"])
     with torch.device("meta"):
         model = VAE(config)
-    model.load_state_dict(rename(parity.weights("vae"), vldm.RELEASED_VAE_KEYS), assign=True)
+    model.load_state_dict(rename(parity.weights("vae"), released.RELEASED_VAE_KEYS), assign=True)
     return model.eval().requires_grad_(False)
 
 
@@ -185,7 +186,7 @@ def test_released_names_cover_the_model_exactly(name):
     entries = {k: tuple(shape) for k, shape, _ in m["entries"]}
     with torch.device("meta"):
         model = VAE() if name == "vae" else VLDM(unet_config(name))
-    rules = (vldm.RELEASED_VAE_KEYS,) if name == "vae" else (vldm.RELEASED_VLDM_KEYS, vldm.RELEASED_VLDM_UNUSED)
+    rules = (released.RELEASED_VAE_KEYS,) if name == "vae" else (released.RELEASED_VLDM_KEYS, released.RELEASED_VLDM_UNUSED)
     assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == rename(entries, *rules)
     assert sum(math.prod(shape) for shape in entries.values()) == m["parameter_count"]
 
@@ -598,19 +599,19 @@ def test_graphed_unet_captures_once_a_shape_and_returns_its_own_tensor(monkeypat
     """With a stand-in for the capture that, as a graph does, reads and writes the same memory at every call."""
     captured = []
 
-    def capture(function, buffers):
+    class Graph:
+        def __init__(self, unet, buffers):
+            self.unet, self.buffers, self.result = unet, buffers, unet(*buffers).float()
+
+        def replay(self):
+            self.result.copy_(self.unet(*self.buffers))
+
+    def capture(self, buffers):
         captured.append(tuple(b.shape for b in buffers))
-        out = torch.empty(0)
+        graph = Graph(self.unet, buffers)
+        return graph, graph.buffers, graph.result
 
-        def replay_graph(*inputs):
-            for buffer, x in zip(buffers, inputs):
-                buffer.copy_(x)
-            result = function(*buffers)
-            out.resize_(result.shape).copy_(result)
-            return out
-        return replay_graph
-
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    monkeypatch.setattr(vldm.GraphedUNet, "capture", capture)
     model = tiny().eval()
     model.graphed = vldm.GraphedUNet(model.unet)
     z, cond, snr = noise(2, 4, 8, 8)(), noise(2, 6, 8, 8)(), torch.tensor(0.5)
