@@ -68,7 +68,8 @@ class DistillConfig:
 
 
 PAPER = DistillConfig()
-NANO = DistillConfig(iterations=500, bootstrap=120, viewpoints=24, image_size=128, render_size=64, lr_grid=1e-2, lr_mlp=2e-3, steps=5, t_min=0.2,
+NANO = DistillConfig(iterations=500, bootstrap=120, viewpoints=24, image_size=128, render_size=64, lr_grid=1e-2, lr_mlp=2e-3,
+                     steps=5, t_min=0.2,
                      field=replace(ngp.NANO, bound=4.0, finest_resolution=160))
 PLAIN = DistillConfig(iterations=1500, image_size=256, render_size=64, lr_grid=1e-2, lr_mlp=2e-3, field=replace(
     ngp.NANO, bound=4.0, levels=6, finest_resolution=384, log2_table=17))
@@ -371,7 +372,8 @@ class Job:
         turntable(work, self.scene, out / "turntable.gif")
         mesh = ngp.largest_component(ngp.extract_mesh(work.field, 160, occupancy=work.occupancy))
         ngp.write_ply(out / "mesh.ply", mesh)
-        result |= {"seconds": round(time.time() - self.began, 1), "distillation_seconds": round(work.seconds, 1), "peak_gb": peak_gb(self.args.device)}
+        result |= {"seconds": round(time.time() - self.began, 1), "distillation_seconds": round(work.seconds, 1),
+                   "peak_gb": peak_gb(self.args.device)}
         temporary = out / "metrics.json.tmp"
         temporary.write_text(json.dumps(result, indent=1))
         temporary.replace(out / "metrics.json")
@@ -475,7 +477,8 @@ def parser() -> argparse.ArgumentParser:
     p = sf.Parser(description=__doc__.splitlines()[0], epilog="Run without flags: two views of a synthetic toy, on a CPU in minutes.")
     add_job_flags(p)
     p.add_argument("--sequence", metavar="S", help="default: the first of the category")
-    p.add_argument("--input-frames", type=lambda s: s.split(","), metavar="I,J,...", help="frame numbers of the input views, instead of --views")
+    p.add_argument("--input-frames", type=lambda s: s.split(","), metavar="I,J,...",
+                   help="frame numbers of the input views, instead of --views")
     p.add_argument("--no-prior", action="store_true", help="fit the field to the input views alone")
     p.add_argument("--out", type=Path, metavar="DIR", help="default: output/<sequence>")
     return p
@@ -488,7 +491,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--views {args.views}: a number of views, or 0 for all")
         args.out = args.out or Path("output") / (args.sequence or sequences(args.root, args.category)[0])
         result = Job(args).run()
-        print(f"\n{result['sequence']}: inputs {', '.join(result['input_frames'])}; means over {len(result['target_frames'])} unseen views; "
+        print(f"\n{result['sequence']}: inputs {', '.join(result['input_frames'])}; means over {len(result['target_frames'])} target views; "
               f"perceptual: {result['perceptual']}\n{table(result['methods'])}\n{result['seconds']:.0f} s; results in {args.out}")
     sf.run(command, parser().parse_args(argv))
 

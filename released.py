@@ -210,7 +210,8 @@ def fill(module: nn.Module, state: dict, rules: Rules, unused: list[str], path: 
 
 # ---------------------------------------------------------------------------------------------- the tables of names
 
-# Released key -> ours (the EFT's are in `eft.py`): every pattern is substituted, in this order, in every key; the result must be exactly our state dict.
+# Released key -> ours (the EFT's are in `eft.py`): every pattern is substituted, in this order, in every key;
+# the result must be exactly our state dict.
 RELEASED_VLDM_KEYS = [
     (r"^unets\.0\.", "unet."), (r"\.init_conv\.convs\.", ".init_convs."), (r"\.to_time_hiddens\.0\.weights", ".time_frequencies"),
     (r"\.to_time_hiddens\.1\.", ".time_hidden."), (r"\.to_time_cond\.0\.", ".time_embed."), (r"\.to_time_tokens\.0\.", ".time_tokens."),
