@@ -60,6 +60,7 @@ NANO = FieldConfig(levels=5, features=4, log2_table=14, base_resolution=8, fines
 
 PRIMES = (1, 2654435761, 805459861)  # Instant NGP, Eq. 4
 CHUNK = 2**18  # points evaluated at once where no gradient is needed
+FORGIVEN = 6       # one view of so many may be wrong about a cell: photographs' masks miss pieces, and carving is for good
 MASK_LEVEL = 0.1  # a soft mask above this may be object: low, because carving is for good
 
 
@@ -237,12 +238,14 @@ class Occupancy(nn.Module):
         valid = torch.ones_like(masks) if valid is None else valid
         axis = torch.linspace(-self.config.bound, self.config.bound, self.config.occupancy_cells + 1, device=masks.device)
         lattice = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1)  # (G + 1, G + 1, G + 1, 3)
+        refused = torch.zeros_like(self.possible, dtype=torch.int32)  # by how many views, a cell
         for mask, shown, camera in zip(masks > MASK_LEVEL, valid > 0.5, cameras):
             unknown = F.pad(~shown, (1, 1, 1, 1), value=True)  # (1, H + 2, W + 2)
             mask = F.pad(mask & shown, (1, 1, 1, 1))
             border = F.max_pool2d(unknown.float(), 3, stride=1, padding=1) > 0
             maybe = (mask | unknown) if (mask & border).any() else mask
-            self.possible &= _footprint_hits(maybe[0], lattice, camera)
+            refused += ~_footprint_hits(maybe[0], lattice, camera)
+        self.possible &= refused <= len(masks) // FORGIVEN
         if not self.possible.any():
             raise ValueError(f"masks and cameras: no part of the cube of half side {self.config.bound:g} round the world origin lies "
                              "in every mask; the object must be inside the cube")
