@@ -120,8 +120,15 @@ class EncoderLayer(nn.TransformerEncoderLayer):
         q, k, v = qkv.unflatten(-1, (3, attention.num_heads, -1)).movedim(-2, -4).unbind(-2)  # (..., heads, L, N / heads) each
         weights = F.dropout((q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1), attention.dropout, self.training)
         mixed = (weights @ v).transpose(-2, -3).flatten(-2)  # (..., L, N)
-        x = self.norm1(x + self.dropout1(attention.out_proj(mixed)))
-        return self.norm2(x + self.dropout2(self.linear2(self.dropout(F.relu(self.linear1(x))))))
+        x = normalise(self.norm1, x + self.dropout1(attention.out_proj(mixed)))
+        return normalise(self.norm2, x + self.dropout2(self.linear2(self.dropout(F.relu(self.linear1(x))))))
+
+
+def normalise(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """Layer normalisation in the precision of `x`, the statistics in float32. Autocast would return float32, and every later addition
+    would read and write twice the bytes, which is what a layer on a million short tokens spends its time on."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
 
 
 class Transformer(nn.Module):
@@ -144,7 +151,8 @@ class Transformer(nn.Module):
         already is None, and `done` (..., L, N) is the product."""
         # W [a, b] = W_a a + W_b b: each part is multiplied at its own shape, then broadcast; the concatenation is never built.
         products = [F.linear(x, weight) for x, weight in zip(parts, self.weights(), strict=True) if x is not None]
-        return self.encoder(F.gelu(done + sum(products) + self.input.bias))
+        total = done + sum(products)
+        return self.encoder(F.gelu(total + self.input.bias.to(total.dtype)))
 
 
 def harmonic(x: Tensor, harmonics: int) -> Tensor:
@@ -165,7 +173,7 @@ def sample(maps: Tensor, xy: Tensor) -> Tensor:
     NDC run left and up, images right and down: both signs flip. Outside the image the border is continued.
     """
     samples = F.grid_sample(maps.float(), -xy, mode="bilinear", padding_mode="border", align_corners=True)  # (B, C, R, D)
-    return samples.permute(0, 2, 3, 1)
+    return samples.permute(0, 2, 3, 1).to(maps.dtype)
 
 
 class EFT(nn.Module):
@@ -214,7 +222,7 @@ class EFT(nn.Module):
         middle = reference_rays[..., self.config.depths // 2, :].transpose(-2, -3)  # (*, R, V, n)
         views = self.views(query_ray.unsqueeze(-2), middle, epipolar)
         features = (self.view_logit(views).softmax(-2) * views).sum(-2)  # (*, R, N)
-        return features, self.colour(features).float().sigmoid()
+        return features.float(), self.colour(features).float().sigmoid()
 
     def geometry(self, cameras: Cameras, query: Cameras, xy: Tensor, near: float | Tensor,
                  far: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
