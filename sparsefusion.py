@@ -310,7 +310,8 @@ def fit(module: nn.Module, loss, out: Path, finish, args: argparse.Namespace) ->
     """Adam with warm-up, cosine decay and an exponential moving average; saves and resumes.
 
     `loss(generator)` returns a scalar to minimise and a dict of numbers to show; step k draws from a generator seeded by
-    (seed, k), so an interrupted run goes on as it would have. State goes to `<out>.state`; `finish(averaged module)` writes `out`.
+    (seed, k), so an interrupted run goes on as it would have. Every two minutes and at the end the state goes to `<out>.state` and
+    `finish(averaged weights)` writes `out`.
     """
     torch.backends.cudnn.benchmark = True
     module.to(memory_format=torch.channels_last).train()
@@ -327,6 +328,7 @@ def fit(module: nn.Module, loss, out: Path, finish, args: argparse.Namespace) ->
             raise ValueError(f"{state}: the state of another training; delete it or choose another --out") from e
         print(f"resuming {out.name} at step {start}")
     generator, began = torch.Generator(args.device), time.time()
+    saved_at = began
 
     def checkpoint(step: int) -> None:
         save_atomically({"module": module.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}, state)
@@ -354,6 +356,9 @@ def fit(module: nn.Module, loss, out: Path, finish, args: argparse.Namespace) ->
             if args.minutes and time.time() - began > 60 * args.minutes:
                 print(f"stopped after {args.minutes} minutes at step {step + 1}; the same command goes on from there")
                 return checkpoint(step + 1)
+            if time.time() - saved_at > 120:
+                checkpoint(step + 1)
+                saved_at = time.time()
     checkpoint(args.steps)
 
 

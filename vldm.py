@@ -392,12 +392,12 @@ class GraphedUNet:
         """The graph of one forward pass, the buffers it reads and the tensor it writes."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries choose their algorithms before the capture
-            for _ in range(3):
+        with torch.cuda.stream(stream), torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
+            for _ in range(3):  # cuDNN tries its algorithms before the capture
                 self.unet(*buffers)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph), torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
             result = self.unet(*buffers).float()
         return graph, buffers, result
 
