@@ -68,11 +68,10 @@ class DistillConfig:
 
 
 PAPER = DistillConfig()
-NANO = DistillConfig(iterations=500, bootstrap=120, viewpoints=24, image_size=128, render_size=64, lr_grid=1e-2, lr_mlp=2e-3,
-                     steps=5, t_min=0.2,
-                     field=replace(ngp.NANO, bound=4.0, finest_resolution=160))
-PLAIN = DistillConfig(iterations=1500, image_size=256, render_size=64, lr_grid=1e-2, lr_mlp=2e-3, field=replace(
-    ngp.NANO, bound=4.0, levels=6, finest_resolution=384, log2_table=17))
+NANO = DistillConfig(iterations=500, bootstrap=120, viewpoints=24, image_size=128, render_size=64, lr_grid=5e-2, lr_mlp=1e-2,
+                     decay=0.1, steps=5, t_min=0.2, field=ngp.NANO)
+PLAIN = DistillConfig(iterations=1500, image_size=256, render_size=64, lr_grid=1e-2, lr_mlp=2e-3,
+                      field=replace(ngp.NANO, levels=6, finest_resolution=384, log2_table=17))
 PRESETS = {"paper": PAPER, "nano": NANO, "plain": PLAIN}
 
 
@@ -193,7 +192,7 @@ class Distillation:
     def run(self, progress: str | None = None, checkpoint=None) -> None:
         """All iterations that are left. `checkpoint()` is called about once a minute."""
         c, self.psnr, saved = self.config, None, time.time()
-        if self.model is not None and self.condition is None:
+        if self.model is not None and self.condition is None and self.iteration < c.iterations:
             self.condition = self.model.condition(self.inputs.images, self.inputs.cameras, self.viewpoints, *self.limits,
                                                   progress=progress and "EFT viewpoints")
         bar = tqdm(range(self.iteration, c.iterations), initial=self.iteration, total=c.iterations, desc=progress,
@@ -250,6 +249,8 @@ class Job:
         config = replace(PRESETS[name], **({"iterations": args.iterations} if args.iterations else {}))
         config = replace(config, bootstrap=min(config.bootstrap, config.iterations * 2 // 3))
         self.config = replace(config, field=replace(config.field, hashed=args.grid == "hashed"))
+        if name == "paper" and args.device == "cpu":
+            print("note: the paper's size takes minutes an iteration on a CPU; it is meant for --device cuda")
         size = self.model.preset.image_size if self.model else config.image_size
         self.sequence = args.sequence or sequences(args.root, args.category)[0]
         scene = load_sequence(args.root, args.category, self.sequence, size)

@@ -44,7 +44,6 @@ class FieldConfig:
     hidden_layers: int = 2          # of the network (released code)
     blob_density: float = 5.0       # start with an object in the middle: height of a Gaussian in the density logit (DreamFusion)
     blob_radius: float = 0.2        # its standard deviation, CO3D units (DreamFusion)
-    density_bias: float = 0.0       # initial bias of the density logit: below 0, the field starts transparent (ours)
     samples: int = 64               # D, stratified samples of a ray (released code)
     importance: int = 64            # further samples where those found something (released code; 0: none)
     near: float = 0.1               # least t of a sample (released code)
@@ -54,9 +53,9 @@ class FieldConfig:
 
 
 PAPER = FieldConfig()
-# For the sample category and for CPUs: fewer, wider levels cost less; an object of about unit radius; starts nearly transparent.
-NANO = FieldConfig(levels=5, features=4, log2_table=14, base_resolution=8, finest_resolution=96, bound=1.5, width=32,
-                   blob_density=0.0, density_bias=-1.0, samples=64, importance=0, occupancy_cells=48, occupancy_decay=0.8)
+# For the sample category and for CPUs: fewer, wider levels and a smaller network cost less.
+NANO = FieldConfig(levels=5, features=4, base_resolution=8, finest_resolution=160, width=32, hidden_layers=1, blob_density=0.0,
+                   samples=64, importance=0, occupancy_cells=48, occupancy_decay=0.8)
 
 PRIMES = (1, 2654435761, 805459861)  # Instant NGP, Eq. 4
 CHUNK = 2**18  # points evaluated at once where no gradient is needed
@@ -179,8 +178,6 @@ class Field(nn.Module):
                 nn.init.uniform_(parameter, -fan_in**-0.5, fan_in**-0.5, generator=generator)
             layers += [layer, nn.ReLU()]
         self.mlp = nn.Sequential(*layers[:-1])
-        with torch.no_grad():
-            self.mlp[-1].bias[0] += config.density_bias
 
     def blob(self, x: Tensor) -> Tensor:
         """What is added to the density logit: a Gaussian around the origin. (N, 3) -> (N,)"""

@@ -328,12 +328,12 @@ def fit(module: nn.Module, loss, out: Path, finish, args: argparse.Namespace) ->
             raise ValueError(f"{state}: the state of another training; delete it or choose another --out") from e
         print(f"resuming {out.name} at step {start}")
     generator, began = torch.Generator(args.device), time.time()
-    saved_at = began
 
     def checkpoint(step: int) -> None:
         save_atomically({"module": module.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}, state)
         finish(average)
 
+    written = began
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=f"train {args.what}", disable=None, mininterval=5)
     for step in bar:
         for group in optimizer.param_groups:
@@ -356,9 +356,9 @@ def fit(module: nn.Module, loss, out: Path, finish, args: argparse.Namespace) ->
             if args.minutes and time.time() - began > 60 * args.minutes:
                 print(f"stopped after {args.minutes} minutes at step {step + 1}; the same command goes on from there")
                 return checkpoint(step + 1)
-            if time.time() - saved_at > 120:
+            if time.time() - written > 120:
                 checkpoint(step + 1)
-                saved_at = time.time()
+                written = time.time()
     checkpoint(args.steps)
 
 
@@ -476,6 +476,8 @@ def evaluate_one(job: tuple) -> dict:
     import distill  # the main command knows this module, so this one only asks for it here
 
     args, k, name = job
+    if args.workers > 1:  # the processes share the cores
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.workers))
     out = args.out / name
     if (out / "metrics.json").exists():
         return json.loads((out / "metrics.json").read_text())

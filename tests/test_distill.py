@@ -317,7 +317,7 @@ def test_a_field_fits_its_input_views():
     """Six views of a ball, in two seconds: the same views at more than 30 dB, unseen ones at more than 24 dB, silhouettes to match."""
     scene = ball(12, 32)
     inputs, rest = scene[[0, 2, 4, 6, 8, 10]], scene[[1, 5]]
-    config = replace(SHORT, iterations=300, occupancy_every=16, lr_grid=3e-2, lr_mlp=1e-2, field=replace(FIELD, density_bias=0.0))
+    config = replace(SHORT, iterations=300, occupancy_every=16, lr_grid=3e-2, lr_mlp=1e-2, field=FIELD)
     work = distill.Distillation(inputs, config, 0)
     work.run()
     for views, least in ((inputs, 30), (rest, 24)):
