@@ -70,7 +70,7 @@ class DistillConfig:
 PAPER = DistillConfig()
 NANO = DistillConfig(iterations=500, bootstrap=120, viewpoints=24, image_size=128, render_size=64, lr_grid=5e-2, lr_mlp=1e-2,
                      decay=0.1, steps=5, t_min=0.2, field=ngp.NANO)
-PLAIN = DistillConfig(iterations=1500, image_size=256, render_size=64, lr_grid=1e-2, lr_mlp=2e-3,
+PLAIN = DistillConfig(iterations=1000, image_size=256, render_size=64, lr_grid=3e-2, lr_mlp=1e-2, decay=0.05,
                       field=replace(ngp.NANO, levels=6, finest_resolution=384, log2_table=17))
 PRESETS = {"paper": PAPER, "nano": NANO, "plain": PLAIN}
 
@@ -249,7 +249,7 @@ class Job:
         config = replace(PRESETS[name], **({"iterations": args.iterations} if args.iterations else {}))
         config = replace(config, bootstrap=min(config.bootstrap, config.iterations * 2 // 3))
         self.config = replace(config, field=replace(config.field, hashed=args.grid == "hashed"))
-        if name == "paper" and args.device == "cpu":
+        if self.model and name == "paper" and args.device == "cpu":
             print("note: the paper's size takes minutes an iteration on a CPU; it is meant for --device cuda")
         size = self.model.preset.image_size if self.model else config.image_size
         self.sequence = args.sequence or sequences(args.root, args.category)[0]

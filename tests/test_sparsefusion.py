@@ -1,8 +1,10 @@
 """The model as one object: checkpoints out and in, losses, training, the command line."""
 import functools
+import itertools
 import os
 import pickle
 import shutil
+import types
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -193,6 +195,24 @@ def test_training_and_resuming(training, tmp_path, capsys):
     training("perceptual", "p2.pt")
     one, two = (sf.read_checkpoint(p)["weights"] for p in (one, two))
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_killed_training_goes_on_from_what_it_saved_by_itself(training, tmp_path, monkeypatch, capsys):
+    whole, clock, steps = training("vae", "whole.pt"), itertools.count(0, 200), itertools.count(1)
+
+    def ema(*args, real=sf.ema):
+        if next(steps) == 3:
+            raise KeyboardInterrupt
+        real(*args)
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(sf, "time", types.SimpleNamespace(time=lambda: next(clock)))  # 200 s between looks
+        m.setattr(sf, "ema", ema)
+        training("vae", "killed.pt")
+    assert "resuming" not in capsys.readouterr().out
+    killed = training("vae", "killed.pt")
+    assert "resuming killed.pt at step 1" in capsys.readouterr().out
+    assert same(sf.load(whole), sf.load(killed))
 
 
 def test_another_seed_trains_another_model(training):
