@@ -435,8 +435,10 @@ def comparison(scene: Scene, inputs: list[int], targets: list[int], pictures: di
 
 
 def turntable(work: Distillation, scene: Scene, path: Path, frames: int = 36) -> None:
-    """An animation of the field on the circle path."""
+    """An animation of the field on the circle path, the box around its occupied cells in the middle of the picture."""
     cameras = circle_path(scene.cameras.to("cpu"), frames + 1)[:-1].to(scene.cameras.T.device)
+    middle, _ = cameras.project(work.occupancy.box.mean(0).expand(frames, 1, 3))  # crops of photographs look past the object
+    cameras = replace(cameras, principal=cameras.principal - middle[:, 0])
     images = [to_image(x) for x in work.views(cameras, scene.images.shape[-1])[0]]
     images[0].save(path, save_all=True, append_images=images[1:], duration=80, loop=0)
 

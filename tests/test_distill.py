@@ -369,6 +369,18 @@ def check_outputs(out, result, methods, size, frames):
     assert not list(out.glob("*.tmp"))
 
 
+def test_the_turntable_has_the_object_in_the_middle(tmp_path):
+    """However far beside it the crops' optical axes pass."""
+    seen, box = [], torch.tensor([[0.5, 1.0, 0.0], [1.5, 2.0, 1.0]])
+    R, T = look_at(torch.tensor([[0.0, 1.0, -9.0], [9.0, 1.0, 0.0], [0.0, 1.0, 9.0]]), torch.zeros(3, 3), torch.tensor([[0.0, 1.0, 0.0]] * 3))
+    scene = types.SimpleNamespace(cameras=Cameras(R, T, torch.full((3, 2), 2.0), torch.full((3, 2), 0.3)), images=torch.zeros(3, 3, 8, 8))
+    work = types.SimpleNamespace(occupancy=types.SimpleNamespace(box=box),
+                                 views=lambda cameras, size: (seen.append(cameras) or torch.zeros(len(cameras), 3, size, size), None))
+    distill.turntable(work, scene, tmp_path / "t.gif", frames=5)
+    xy, depth = seen[0].project(box.mean(0).expand(5, 1, 3))
+    assert xy.abs().max() < 1e-5 and (depth > 0).all()
+
+
 def test_the_shipped_sample(tmp_path, monkeypatch, capsys):
     """The main command, few iterations, fewer viewpoints and pictures of the turntable: nothing else is changed."""
     monkeypatch.setitem(distill.PRESETS, "nano", replace(distill.NANO, viewpoints=2))
