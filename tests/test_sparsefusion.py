@@ -17,7 +17,7 @@ import parity
 import sparsefusion as sf
 import vldm
 from co3d import load_packed
-from test_released import SMALL, one_line, same
+from test_released import SMALL, Evil, one_line, same
 
 SAMPLE = Path(__file__).resolve().parent.parent / "sample" / "co3d"
 
