@@ -125,8 +125,11 @@ class EncoderLayer(nn.TransformerEncoderLayer):
 
 
 def normalise(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """Layer normalisation in the precision of `x`, the statistics in float32. Autocast would return float32, and every later addition
-    would read and write twice the bytes, which is what a layer on a million short tokens spends its time on."""
+    """Layer normalisation (Ba et al., 2016) of tokens (..., N) in their own precision, the statistics in float32.
+
+    Autocast would return float32, and every later addition would read and write twice the bytes, which is what a layer on a million
+    short tokens spends its time on.
+    """
     with torch.autocast(x.device.type, enabled=False):
         return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
 

@@ -327,13 +327,12 @@ def fit(module: nn.Module, loss, out: Path, finish, args: argparse.Namespace) ->
         except (KeyError, TypeError, ValueError, RuntimeError) as e:
             raise ValueError(f"{state}: the state of another training; delete it or choose another --out") from e
         print(f"resuming {out.name} at step {start}")
-    generator, began = torch.Generator(args.device), time.time()
+    generator, began, written = torch.Generator(args.device), time.time(), time.time()
 
     def checkpoint(step: int) -> None:
         save_atomically({"module": module.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}, state)
         finish(average)
 
-    written = began
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=f"train {args.what}", disable=None, mininterval=5)
     for step in bar:
         for group in optimizer.param_groups:
