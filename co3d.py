@@ -126,30 +126,31 @@ def load_sequence(root, category: str, sequence: str, size: int = 256, frames: I
     return source.load(sequence, size, numbers)
 
 
-def load_packed(root, category: str, names: list[str] | None, views: int, size: int, workers: int | None = None) -> PackedScenes:
-    """`views` evenly spaced frames of each of the sequences `names` (None: of all), decoded by `workers` processes (None: one a core).
+def load_packed(roots: list, category: str, names: list[str] | None, views: int, size: int, workers: int | None = None) -> PackedScenes:
+    """`views` evenly spaced frames of each of the sequences `names` (None: all) of each of the folders `roots`.
 
-    Sequences with fewer frames are left out. One bar shows the progress.
+    Decoded by `workers` processes (None: one a core). Sequences with fewer frames are left out. One bar shows the progress.
     """
-    source = _source(root, category)
     jobs = []
-    for name in source.sequences(None) if names is None else names:
-        numbers = source.frame_numbers(name, None)
-        if len(numbers) >= views:
-            jobs.append((name, [numbers[i] for i in evenly_spaced(len(numbers), views)]))
-    if not jobs:
-        raise ValueError(f"{root}/{category}: no sequence has {views} frames")
+    for root in roots:
+        source, before = _source(root, category), len(jobs)
+        for name in source.sequences(None) if names is None else names:
+            numbers = source.frame_numbers(name, None)
+            if len(numbers) >= views:
+                jobs.append((root, name, [numbers[i] for i in evenly_spaced(len(numbers), views)]))
+        if len(jobs) == before:
+            raise ValueError(f"{root}/{category}: no sequence has {views} frames")
 
     rgba = torch.empty(len(jobs), views, 4, size, size, dtype=torch.uint8)
     valid = torch.empty(len(jobs), views, 1, size, size, dtype=torch.uint8)
     cameras = []
     workers = min(workers or os.cpu_count() or 1, len(jobs))
     with _pool(workers) as pool:
-        packed = (pool.imap if pool else map)(partial(_load_bytes, root, category, size), jobs)
+        packed = (pool.imap if pool else map)(partial(_load_bytes, category, size), jobs)
         for n, arrays in enumerate(tqdm(packed, f"reading {category}", len(jobs), unit="sequence", disable=None)):
             rgba.numpy()[n], valid.numpy()[n] = arrays[:2]  # not torch's copy, whose threads would take the cores from the workers
             cameras.append(Cameras(*(torch.from_numpy(x) for x in arrays[2:])))
-    return PackedScenes(rgba, valid, Cameras.stack(cameras), [name for name, _ in jobs], [[str(i) for i in numbers] for _, numbers in jobs])
+    return PackedScenes(rgba, valid, Cameras.stack(cameras), [name for _, name, _ in jobs], [[str(i) for i in n] for _, _, n in jobs])
 
 
 def evenly_spaced(n: int, count: int) -> list[int]:
@@ -445,12 +446,13 @@ def _pool(workers: int):
     return multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) if workers > 1 else nullcontext()
 
 
-def _load_bytes(root, category: str, size: int, job: tuple[str, list[int]]) -> list[np.ndarray]:
-    """A job of `load_packed`: (name, frame numbers) -> rgba (V, 4, S, S) and valid (V, 1, S, S) as uint8, R, T, focal, principal.
+def _load_bytes(category: str, size: int, job: tuple) -> list[np.ndarray]:
+    """A job of `load_packed`: (root, name, frame numbers) -> rgba (V, 4, S, S) and valid (V, 1, S, S) as uint8, R, T, focal, principal.
 
     NumPy arrays travel between processes as bytes; tensors would each hold a file descriptor open.
     """
-    scene = load_sequence(root, category, job[0], size, job[1])
+    root, name, numbers = job
+    scene = load_sequence(root, category, name, size, numbers)
     rgba = torch.cat([scene.images, scene.masks], 1).mul(255).round().byte()
     cameras = scene.cameras
     return [x.numpy() for x in (rgba, scene.valid.byte(), cameras.R, cameras.T, cameras.focal, cameras.principal)]

@@ -376,9 +376,7 @@ def train(args: argparse.Namespace) -> None:
     if args.what == "prior" and not (args.vae and args.fewest <= args.most < args.frames):
         raise ValueError("train prior: needs --vae, the file of `train vae`, and --fewest <= --most < --frames, "
                          f"not --vae {args.vae} --fewest {args.fewest} --most {args.most} --frames {args.frames}")
-    data = [load_packed(root, args.category, None, args.frames, PRESETS[args.preset].image_size) for root in args.root]
-    data = PackedScenes(torch.cat([d.rgba for d in data]), torch.cat([d.valid for d in data]), Cameras.cat([d.cameras for d in data]),
-                        sum((d.names for d in data), []), sum((d.frames for d in data), [])).to(args.device)
+    data = load_packed(args.root, args.category, None, args.frames, PRESETS[args.preset].image_size).to(args.device)
     print(f"{data.rgba.shape[0]} sequences of {data.rgba.shape[1]} pictures")
     torch.manual_seed(args.seed)
     {"vae": train_vae, "prior": train_prior, "perceptual": train_perceptual}[args.what](data, args)

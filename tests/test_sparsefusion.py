@@ -93,7 +93,7 @@ def test_broken_checkpoints(tmp_path):
 
 def test_shapes_and_ranges():
     model, g = sf.ready(tiny(), "cpu"), torch.Generator().manual_seed(0)
-    scene = load_packed(SAMPLE, "toys", ["toy_1000_00000"], 4, TINY.image_size, workers=1)[0]
+    scene = load_packed([SAMPLE], "toys", ["toy_1000_00000"], 4, TINY.image_size, workers=1)[0]
     near, far = sf.depth_limits(TINY, scene.cameras)
     features, images = model.condition(scene.images[:2], scene.cameras[:2], scene.cameras[2:], near, far)
     assert features.shape == (2, 16, 8, 8) and images.shape == (2, 3, 8, 8) and 0 <= images.min() and images.max() <= 1
