@@ -59,6 +59,9 @@ class DistillConfig:
     lr_grid: float = 5e-3           # Adam, table of the encoding
     lr_mlp: float = 5e-4            # Adam, network
     decay: float = 0.2              # learning rates fall to this fraction by the last iteration (released: after 3000)
+    lr_exposure: float = 0.0        # Adam, logarithmic gain of every input view and channel; 0: all photographs were exposed alike
+    footprint: int = 1              # pixels a side, odd: an input view's colours are means over such squares
+    background: float = 1.0         # weight of an input view's pixels outside its mask; below 1 where masks may miss pieces
     opacity: float = 1e-3           # weight of the opacity term
     perceptual: float = 0.1         # weight of the perceptual term of distillation
     t_min: float = 0.0              # noise levels ~ U(t_min, 1); at least 1 / (2 steps), below which no step is taken
@@ -67,20 +70,28 @@ class DistillConfig:
     field: FieldConfig = ngp.PAPER
 
 
+# Weight of the mean square of the logarithmic gains: without it, an object's differently coloured sides pass for exposures.
+EXPOSURE_PRIOR = 0.3
+
 PAPER = DistillConfig()
 NANO = DistillConfig(iterations=500, bootstrap=120, viewpoints=24, image_size=128, render_size=64, lr_grid=5e-2, lr_mlp=1e-2,
                      decay=0.1, steps=5, t_min=0.2, field=ngp.NANO)
-PLAIN = DistillConfig(iterations=1000, image_size=256, render_size=64, lr_grid=3e-2, lr_mlp=1e-2, decay=0.05,
-                      field=replace(ngp.NANO, levels=6, finest_resolution=384, log2_table=17))
+# Photographs without a prior: exposure varies, masks are rough, and resizing without a filter (as released) aliases.
+PLAIN = DistillConfig(iterations=1000, image_size=256, render_size=64, lr_grid=3e-2, lr_mlp=1e-2, decay=0.05, lr_exposure=1e-2,
+                      footprint=5, background=0.3, field=replace(ngp.NANO, levels=6, finest_resolution=96, log2_table=17))
 PRESETS = {"paper": PAPER, "nano": NANO, "plain": PLAIN}
 
 
 # ---------------------------------------------------------------------------------------------- losses (supplement)
 
 
-def photometric_loss(colour: Tensor, silhouette: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Pseudo-Huber colour loss plus pseudo-Huber silhouette loss, means over (B, 3, s, s) and (B, 1, s, s): a scalar."""
-    return sf.pseudo_huber(colour - target).mean() + sf.pseudo_huber(silhouette - mask).mean()
+def photometric_loss(colour: Tensor, silhouette: Tensor, target: Tensor, mask: Tensor, background: float = 1.0) -> Tensor:
+    """Pseudo-Huber colour loss plus pseudo-Huber silhouette loss, means over (B, 3, s, s) and (B, 1, s, s): a scalar.
+
+    Pixels outside the mask weigh `background`, those inside 1.
+    """
+    weight = background + (1 - background) * mask
+    return (weight * sf.pseudo_huber(colour - target)).mean() + (weight * sf.pseudo_huber(silhouette - mask)).mean()
 
 
 def opacity_loss(silhouette: Tensor) -> Tensor:
@@ -150,8 +161,11 @@ class Distillation:
         self.field = Field(config.field, torch.Generator().manual_seed(seed)).to(device)
         self.occupancy = Occupancy(config.field).to(device)
         self.occupancy.carve(inputs.masks, inputs.cameras, inputs.valid)
+        self.colours = F.avg_pool2d(inputs.images, config.footprint, stride=1, padding=config.footprint // 2)
+        self.exposure = torch.zeros(len(inputs), 3, device=device, requires_grad=True)  # logarithmic gains; only their differences count
         self.optimizer = torch.optim.Adam([{"params": self.field.encoding.parameters(), "lr": config.lr_grid},
-                                           {"params": self.field.mlp.parameters(), "lr": config.lr_mlp}], betas=(0.9, 0.99), eps=1e-15)
+                                           {"params": self.field.mlp.parameters(), "lr": config.lr_mlp},
+                                           {"params": [self.exposure], "lr": config.lr_exposure}], betas=(0.9, 0.99), eps=1e-15)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.iteration, self.seconds, self.generator = 0, 0.0, torch.Generator(device)
         self.condition = None
@@ -160,12 +174,13 @@ class Distillation:
         """Loss of one random input view (step 1)."""
         scene, i = self.inputs, self.random.randrange(len(self.inputs))
         seen, xy, _ = self.render(scene.cameras[i], scene.images.shape[-1])
-        target = sf.colours_at(torch.cat([scene.images[i], scene.masks[i]])[None], xy)  # (1, R, 4)
+        target = sf.colours_at(torch.cat([self.colours[i], scene.masks[i]])[None], xy)  # (1, R, 4)
         target = target.transpose(1, 2).reshape(seen.shape)
-        psnr = -10 * math.log10((seen[:, :3].detach() - target[:, :3]).square().mean().item() + 1e-10)
+        colour = seen[:, :3] * (self.exposure[i] - self.exposure.mean(0)).exp()[:, None, None]
+        psnr = -10 * math.log10((colour.detach() - target[:, :3]).square().mean().item() + 1e-10)
         self.psnr = psnr if self.psnr is None else 0.95 * self.psnr + 0.05 * psnr
-        loss = photometric_loss(seen[:, :3], seen[:, 3:], target[:, :3], target[:, 3:])
-        return loss + self.config.opacity * opacity_loss(seen[:, 3:])
+        loss = photometric_loss(colour, seen[:, 3:], target[:, :3], target[:, 3:], self.config.background)
+        return loss + self.config.opacity * opacity_loss(seen[:, 3:]) + EXPOSURE_PRIOR * self.exposure.square().mean()
 
     def query_step(self) -> Tensor:
         """Loss of one random query viewpoint (step 2): towards the EFT image, later towards the denoised rendering."""
@@ -220,13 +235,14 @@ class Distillation:
 
     def state_dict(self) -> dict:
         """What a rerun needs to go on."""
-        return {"field": self.field.state_dict(), "occupancy": self.occupancy.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "iteration": self.iteration, "seconds": self.seconds}
+        return {"field": self.field.state_dict(), "occupancy": self.occupancy.state_dict(), "exposure": self.exposure.detach(),
+                "optimizer": self.optimizer.state_dict(), "iteration": self.iteration, "seconds": self.seconds}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from a state."""
         for name in ("field", "occupancy", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
+        self.exposure.data.copy_(state["exposure"])
         self.iteration, self.seconds = state["iteration"], state["seconds"]
 
     @torch.no_grad()

@@ -45,6 +45,13 @@ def test_losses_parity():
     # the colour term and the silhouette term alone: the other one compared with itself
     close(distill.photometric_loss(f["in_render"], f["in_mask"], f["in_rgb"], f["in_mask"]).reshape(1), f["out_color_err"])
     close(distill.photometric_loss(f["in_rgb"], f["in_sil"], f["in_rgb"], f["in_mask"]).reshape(1), f["out_sil_err"])
+    weighted = distill.photometric_loss(f["in_render"], f["in_sil"], f["in_rgb"], f["in_mask"], 0.25).reshape(1)
+    weight = 0.25 + 0.75 * f["in_mask"]
+    colour, silhouette = (sf.pseudo_huber(a - b) for a, b in ((f["in_render"], f["in_rgb"]), (f["in_sil"], f["in_mask"])))
+    close(weighted, ((weight * colour).mean() + (weight * silhouette).mean()).reshape(1))
+    black = torch.zeros_like(f["in_mask"])
+    alone = distill.photometric_loss(f["in_render"], f["in_sil"], f["in_rgb"], black, 0.25)  # nothing but background
+    close(alone.reshape(1), 0.25 * distill.photometric_loss(f["in_render"], f["in_sil"], f["in_rgb"], black).reshape(1))
     close(distill.opacity_loss(f["in_sil"]).reshape(1), f["out_opacity"])
     mask = distill.eft_mask(f["in_eft_rgb"])
     close(mask, f["out_bootstrap_mask"])
@@ -200,7 +207,8 @@ def test_the_loop_alternates_and_bootstraps_first():
     assert all(0 <= level < 1 for level in model.levels) and len(set(model.levels)) == 3
     assert model.conditions == 1 and model.sampler == {"steps": SHORT.steps, "ancestral": True}
     assert all(not x.requires_grad and x.shape == (1, 3, 32, 32) for x in model.images)
-    assert {int(s["step"]) for s in work.optimizer.state_dict()["state"].values()} == {12}  # two updates an iteration
+    steps = [int(s["step"]) for s in work.optimizer.state_dict()["state"].values()]
+    assert steps[-1] == 6 and set(steps[:-1]) == {12}  # two updates an iteration, only one of which sees an input's exposure
     assert work.iteration == 6
 
 
@@ -216,7 +224,7 @@ def test_learning_rates_fall_to_the_last_iteration():
     step = work.input_step
     work.input_step = lambda: (seen.append([g["lr"] for g in work.optimizer.param_groups]), step())[1]
     work.run()
-    expected = [[rate * SHORT.decay ** (i / 6) for rate in (SHORT.lr_grid, SHORT.lr_mlp)] for i in range(6)]
+    expected = [[rate * SHORT.decay ** (i / 6) for rate in (SHORT.lr_grid, SHORT.lr_mlp, 0)] for i in range(6)]
     parity.assert_close(seen, expected, rtol=1e-6)
 
 
@@ -284,7 +292,8 @@ def test_no_gradient_through_the_denoiser():
 def test_resumed_equals_uninterrupted(k, tmp_path, monkeypatch):
     """From a checkpoint in bootstrap, and from one in distillation: the same bits as without a stop."""
     model, clock = tiny_model(), iter(range(0, 10**6, 61))
-    whole = distillation(model, SHORT, model.perceptual)
+    config = replace(SHORT, lr_exposure=1e-2)
+    whole = distillation(model, config, model.perceptual)
     monkeypatch.setattr(distill, "time", types.SimpleNamespace(time=lambda: next(clock)))  # a checkpoint is due at every iteration
 
     def checkpoint():
@@ -292,7 +301,7 @@ def test_resumed_equals_uninterrupted(k, tmp_path, monkeypatch):
             sf.save_atomically(whole.state_dict(), tmp_path / "state.pt")
 
     whole.run(checkpoint=checkpoint)
-    resumed = distillation(model, SHORT, model.perceptual)
+    resumed = distillation(model, config, model.perceptual)
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert resumed.iteration == k
     different = any(not torch.equal(a, b) for a, b in zip(resumed.field.parameters(), whole.field.parameters()))
@@ -300,6 +309,7 @@ def test_resumed_equals_uninterrupted(k, tmp_path, monkeypatch):
     for part in ("field", "occupancy"):
         a, b = getattr(whole, part).state_dict(), getattr(resumed, part).state_dict()
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert torch.equal(whole.exposure, resumed.exposure) and whole.exposure.std() > 0
     assert different and resumed.iteration == whole.iteration == SHORT.iterations
 
 
@@ -324,6 +334,38 @@ def test_a_field_fits_its_input_views():
         images, silhouettes = work.views(views.cameras, 32)
         assert metrics.psnr(images, views.images).mean() > least
         assert metrics.iou(silhouettes, views.masks).mean() > 0.95
+
+
+def test_the_exposure_of_every_input_view_is_found():
+    """Photographs of one ball, coloured by height, at three exposures: their ratios come out."""
+    scene, gains = ball(6, 32), torch.tensor([[0.7, 0.8, 0.9], [1, 1, 1], [0.85, 0.85, 0.85]] * 2)
+    scene = replace(scene, images=scene.images[:, 1:2] * gains[..., None, None])
+    for rate in (0, 1e-2):
+        config = replace(SHORT, iterations=300, occupancy_every=16, lr_grid=3e-2, lr_mlp=1e-2, lr_exposure=rate, field=FIELD)
+        work = distill.Distillation(scene, config, 0)
+        work.run()
+        found = (work.exposure - work.exposure.mean(0)).detach().exp()
+        parity.assert_close(found, gains / gains.log().mean(0).exp() if rate else torch.ones(6, 3), atol=0.12 if rate else 0)
+
+
+def test_sides_of_different_colour_do_not_pass_for_exposures():
+    """A ball coloured by its normal, photographed at one exposure: the gains stay near one, and unseen views do not suffer much."""
+    scene, quality = ball(24, 32), {}
+    for rate in (0, 1e-2):
+        config = replace(SHORT, iterations=300, occupancy_every=16, lr_grid=3e-2, lr_mlp=1e-2, lr_exposure=rate, field=FIELD)
+        work = distill.Distillation(scene[list(range(0, 24, 2))], config, 0)
+        work.run()
+        quality[rate] = metrics.psnr(work.views(scene[[3, 15]].cameras, 32)[0], scene[[3, 15]].images).mean()
+    assert work.exposure.abs().max() < 0.1 and quality[1e-2] > quality[0] - 1
+
+
+def test_footprint():
+    """Colours of the input views are means over squares, black outside the picture; their masks stay sharp."""
+    scene = ball(2, 32)
+    work, same = (distill.Distillation(scene, replace(SHORT, footprint=n), 0) for n in (5, 1))
+    parity.assert_close(work.colours[1, :, 10, 20], scene.images[1, :, 8:13, 18:23].mean((1, 2)), rtol=1e-5)
+    parity.assert_close(work.colours[0, :, 0, 16], scene.images[0, :, :3, 14:19].sum((1, 2)) / 25, rtol=1e-5)
+    assert torch.equal(same.colours, scene.images) and torch.equal(work.inputs.masks, scene.masks)
 
 
 # --- the command ---
