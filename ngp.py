@@ -281,9 +281,9 @@ def _footprint_hits(maybe: Tensor, lattice: Tensor, camera: Cameras) -> Tensor:
     return torch.where(high[2] > 0, hits, outside)
 
 
-def _in_chunks(function, x: Tensor) -> Tensor:
-    """function(x) of many points (N, 3), a piece at a time, to bound memory."""
-    return torch.cat([function(piece) for piece in x.split(CHUNK)])
+def _in_chunks(function, x: Tensor, size: int = CHUNK) -> Tensor:
+    """function(x) of many rows, `size` at a time, to bound memory."""
+    return torch.cat([function(piece) for piece in x.split(size)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------- renderer
@@ -451,8 +451,25 @@ def extract_mesh(field: Field, resolution: int = 128, threshold: float | None = 
     start, end = keys // len(values), keys % len(values)
     fraction = values[start] / (values[start] - values[end])
     vertices = position(start) + fraction[:, None] * (position(end) - position(start))
-    colours = _in_chunks(lambda x: field(x)[1], vertices.clamp(-bound, bound))
-    return Mesh(vertices, faces, colours)
+    return Mesh(vertices, faces, _colours_below(field, vertices, faces, step, occupancy))
+
+
+def _colours_below(field: Field, vertices: Tensor, faces: Tensor, step: Tensor, occupancy: Occupancy | None, samples: int = 8) -> Tensor:
+    """What rays see that enter a surface against its normals: colours (N, 3), means over `samples` steps, weighted as in `render`.
+
+    The outermost layer of a field is so faint that no picture ever taught it its colour.
+    """
+    corners = vertices[faces]  # (M, 3, 3)
+    across = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    normals = F.normalize(torch.zeros_like(vertices).index_add(0, faces.flatten(), across.repeat_interleave(3, 0)), dim=-1)
+    depths = (torch.arange(samples, device=vertices.device) + 0.5) * step
+
+    def seen(rays: Tensor) -> Tensor:
+        t = depths.expand(len(rays), -1)
+        density, colour = _evaluate(field, rays[:, :3], rays[:, 3:], t, occupancy)
+        weights = absorption(density, t, step.expand(len(rays), 1))[..., None] + 1e-6  # never all zero
+        return (weights * colour).sum(1) / weights.sum(1)
+    return _in_chunks(seen, torch.cat([vertices, -normals], 1), CHUNK // samples)
 
 
 def largest_component(mesh: Mesh) -> Mesh:

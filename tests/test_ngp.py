@@ -418,7 +418,19 @@ def test_surface_of_a_ball(with_occupancy):
     assert abs(volume / (4 / 3 * np.pi * 0.8**3) - 1) < 0.02 and abs(area / (4 * np.pi * 0.8**2) - 1) < 0.02
     assert len(mesh.vertices) - len(edges_of(mesh)) / 2 + len(mesh.faces) == 2  # Euler: a sphere
     assert (mesh.vertices.norm(dim=-1) - 0.8).abs().max() < 0.01
-    parity.assert_close(mesh.colours, mesh.vertices / 3 + 0.5, atol=1e-5)
+    below = (mesh.colours - 0.5) * 3 / mesh.vertices  # a colour is a position: the vertex's own, moved straight inwards by some steps
+    parity.assert_close(below[mesh.vertices.abs() > 0.2], torch.ones(()).expand(int((mesh.vertices.abs() > 0.2).sum())) * 0.92, atol=0.07)
+
+
+def test_colours_of_a_surface_are_those_below_a_faint_skin():
+    """Three shells: a thin faint one of green, a dense one of red, emptiness of blue; a surface between the first two is red."""
+    shells = torch.tensor([0.6, 0.78, 0.8])
+    def layer(x):
+        return torch.bucketize(x.norm(dim=-1), shells)
+    field = Analytic(lambda x: torch.tensor([0.0, 2000, 12, 0])[layer(x)],
+                     lambda x: torch.tensor([[0.0, 0, 1], [1, 0, 0], [0, 1, 0], [0, 1, 0]])[layer(x)])
+    colours = ngp.extract_mesh(field, 100, 10.0).colours
+    assert colours[:, 0].mean() > 0.9 and colours[:, 1].mean() < 0.1 and colours[:, 2].max() < 1e-3
 
 
 def test_surface_is_closed_at_the_cube_and_for_any_field():
