@@ -283,7 +283,8 @@ def test_no_gradient_through_the_denoiser():
     assert not x_hat.requires_grad and 0 <= x_hat.min() and x_hat.max() <= 1 and x_hat.std() > 0
     work = distillation(model, SHORT, model.perceptual)
     work.run()  # the field's update must not need the prior's gradients either: it is the only thing that moves
-    assert set(p for g in work.optimizer.param_groups for p in g["params"]) == set(work.field.parameters())
+    assert set(p for g in work.optimizer.param_groups for p in g["params"]) == {work.exposure, *work.field.parameters()}
+    assert not work.exposure.any()  # its learning rate is 0 here
 
 
 # --- resuming ---
