@@ -329,7 +329,7 @@ class Job:
         work = self.distillation(self.model is not None, self.config)
         file = self.args.out / "field.pt"
         settings = {"config": asdict(self.config), "sequence": self.sequence, "inputs": [self.scene.names[i] for i in self.inputs],
-                    "flags": {k: str(v) for k, v in vars(self.args).items() if k not in ("out", "run", "workers", "instances", "targets")}}
+                    "flags": {k: v for k, v in flags(self.args).items() if k != "targets"}}
         if self.model:
             settings["weights"] = sum(float(p.double().sum()) for p in self.model.parameters())
 
@@ -383,7 +383,7 @@ class Job:
         pictures = self.pictures(work)
         result = {"sequence": self.sequence, "input_frames": [self.scene.names[i] for i in self.inputs],
                   "target_frames": [self.scene.names[i] for i in self.targets], "seed": self.args.seed, "seconds": 0.0,
-                  "methods": self.measure(pictures), "perceptual": self.distance_name, "command": " ".join(sys.argv),
+                  "methods": self.measure(pictures), "perceptual": self.distance_name, "command": " ".join(sys.argv), "flags": flags(self.args),
                   "versions": {"python": platform.python_version(), "torch": torch.__version__, "device": self.device_name()}}
         comparison(self.scene, self.inputs, self.targets, pictures).save(out / "comparison.png")
         turntable(work, self.scene, out / "turntable.gif")
@@ -399,6 +399,11 @@ class Job:
     def device_name(self) -> str:
         """What the numbers were made on."""
         return torch.cuda.get_device_name() if self.args.device.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads"
+
+
+def flags(args: argparse.Namespace) -> dict[str, str]:
+    """The flags that decide a result, as text."""
+    return {k: str(v) for k, v in vars(args).items() if k not in ("out", "run", "workers", "instances")}
 
 
 def peak_gb(device: str) -> float:

@@ -469,17 +469,19 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def evaluate_one(job: tuple) -> dict:
-    """Distil one sequence, unless its results are there already: what `metrics.json` holds."""
+    """Distil one sequence, unless its results with these flags and weights are there already: what `metrics.json` holds."""
     import distill  # the main command knows this module, so this one only asks for it here
 
     args, k, name = job
     if args.workers > 1:  # the processes share the cores
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.workers))
-    out = args.out / name
-    if (out / "metrics.json").exists():
-        return json.loads((out / "metrics.json").read_text())
-    flags = {"sequence": name, "out": out, "seed": args.seed + k, "input_frames": None, "no_prior": False}
-    return distill.Job(argparse.Namespace(**vars(args) | flags)).run()
+    own = {"sequence": name, "out": args.out / name, "seed": args.seed + k, "input_frames": None, "no_prior": False}
+    args, earlier = argparse.Namespace(**vars(args) | own), args.out / name / "metrics.json"
+    if earlier.exists() and earlier.stat().st_mtime > args.weights.stat().st_mtime:
+        result = json.loads(earlier.read_text())
+        if result.get("flags") == distill.flags(args):
+            return result
+    return distill.Job(args).run()
 
 
 def evaluate(args: argparse.Namespace) -> None:

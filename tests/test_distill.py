@@ -479,6 +479,35 @@ def test_no_prior_on_real_photographs(monkeypatch, tmp_path):
     assert result["methods"]["ngp"]["psnr"] > 12
 
 
+def test_evaluate(fast, tiny_weights, tmp_path, capsys, monkeypatch):
+    """Means and wins over two sequences; results of the same flags and weights are taken again, no others."""
+    runs, run = [], distill.Job.run
+    monkeypatch.setattr(distill.Job, "run", lambda self: (runs.append((self.sequence, self.args.seed)), run(self))[1])
+
+    def evaluate(*flags):
+        argv = ["evaluate", "--root", ROOT / "sample" / "co3d", "--instances", 2, "--targets", 1, "--weights", tiny_weights, "--device", "cpu",
+                "--out", tmp_path, *flags]
+        runs.clear()
+        sf.main(list(map(str, argv)))
+        return json.loads((tmp_path / "evaluation.json").read_text())
+
+    names, fresh = ["toy_1000_00000", "toy_1000_00001"], evaluate()
+    assert runs == [(names[0], 0), (names[1], 1)] and fresh["instances"] == 2
+    assert f"perceptual distance {fresh['perceptual_ratio']:.2f}" in capsys.readouterr().out
+    each = [json.loads((tmp_path / name / "metrics.json").read_text())["methods"] for name in names]
+    for method in METHODS:
+        for k, value in fresh["mean"][method].items():
+            assert value == pytest.approx(sum(e[method][k] for e in each) / 2)
+    assert fresh["sparsefusion_beats_eft"]["psnr"] == sum(e["sparsefusion"]["psnr"] > e["eft"]["psnr"] for e in each)
+    assert fresh["sparsefusion_beats_eft"]["perceptual"] == sum(e["sparsefusion"]["perceptual"] < e["eft"]["perceptual"] for e in each)
+    assert evaluate() == fresh and not runs
+    evaluate("--seed", 1)
+    assert runs == [(names[0], 1), (names[1], 2)]
+    tiny_weights.touch()
+    evaluate("--seed", 1)
+    assert len(runs) == 2
+
+
 def test_a_rerun_goes_on(fast, tiny_weights, tmp_path, capsys):
     """The same command again finds its field; with other settings it starts afresh."""
     flags = ["--weights", tiny_weights, "--targets", 1]
