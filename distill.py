@@ -70,6 +70,7 @@ class DistillConfig:
     field: FieldConfig = ngp.PAPER
 
 
+# Exposures: the appearance codes of NeRF in the Wild (Martin-Brualla et al. 2021), reduced to gains.
 # Weight of the mean square of the logarithmic gains: without it, an object's differently coloured sides pass for exposures.
 EXPOSURE_PRIOR = 0.3
 

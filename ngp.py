@@ -455,9 +455,9 @@ def extract_mesh(field: Field, resolution: int = 128, threshold: float | None = 
 
 
 def _colours_below(field: Field, vertices: Tensor, faces: Tensor, step: Tensor, occupancy: Occupancy | None, samples: int = 8) -> Tensor:
-    """What rays see that enter a surface against its normals: colours (N, 3), means over `samples` steps, weighted as in `render`.
+    """What rays see that enter a surface against its normals, within `samples` steps: colours (N, 3) in [0, 1] (NeRF, Eq. 3).
 
-    The outermost layer of a field is so faint that no picture ever taught it its colour.
+    vertices (N, 3), faces (M, 3). The outermost layer of a field is so faint that no picture ever taught it its colour.
     """
     corners = vertices[faces]  # (M, 3, 3)
     across = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
