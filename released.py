@@ -1,15 +1,19 @@
-"""Weights that others wrote: read without running anything they name, and matched key by key (Sec. 4's released models).
+"""Weights that others wrote: read without running anything they name, and matched key by key.
 
-Two formats. A PyTorch checkpoint is a pickle beside raw numbers, and a pickle is a program: it may import and call anything. Here it
-gets tensors and plain data; a class or function of a framework becomes an inert stand-in, whether that framework is installed or not;
-and a file that names what no checkpoint needs (`os.system`, `eval`, `getattr`, ...) is refused. A `.safetensors` file is a JSON header
-and raw numbers, and may only lie about sizes.
+Two formats. A PyTorch checkpoint is a pickle beside raw numbers, and a pickle is a program: it may import and call
+anything. Here it gets tensors and plain data; a class or function of a framework becomes an inert stand-in, whether
+that framework is installed or not; and a file that names what no checkpoint needs (`os.system`, `eval`, `getattr`, ...)
+is refused. A `.safetensors` file is a JSON header and raw numbers, and may only lie about sizes.
 
-Matching: a network's released names become ours by a table of rules, (pattern, replacement) substituted in order in every name. What is
-missing, left over or of another shape ends in one line that lists it under its released name; nothing is dropped silently.
+Matching. A table of rules turns the released names into ours. What is missing, left over or of another shape ends in
+one line that lists it; nothing is dropped silently.
+
+What differs from the released code: there only the VLDM's file must fit; of the EFT's and the VAE's it takes what it
+knows, whatever else is there or missing [released: load_model.py:37-40, 94, 153]. Here every file must fit.
 """
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import pickle
@@ -17,18 +21,18 @@ import re
 import sys
 from _compat_pickle import IMPORT_MAPPING
 from collections import OrderedDict
-from collections.abc import Iterable
-from os.path import commonprefix
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-Rules = list[tuple[str, str]]
+from metrics import VGG16LPIPS
+
+Rules = list[tuple[str, str]]  # patterns and replacements of `re.sub`, in order
+
 
 # ---------------------------------------------------------------------------------------------- PyTorch checkpoints
-
 
 class Inert:
     """Stands for a foreign class or function in a pickle: takes any arguments, state or items, and does nothing."""
@@ -50,103 +54,159 @@ class Rebuild:
     __slots__ = ()
 
     def __call__(self, first, *rest) -> Tensor:
-        return first if isinstance(first, Tensor) else torch._utils._rebuild_tensor(first, *rest[:3])
+        if isinstance(first, Tensor):
+            return first
+        return torch._utils._rebuild_tensor(first, *rest[:3])
 
 
 class TensorUnpickler(pickle.Unpickler):
     """An unpickler of tensors and plain data."""
-    REAL = {"collections.OrderedDict": OrderedDict,  # and storages, which `torch.load` takes care of
-            **{f"torch._utils._rebuild_{what}": Rebuild() for what in ("tensor", "tensor_v2", "parameter")}}
-    # A framework that is not here cannot be called, so nobody gains by naming it. These packages are here: of them, only data.
+
+    # What a pickle really gets (beside storages, which `torch.load` takes care of).
+    REAL = {
+        "collections.OrderedDict": OrderedDict,
+        "torch._utils._rebuild_tensor": Rebuild(),
+        "torch._utils._rebuild_tensor_v2": Rebuild(),
+        "torch._utils._rebuild_parameter": Rebuild(),
+    }
+
+    # A framework that is not here cannot be called: nobody gains by naming it. These packages are here: only data.
     PRESENT = sys.stdlib_module_names | {"torch", "numpy", "PIL"}
-    DATA = "|".join((
-        r"builtins\.(set|frozenset|list|dict|tuple|object|int|float|bool|str|bytes|bytearray|complex|slice|range)",
-        r"(collections|typing|datetime)\.\w+", r"(pathlib|argparse|uuid|decimal|fractions)\.[A-Z]\w+", r"copyreg\._reconstructor",
-        r"_codecs\.encode", r"numpy\.(dtype|ndarray|bool_?|(float|u?int|complex)\d+)", r"numpy\._?core\.multiarray\.(scalar|_reconstruct)",
-        r"torch\.(Size|device|bool|half|double|long|(b?float|u?int)\d+)", r"torch\.(nn|optim)\.([a-z]\w*\.)*[A-Z]\w*"))
+    DATA = (
+        r"builtins\.(object|int|float|bool|complex|str|bytes|bytearray|tuple|list|dict|set|frozenset|slice|range)",
+        r"(collections|typing|datetime)\.\w+",
+        r"(pathlib|argparse|uuid|decimal|fractions)\.[A-Z]\w+",
+        r"copyreg\._reconstructor|_codecs\.encode",
+        r"numpy\.(dtype|ndarray|bool_?|(float|u?int|complex)\d+)",
+        r"numpy\._?core\.multiarray\.(scalar|_reconstruct)",
+        r"torch\.(Size|device|bool|half|double|long|(b?float|u?int)\d+)",
+        r"torch\.(nn|optim)\.([a-z]\w*\.)*[A-Z]\w*",
+    )
 
     def find_class(self, module: str, name: str):
-        """What the pickle gets for a name: the real thing for those of `REAL`, and an inert class of that name for all others."""
-        full = f"{IMPORT_MAPPING.get(module, module)}.{name}"  # Python 2's names of modules -> Python 3's
+        """What the pickle gets for a name: the real thing if it is in `REAL`, else an inert class of that name."""
+        module = IMPORT_MAPPING.get(module, module)  # Python 2's names of modules -> Python 3's
+        full = f"{module}.{name}"
         if full in self.REAL:
             return self.REAL[full]
-        if full.split(".")[0] in self.PRESENT and not re.fullmatch(self.DATA, full):
+
+        # What could be called here must be known to be data; and even then it is only pretended.
+        present = full.split(".")[0] in self.PRESENT
+        if present and not any(re.fullmatch(pattern, full) for pattern in self.DATA):
             raise ValueError(f"it names {full}, which no weights need and which could run code")
         return type(name, (Inert,), {})
 
 
+class TensorPickle:
+    """What `torch.load` takes for the module `pickle`."""
+    Unpickler = TensorUnpickler
+
+    @staticmethod
+    def load(file, **options):
+        return TensorUnpickler(file, **options).load()
+
+
 def read_pickled(path: Path) -> dict:
-    """A PyTorch checkpoint, of today's zip format or the one before, as a dict on the CPU; foreign objects in it are inert.
+    """A PyTorch checkpoint, of today's zip format or the one before, as a dict on the CPU; foreign objects are inert.
 
     Tensors of a zip are mapped: only those that are used are read from the disk.
     """
-    with open(path, "rb") as f:
-        start = f.read(4)
-    reader = SimpleNamespace(__name__="pickle", Unpickler=TensorUnpickler, load=lambda f, **options: TensorUnpickler(f, **options).load())
+    with open(path, "rb") as file:
+        start = file.read(4)
+    zipped = start == b"PK\3\4"
     try:
-        if zipped := start == b"PK\3\4":
-            if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
-                raise ValueError("it is a TorchScript program")
-        elif start[:1] != b"\x80":
+        # A TorchScript program is a zip as well, and torch would load it as one.
+        if zipped and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
+            raise ValueError("it is a TorchScript program")
+        if not zipped and start[:1] != b"\x80":
             raise ValueError("it begins like no such file")
-        data = torch.load(str(path), map_location="cpu", pickle_module=reader, weights_only=False, mmap=zipped)
+
+        data = torch.load(str(path), map_location="cpu", pickle_module=TensorPickle, weights_only=False, mmap=zipped)
         if not isinstance(data, dict):
             raise ValueError(f"it holds a {type(data).__name__} instead of a dict")
-        return {**data}
+        return dict(data)
     except Exception as e:  # broken bytes raise nearly anything
-        raise ValueError(f"{path}: not a PyTorch checkpoint of weights: {_line(e)}") from None
+        raise ValueError(f"{path}: not a PyTorch checkpoint of weights: {_reason(e)}") from None
 
 
-def _line(e: Exception) -> str:
-    """What went wrong, in less than a line."""
-    text = str(e).strip().split("\n")[0][:200]
+def _reason(e: Exception) -> str:
+    """What went wrong, in less than a line, printable."""
+    text = ascii(str(e).strip().split("\n")[0][:200])[1:-1]
     return text if type(e) is ValueError else f"{type(e).__name__} {text}"
 
 
 # ---------------------------------------------------------------------------------------------- safetensors
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
+    "I64": torch.int64,   "I32": torch.int32,   "I16": torch.int16,   "I8": torch.int8,       "U8": torch.uint8,
+}
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file: eight bytes with the length of the header, the header in JSON, the numbers without gaps."""
-    path = Path(path)
-    size, tensors, end = path.stat().st_size, {}, 0
+    """The tensors of a `.safetensors` file: the header's length, the header in JSON, the numbers without gaps."""
+    size = path.stat().st_size
+    tensors = {}
     try:
+        # The header says the type, the shape and the place of every tensor.
         data = torch.from_file(str(path), size=size, dtype=torch.uint8)  # mapped, not read
         begin = 8 + int.from_bytes(data[:8].tolist(), "little")
         if begin > size:
             raise ValueError(f"its header would end at byte {begin}")
         header = json.loads(bytes(data[8:begin].numpy()))
         header.pop("__metadata__", None)
+
+        # Each tensor begins where the one before ended, and has as many bytes as its shape needs.
+        end = 0
         for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            if start != end or min(shape, default=0) < 0 or stop - start != math.prod(shape) * dtype.itemsize or begin + stop > size:
-                raise ValueError(f"key {key!r}, {entry['dtype']} {tuple(shape)}, would be in bytes {start} to {stop} of {size - begin}")
-            tensors[key], end = data[begin + start:begin + stop].clone().view(dtype).reshape(shape), stop
+            dtype = DTYPES[entry["dtype"]]
+            shape = entry["shape"]
+            start, stop = entry["data_offsets"]
+            right_size = min(shape, default=0) >= 0 and stop - start == math.prod(shape) * dtype.itemsize
+            if start != end or begin + stop > size or not right_size:
+                found = f"{entry['dtype']} {tuple(shape)}"
+                raise ValueError(f"key {key!r}, {found}, would be in bytes {start} to {stop} of {size - begin}")
+            tensors[key] = data[begin + start:begin + stop].clone().view(dtype).reshape(shape)
+            end = stop
         if begin + end != size:
             raise ValueError(f"the last tensor ends at byte {begin + end}")
-    except Exception as e:
-        raise ValueError(f"{path}: not a complete safetensors file of {size} bytes: {_line(e)}") from None
+    except Exception as e:  # a header may be any JSON
+        raise ValueError(f"{path}: not a complete safetensors file of {size} bytes: {_reason(e)}") from None
     return tensors
 
 
-def read(path: Path, entry: str) -> tuple[dict, list[str]]:
-    """The state dict in a file of either format, and the names of what stands beside it. In a pickled file it is under `entry`."""
+def read(path: str | Path, entry: str | None) -> tuple[dict, list[str]]:
+    """The state dict in a file of either format, and the names of what stands beside it.
+
+    In a pickled file it is under `entry`; without one, it is the file. Raises `FileNotFoundError` or `ValueError`.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights file")
-    with open(path, "rb") as f:
-        if f.read(9)[8:] == b"{":
-            return read_safetensors(path), []
+
+    # The ninth byte of a safetensors file is where the JSON begins.
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{":
+        return read_safetensors(path), []
+
+    # A checkpoint has training state beside the weights.
     data = read_pickled(path)
-    if not isinstance(data.get(entry), dict):
-        raise ValueError(f"{path}: expected a state dict under {entry!r}, found {', '.join(map(repr, data)) or 'nothing'}")
-    return {str(key): value for key, value in dict.items(data[entry])}, [str(key) for key in data if key != entry]
+    state = data if entry is None else data.get(entry)
+    if not isinstance(state, dict):
+        found = ", ".join(map(repr, list(data)[:8])) or "nothing"
+        raise ValueError(f"{path}: expected a state dict under {entry!r}, found {found}")
+    beside = [] if entry is None else [ascii(key).strip("'") for key in data if key != entry]
+    return {str(key): value for key, value in dict.items(state)}, beside
 
 
-# ---------------------------------------------------------------------------------------------- names
+# ---------------------------------------------------------------------------------------------- names and shapes
+
+class Part(NamedTuple):
+    """A released file that has a part of the model."""
+    entry: str | None             # where in the file the state dict is; None: the file is the state dict
+    rules: Rules                  # from its names to ours
+    unused: tuple[str, ...] = ()  # patterns of names whose weights nothing uses, here or there
 
 
 def our_name(key: str, rules: Rules) -> str:
@@ -156,93 +216,191 @@ def our_name(key: str, rules: Rules) -> str:
     return key
 
 
-def released_name(name: str, rules: Rules, present: Iterable[str]) -> str:
-    """The released key of our name, for a message, in the style of the keys that are `present`.
-
-    Every rule is undone at every place; of the keys that the rules take back to our name, the one most like its neighbours is meant.
-    """
-    names = {name}
-    for pattern, replacement in reversed(rules):
-        ours = "^" + re.escape(replacement).replace(r"\\1", re.search(r"\(.*\)|$", pattern)[0])  # a rule has one group or none
-        theirs = re.sub(r"\(.*\)", r"\\1", pattern).strip("^$").replace(r"\.", ".")
-        names |= {n[:i] + re.sub(ours, theirs, n[i:]) for n in names for i in range(len(n))}
-    return max(sorted(n for n in names if our_name(n, rules) == name),
-               key=lambda n: max((len(commonprefix([n, key])) for key in present), default=0))
-
-
 def describe(value) -> str:
     """A weight's shape, and its type unless floating point."""
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
-    return f"{tuple(value.shape)}" + ("" if value.is_floating_point() else f" {value.dtype}")
+    shape = str(tuple(value.shape))
+    return shape if value.is_floating_point() else f"{shape} {value.dtype}"
+
+
+def fits(value, wanted: Tensor) -> bool:
+    """Whether shape and type are right. A matrix may stand for a 1x1 convolution: Diffusers has linear layers there."""
+    if wanted.shape[2:] == (1, 1) and describe(value) == describe(wanted[..., 0, 0]):
+        return True
+    return describe(value) == describe(wanted)
+
+
+def fill(module: nn.Module, state: dict, part: Part, path: str | Path) -> dict[str, Tensor]:
+    """Copy the released `state` of the file `path` into a module; returns what of it is known to be unused.
+
+    Raises `ValueError` with the first few keys that do not fit; for a missing one with our name and the nearest key.
+    """
+    wanted = module.state_dict()
+    found = {}
+    unused = {}
+    left_over = {}  # our name -> released key
+    problems = []
+
+    # Every released key is unused, or one of ours, or nobody's.
+    for key, value in state.items():
+        name = our_name(key, part.rules)
+        if isinstance(value, Tensor) and any(re.search(pattern, key) for pattern in part.unused):
+            unused[key] = value
+        elif name not in wanted or name in found:
+            left_over[name] = key
+            problems.append(f"key {key!r}: expected no such key, found {describe(value)}")
+        else:
+            found[name] = value
+            if not fits(value, wanted[name]):
+                problems.append(f"key {key!r}: expected {describe(wanted[name])}, found {describe(value)}")
+
+    # Every weight of ours must be among them.
+    missing = [name for name in wanted if name not in found]
+    for name in missing[:3]:
+        near = difflib.get_close_matches(name, left_over, 1)
+        hint = f"; nearest is {left_over[near[0]]!r}" if near else ""
+        problems.append(f"our {name!r}: expected {describe(wanted[name])}, found no key for it{hint}")
+
+    # Three of the problems make the message; the others are counted.
+    more = len(problems) + len(missing[3:]) - 3
+    if more > 0:
+        problems[3:] = [f"and {more} more"]
+    if problems:
+        raise ValueError(f"{path}: {'; '.join(problems)}")
+    module.load_state_dict({name: value.reshape(wanted[name].shape) for name, value in found.items()})
+    return unused
+
+
+# ---------------------------------------------------------------------------------------------- files to networks
+
+def load_part(module: nn.Module, part: str, path: str | Path) -> None:
+    """Fill the `part` ("eft", "vldm" or "vae") of a model from its released file; prints what the file has.
+
+    The VAE is in a Stable Diffusion checkpoint, or in a Diffusers file. Raises `FileNotFoundError` or `ValueError`.
+    """
+    source = PARTS[part]
+    state, beside = read(path, source.entry)
+
+    # In a Stable Diffusion file the VAE is one of several networks; a Diffusers file is the VAE alone, in other names.
+    if part == "vae":
+        first_stage = {key: x for key, x in state.items() if key.startswith("first_stage_model.")}
+        others = len(state) - len(first_stage)
+        if not first_stage:
+            source = PARTS["diffusers"]
+        elif others:
+            state = first_stage
+            beside.append(f"{others:,} keys of other networks")
+    unused = fill(module, state, source, path)
+
+    # Say what was used, and what was not.
+    report = f"{path}: {part.upper()} with {count_parameters(state):,} parameters"
+    if unused:
+        report += f", of them {count_parameters(unused):,} known to be unused"
+    if beside:
+        report += f"; left alone: {', '.join(beside)}"
+    print(report)
 
 
 def count_parameters(state: dict[str, Tensor]) -> int:
     """How many numbers of a state dict are parameters, not statistics of batch norms."""
-    return sum(x.numel() for key, x in state.items() if not key.endswith(("running_mean", "running_var", "num_batches_tracked")))
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    return sum(x.numel() for key, x in state.items() if not key.endswith(statistics))
 
 
-def fill(module: nn.Module, state: dict, rules: Rules, unused: list[str], path: Path, matrices: bool = False) -> dict[str, Tensor]:
-    """Copy the released `state` of the file `path` into a module; returns what of it is known to be `unused` (patterns).
+def load_lpips(vgg_file: str | Path, lpips_file: str | Path) -> VGG16LPIPS:
+    """LPIPS, from torchvision's VGG16 (`vgg16-397923af.pth`) and the LPIPS package's channel weights (`vgg.pth`).
 
-    With `matrices`, a matrix may stand for a 1x1 convolution. Raises `ValueError` with the first few keys that do not fit.
+    Raises `FileNotFoundError` or `ValueError` with one line.
     """
-    known = {key: x for key, x in state.items() if isinstance(x, Tensor) and any(re.search(pattern, key) for pattern in unused)}
-    wanted, found, problems = module.state_dict(), {}, []
-    for key in (key for key in state if key not in known):
-        name, value = our_name(key, rules), state[key]
-        if name not in wanted or name in found:
-            problems.append((key, "no such key", describe(value)))
-            continue
-        found[name] = value
-        as_matrix = matrices and wanted[name].shape[2:] == (1, 1) and describe(value) == describe(wanted[name][..., 0, 0])
-        if not as_matrix and describe(value) != describe(wanted[name]):
-            problems.append((key, describe(wanted[name]), describe(value)))
-    missing = [name for name in wanted if name not in found]
-    problems += [(released_name(name, rules, state), describe(wanted[name]), "no such key") for name in missing[:3]]
-    if problems:
-        more = len(problems) + len(missing[3:]) - 3
-        text = "; ".join(f"key {key!r}: expected {expected}, found {found}" for key, expected, found in problems[:3])
-        raise ValueError(f"{path}: {text}" + (f"; and {more} more" if more > 0 else ""))
-    module.load_state_dict({name: value.reshape(wanted[name].shape) for name, value in found.items()})
-    return known
+    lpips = VGG16LPIPS()
+
+    # Either file has one part of the network, which keeps its name.
+    state, _ = read(vgg_file, PARTS["vgg16"].entry)
+    fill(nn.ModuleDict({"features": lpips.features}), state, PARTS["vgg16"], vgg_file)
+    state, _ = read(lpips_file, PARTS["lpips"].entry)
+    fill(nn.ModuleDict({"channel_weights": lpips.channel_weights}), state, PARTS["lpips"], lpips_file)
+
+    # With a negative weight, it would be no distance.
+    for key, weight in state.items():
+        if weight.min() < 0:
+            raise ValueError(f"{lpips_file}: key {key!r} has negative weights, LPIPS' are non-negative")
+    return lpips
 
 
 # ---------------------------------------------------------------------------------------------- the tables of names
 
-# Released key -> ours (the EFT's are in `eft.py`): every pattern is substituted, in this order, in every key;
-# the result must be exactly our state dict.
-RELEASED_VLDM_KEYS = [
-    (r"^unets\.0\.", "unet."), (r"\.init_conv\.convs\.", ".init_convs."), (r"\.to_time_hiddens\.0\.weights", ".time_frequencies"),
-    (r"\.to_time_hiddens\.1\.", ".time_hidden."), (r"\.to_time_cond\.0\.", ".time_embed."), (r"\.to_time_tokens\.0\.", ".time_tokens."),
-    (r"\.norm_cond\.", ".token_norm."), (r"\.downs\.(\d)\.1\.", r".down.\1.blocks.0."), (r"\.downs\.(\d)\.2\.0\.", r".down.\1.blocks.1."),
-    (r"\.downs\.(\d)\.2\.1\.", r".down.\1.blocks.2."), (r"\.downs\.(\d)\.3\.", r".down.\1.attention."),
-    (r"\.downs\.(\d)\.4\.", r".down.\1.resize."), (r"\.ups\.(\d)\.0\.", r".up.\1.blocks.0."), (r"\.ups\.(\d)\.1\.0\.", r".up.\1.blocks.1."),
-    (r"\.ups\.(\d)\.1\.1\.", r".up.\1.blocks.2."), (r"\.ups\.(\d)\.2\.", r".up.\1.attention."),
-    (r"\.ups\.(\d)\.3\.net\.", r".up.\1.resize."), (r"\.mid_block([12])\.", r".mid\1."), (r"\.mid_attn\.fn\.fn\.", ".mid_attention."),
-    (r"\.final_res_block\.", ".final_block."), (r"\.resize\.fns\.0\.", ".resize.conv3."), (r"\.resize\.fns\.1\.", ".resize.conv1."),
-    (r"\.layers\.0\.0\.fn\.", ".attention."), (r"\.layers\.0\.1\.", ".feed_forward."), (r"\.cross_attn\.fn\.", ".cross_attention."),
-    (r"\.to_q\.", ".q."), (r"\.to_kv\.", ".kv."), (r"\.to_context\.", ".context."), (r"\.to_out\.0\.", ".out."),
-    (r"\.to_out\.1\.", ".norm_out."), (r"\.time_mlp\.1\.", ".time."), (r"\.block([12])\.groupnorm\.", r".norm\1."),
-    (r"\.block([12])\.project\.", r".conv\1."), (r"\.gca\.to_k\.", ".gate.key."), (r"\.gca\.net\.", ".gate.net."),
-    (r"\.res_conv\.", ".shortcut."),
-]
-RELEASED_VLDM_UNUSED = [r"^unets\.0\.null_conditional_(embed|hidden)$"]  # text conditioning that the model was built without
+def parse_rules(table: str) -> Rules:
+    """The rules of a table: a piece of a released name, an arrow, what stands there in ours; `#` is a digit."""
+    words = table.replace("->", "").split()
+    patterns = [re.escape(word).replace(r"\#", r"(\d)") for word in words[::2]]
+    replacements = [word.replace("#", r"\1") for word in words[1::2]]
+    return list(zip(patterns, replacements, strict=True))
 
-RELEASED_VAE_KEYS = [
-    (r"^first_stage_model\.", ""),
-    (r"^encoder\.down\.(\d)\.block\.", r"encoder.levels.\1."), (r"^encoder\.down\.(\d)\.downsample\.", r"encoder.levels.\1.2."),
-    *((rf"^decoder\.up\.{i}\.block\.", f"decoder.levels.{3 - i}.") for i in range(4)),
-    *((rf"^decoder\.up\.{i}\.upsample\.", f"decoder.levels.{3 - i}.3.1.") for i in range(4)),
-    (r"\.1\.conv\.(weight|bias)$", r".1.\1"),
-    (r"\.mid\.block_1\.", ".mid.0."), (r"\.mid\.attn_1\.", ".mid.1."), (r"\.mid\.block_2\.", ".mid.2."),
-    (r"\.nin_shortcut\.", ".shortcut."), (r"\.proj_out\.", ".out."),
-]
-DIFFUSERS_VAE_KEYS = [  # the same network in the Diffusers library; its attention has old and new names
-    (r"^encoder\.down_blocks\.(\d)\.downsamplers\.0\.", r"encoder.levels.\1.2."), (r"\.down_blocks\.(\d)\.resnets\.", r".levels.\1."),
-    (r"^decoder\.up_blocks\.(\d)\.upsamplers\.0\.conv\.", r"decoder.levels.\1.3.1."), (r"\.up_blocks\.(\d)\.resnets\.", r".levels.\1."),
-    (r"\.mid_block\.resnets\.0\.", ".mid.0."), (r"\.mid_block\.attentions\.0\.", ".mid.1."), (r"\.mid_block\.resnets\.1\.", ".mid.2."),
-    *((rf"\.{theirs}\.", f".{ours}.") for theirs, ours in (("query", "q"), ("key", "k"), ("value", "v"), ("proj_attn", "out"))),
-    *((rf"\.to_{part}\.", f".{part}.") for part in "qkv"), (r"\.to_out\.0\.", ".out."), (r"\.group_norm\.", ".norm."),
-    (r"\.conv_norm_out\.", ".norm_out."), (r"\.conv_shortcut\.", ".shortcut."),
-]
+
+# The attributes of the released modules [released: eft.py:99-140].
+EFT_RULES = parse_rules("""
+    encoder_model.  -> trunk.            t1.pre.0.  -> visual.input.      t1.encoder.layers.  -> visual.encoder.
+    t2_attn.        -> depth_logit.      t2.pre.0.  -> epipolar.input.    t2.encoder.layers.  -> epipolar.encoder.
+    t3_attn.        -> view_logit.       t3.pre.0.  -> views.input.       t3.encoder.layers.  -> views.encoder.
+    color_layer.0.  -> color.
+""")
+
+# The same of the UNet [released: imagen_pytorch.py:1160-1386; vldm.py:156-173].
+VLDM_RULES = parse_rules("""
+    unets.0.                    -> unet.                  .init_conv.convs.   -> .init_convs.
+    .to_time_hiddens.0.weights  -> .time_frequencies      .to_time_hiddens.1. -> .time_hidden.
+    .to_time_cond.0.            -> .time_embed.           .to_time_tokens.0.  -> .time_tokens.
+    .norm_cond.                 -> .token_norm.           .final_res_block.   -> .final_block.
+    .downs.#.1.                 -> .down.#.blocks.0.      .ups.#.0.           -> .up.#.blocks.0.
+    .downs.#.2.0.               -> .down.#.blocks.1.      .ups.#.1.0.         -> .up.#.blocks.1.
+    .downs.#.2.1.               -> .down.#.blocks.2.      .ups.#.1.1.         -> .up.#.blocks.2.
+    .downs.#.3.                 -> .down.#.attention.     .ups.#.2.           -> .up.#.attention.
+    .downs.#.4.                 -> .down.#.resize.        .ups.#.3.net.       -> .up.#.resize.
+    .resize.fns.0.              -> .resize.conv3.         .mid_block#.        -> .mid#.
+    .resize.fns.1.              -> .resize.conv1.         .mid_attn.fn.fn.    -> .mid_attention.
+    .block#.groupnorm.          -> .norm#.                .block#.project.    -> .conv#.
+    .time_mlp.1.                -> .time.                 .cross_attn.fn.     -> .cross_attention.
+    .gca.to_k.                  -> .gate.key.             .gca.net.           -> .gate.net.
+    .res_conv.                  -> .shortcut.             .layers.0.0.fn.     -> .attention.
+    .layers.0.1.                -> .feed_forward.         .to_context.        -> .context.
+    .to_q.                      -> .q.                    .to_out.0.          -> .out.
+    .to_kv.                     -> .kv.                   .to_out.1.          -> .norm_out.
+""")
+
+# Stable Diffusion v1 [released: load_model.py:142-151]; it counts the decoder's stages from the finest.
+VAE_RULES = parse_rules("""
+    first_stage_model.encoder.  -> encoder.             first_stage_model.quant_conv.       -> quant_conv.
+    first_stage_model.decoder.  -> decoder.             first_stage_model.post_quant_conv.  -> post_quant_conv.
+    encoder.down.#.block.       -> encoder.levels.#.    encoder.down.#.downsample.          -> encoder.levels.#.2.
+    decoder.up.0.block.         -> decoder.levels.3.    decoder.up.0.upsample.conv.         -> decoder.levels.3.3.1.
+    decoder.up.1.block.         -> decoder.levels.2.    decoder.up.1.upsample.conv.         -> decoder.levels.2.3.1.
+    decoder.up.2.block.         -> decoder.levels.1.    decoder.up.2.upsample.conv.         -> decoder.levels.1.3.1.
+    decoder.up.3.block.         -> decoder.levels.0.    decoder.up.3.upsample.conv.         -> decoder.levels.0.3.1.
+    .mid.block_1.               -> .mid.0.              .nin_shortcut.                      -> .shortcut.
+    .mid.attn_1.                -> .mid.1.              .proj_out.                          -> .out.
+    .mid.block_2.               -> .mid.2.
+""")
+
+# The same network in the Diffusers library, whose attention has an older and a newer set of names.
+DIFFUSERS_RULES = parse_rules("""
+    encoder.down_blocks.#.downsamplers.0.   -> encoder.levels.#.2.      .down_blocks.#.resnets.  -> .levels.#.
+    decoder.up_blocks.#.upsamplers.0.conv.  -> decoder.levels.#.3.1.    .up_blocks.#.resnets.    -> .levels.#.
+    .mid_block.resnets.0.                   -> .mid.0.                  .conv_norm_out.          -> .norm_out.
+    .mid_block.attentions.0.                -> .mid.1.                  .group_norm.             -> .norm.
+    .mid_block.resnets.1.                   -> .mid.2.                  .conv_shortcut.          -> .shortcut.
+    .query.  -> .q.         .key.   -> .k.         .value.  -> .v.         .proj_attn.  -> .out.
+    .to_q.   -> .q.         .to_k.  -> .k.         .to_v.   -> .v.         .to_out.0.   -> .out.
+""")
+
+# The files, and where in them the weights are [released: train.py:466-480; load_model.py:38, 94, 142-151]. Of no use
+# are the end of the ResNet [released: eft.py:96-106, 175-193], what conditioned the UNet on text
+# [released: vldm.py:165-171; imagen_pytorch.py:1236, 1392-1416], and the layers with which VGG16 names what it sees.
+PARTS = {
+    "eft": Part("model_state_dict", EFT_RULES, unused=(r"^encoder_model\.layer4\.", r"^encoder_model\.fc\.")),
+    "vldm": Part("model_state_dict", VLDM_RULES, unused=(r"^unets\.0\.null_conditional_(embed|hidden)$",)),
+    "vae": Part("state_dict", VAE_RULES),
+    "diffusers": Part("state_dict", DIFFUSERS_RULES),
+    "vgg16": Part(None, rules=[], unused=(r"^classifier\.\d+\.(weight|bias)$",)),
+    "lpips": Part(None, parse_rules("lin#.model.1.weight -> channel_weights.#")),
+}

@@ -1,10 +1,13 @@
 """The referee: numbers recorded with the released code, and the rule that regenerates the weights they were made with.
 
-`load("eft")` gives the arrays of `eft.npz`. They are looked for in $PARITY, then in `../shared/parity` beside the repository,
-then in `tests/data`, which holds the small ones; a fixture that is in none of the three skips the test with a reason.
+`load("eft")` gives the arrays of `eft.npz`. They are looked for in $PARITY, then in `../shared/parity` beside the
+repository, then in `tests/data`, which holds the small ones; a fixture that is in none of the three skips the test with
+a reason.
 """
 import json
+import math
 import os
+import re
 import zlib
 from pathlib import Path
 
@@ -14,7 +17,9 @@ import torch
 
 SALT = os.environ.get("PARITY_SALT", "")  # the fixtures' weights are drawn from names + salt
 _TESTS = Path(__file__).resolve().parent
-_PLACES = [Path(p) for p in [os.environ.get("PARITY", "")] if p] + [_TESTS.parent.parent / "shared" / "parity", _TESTS / "data"]
+_PLACES = [_TESTS.parent.parent / "shared" / "parity", _TESTS / "data"]
+if os.environ.get("PARITY"):
+    _PLACES.insert(0, Path(os.environ["PARITY"]))
 
 
 def path(name: str) -> Path:
@@ -28,7 +33,11 @@ def path(name: str) -> Path:
 def load(name: str) -> dict[str, torch.Tensor]:
     """Every array of `<name>.npz` as a tensor; strings stay numpy."""
     with np.load(path(name + ".npz")) as f:
-        return {k: torch.from_numpy(np.ascontiguousarray(f[k])).reshape(f[k].shape) if f[k].dtype.kind in "fiub" else f[k] for k in f.files}
+        arrays = {k: f[k] for k in f.files}
+    for k, array in arrays.items():
+        if array.dtype.kind in "fiub":
+            arrays[k] = torch.from_numpy(np.ascontiguousarray(array)).reshape(array.shape)
+    return arrays
 
 
 def manifest(name: str) -> dict:
@@ -60,8 +69,48 @@ def weights(name: str) -> dict[str, torch.Tensor]:
     return {n: weight(n, shape) for n, shape, _ in manifest(name)["entries"]}
 
 
+def rename(state: dict, part) -> dict:
+    """Released names -> ours, by a `released.Part`: every rule in turn on every name; names on the unused list go."""
+    renamed = {}
+    for name, value in state.items():
+        if any(re.match(pattern, name) for pattern in part.unused):
+            continue
+        for pattern, replacement in part.rules:
+            name = re.sub(pattern, replacement, name)
+        assert name not in renamed, name
+        renamed[name] = value
+    return renamed
+
+
+def unet_settings(name: str) -> dict:
+    """The fields of the `UNetConfig` of a manifest; what it does not say is the same for every released UNet."""
+    description = manifest(name)
+    c, rest = description["unet_constructor"], description.get("unet_effective_settings", {})
+    blocks = c["num_resnet_blocks"]
+    assert set(blocks if isinstance(blocks, list) else [blocks]) == {2}
+    return {
+        "channels": c["channels"], "cond_channels": c["cond_images_channels"],
+        "widths": (c["dim"], *(c["dim"] * k for k in c["dim_mults"])), "attention": tuple(c["layer_attns"]),
+        "kernels": tuple(rest.get("init_cross_embed_kernel_sizes", (3, 7, 15))),
+        "groups": rest.get("resnet_groups", 8),
+        "heads": rest.get("attn_heads", 8), "head_dim": rest.get("attn_dim_head", 64),
+        "frequencies": rest.get("learned_sinu_pos_emb_dim", 16) // 2, "time_dim": 4 * c["dim"], "token_dim": c["dim"],
+        "tokens": rest.get("num_time_tokens", 2)}
+
+
+def assert_names(model: torch.nn.Module, name: str, part) -> None:
+    """A `released.Part` makes the model's names and shapes of the manifest's, whose count of parameters is right."""
+    described = manifest(name)
+    shapes = {key: tuple(shape) for key, shape, _ in described["entries"]}
+    assert {key: tuple(value.shape) for key, value in model.state_dict().items()} == rename(shapes, part)
+    assert sum(math.prod(shape) for shape in shapes.values()) == described["parameter_count"]
+
+
 def assert_close(actual, expected, std: float = 0.0, rtol: float = 0.0, atol: float = 0.0):
-    """|actual - expected| <= std * (standard deviation of expected) + atol + rtol * |expected|, everywhere; shapes equal."""
+    """|actual - expected| <= std * (standard deviation of expected) + atol + rtol * |expected|, everywhere.
+
+    The shapes must be equal.
+    """
     actual, expected = torch.as_tensor(actual).detach().double().cpu(), torch.as_tensor(expected).double()
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     allowed = atol + rtol * expected.abs() + (std * expected.std(correction=0) if std else 0)

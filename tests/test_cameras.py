@@ -52,9 +52,10 @@ def test_circle_path(recorded, name):
 
 
 def test_circle_path_of_undetermined_sign(recorded):
-    """Set C: the recorded sign of the normal is the SVD's whim. The opposite one travels the other way with the opposite up."""
+    """Set C: the recorded sign of the normal is the SVD's whim. The opposite one travels the other way, upside down."""
     cameras = cameras_of(recorded, "in_C")
-    path, eye, up = circle_path(cameras, int(recorded["in_path_n"])), recorded["out_C_path_eye"], recorded["out_C_path_up"]
+    path = circle_path(cameras, int(recorded["in_path_n"]))
+    eye, up = recorded["out_C_path_eye"], recorded["out_C_path_up"]
     if (path.R[0, :, 1] @ up[0]) > 0:
         assert_same(path, recorded, "out_C_path", PATH)
     else:
@@ -76,7 +77,8 @@ def test_relative_cameras_and_chain(recorded):
     cameras = cameras_of(recorded, "in_A")
     for q in recorded["in_query_idx"].tolist():
         for move in (0, 1):
-            assert_same(relative_to(cameras, cameras[q], bool(move)), recorded, f"out_A_rel_q{q}_origin{move}", TOLERANCE)
+            relative = relative_to(cameras, cameras[q], bool(move))
+            assert_same(relative, recorded, f"out_A_rel_q{q}_origin{move}", TOLERANCE)
     first = relative_to(cameras, cameras[0])
     assert_same(relative_to(first[[4]], first[4]), recorded, "out_A_chain_query", TOLERANCE)
     assert_same(relative_to(first[[1, 6]], first[4]), recorded, "out_A_chain_input", TOLERANCE)
@@ -92,7 +94,8 @@ def test_projection_and_unprojection(recorded):
     parity.assert_close(xy, recorded["out_A_points_ndc"][..., :2], **TOLERANCE)
     parity.assert_close(1 / depth, recorded["out_A_points_ndc"][..., 2], **TOLERANCE)
     xy_depth = recorded["in_xy_depth"].expand(len(cameras), -1, -1)
-    parity.assert_close(cameras.unproject(xy_depth[..., :2], xy_depth[..., 2]), recorded["out_A_unproject"], **TOLERANCE)
+    points = cameras.unproject(xy_depth[..., :2], xy_depth[..., 2])
+    parity.assert_close(points, recorded["out_A_unproject"], **TOLERANCE)
 
 
 def test_angles_and_depth_range(recorded):
@@ -151,7 +154,7 @@ def test_round_trips():
 
 
 def test_look_at_by_hand():
-    """Two units in front of the origin along +Z, looking back: view +X is left, so world +X is to the right and has negative NDC x."""
+    """Two units in front of the origin along +Z, looking back: view +X is left, so world +X has negative NDC x."""
     R, T = look_at(torch.tensor([0.0, 0.0, 2.0]), torch.zeros(3), torch.tensor([0.0, 1.0, 0.0]))
     camera = Cameras(R, T, torch.ones(2), torch.zeros(2))
     xy, depth = camera.project(torch.tensor([[0.0, 0, 0], [1.0, 0, 0], [0.0, 1, 0]]))
@@ -164,7 +167,7 @@ def test_look_at_by_hand():
 
 @pytest.mark.parametrize("jitter", [0.17, 0.5])
 def test_jitter_turns_by_the_angle_asked_for(jitter):
-    """As seen from the look-at point each eye moves by its own angle, spread over [-jitter, jitter], towards or away from the pole."""
+    """Seen from the look-at point each eye moves by its own angle in +-jitter, towards or away from the pole."""
     n = 64
     cameras = ring(12, elevation=0.3)
     at = nearest_point_to_axes(cameras)
@@ -179,9 +182,10 @@ def test_jitter_turns_by_the_angle_asked_for(jitter):
 
 
 def test_path_of_a_ring_and_of_a_noisy_arc():
-    """A ring gives itself; half a turn, even 30 degrees of uneven elevation, still gives a full, level circle at the cameras' distance."""
-    exact = circle_path(ring(12, elevation=0.4), 13)
-    parity.assert_close(exact.centers()[:-1].sort(0).values, ring(12, elevation=0.4).centers().sort(0).values, atol=1e-4)
+    """A ring gives itself; half a turn, even 30 uneven degrees, gives a full, level circle at its distance."""
+    cameras = ring(12, elevation=0.4)
+    exact = circle_path(cameras, 13)
+    parity.assert_close(exact.centers()[:-1].sort(0).values, cameras.centers().sort(0).values, atol=1e-4)
     for arc, seed in ((math.pi, 0), (math.pi, 1), (math.pi / 6, 2), (math.pi / 6, 3), (math.pi / 12, 4)):
         path = circle_path(ring(9, 0.3, arc=arc, noise=0.08, seed=seed), 16)
         offset = path.centers() - torch.tensor([0.1, 0.2, 0.3])
@@ -193,12 +197,13 @@ def test_path_of_a_ring_and_of_a_noisy_arc():
 
 def degenerate() -> dict[str, Cameras]:
     one, turned = ring(1, 0.3), ring(4)
-    eyes = torch.tensor([1.0, 2.0, 3.0])
+    on_the_spot = -torch.einsum("j,bjk->bk", torch.tensor([1.0, 2.0, 3.0]), turned.R)
     row = torch.tensor([[x, 0.0, 5.0] for x in (-1.0, 0, 1, 2)])
     return {
-        "one": one, "two": ring(2, 0.3), "two near": ring(2, 0.3, arc=0.02), "three": ring(3, 0.3), "three on an arc": ring(3, 0.2, arc=0.3),
+        "one": one, "two": ring(2, 0.3), "two near": ring(2, 0.3, arc=0.02),
+        "three": ring(3, 0.3), "three on an arc": ring(3, 0.2, arc=0.3),
         "one spot": Cameras.cat([one, one, one]), "two spots": Cameras.cat([ring(2, 0.3), ring(2, 0.3)]),
-        "turning on the spot": Cameras(turned.R, -torch.einsum("j,bjk->bk", eyes, turned.R), turned.focal, turned.principal),
+        "turning on the spot": Cameras(turned.R, on_the_spot, turned.focal, turned.principal),
         "turning at the origin": Cameras(turned.R, torch.zeros(4, 3), turned.focal, turned.principal),
         "identity": Cameras(torch.eye(3)[None], torch.zeros(1, 3), torch.ones(1, 2), torch.zeros(1, 2)),
         "in a row": Cameras(torch.eye(3).expand(4, 3, 3), row, torch.ones(4, 2), torch.zeros(4, 2)),
@@ -208,7 +213,7 @@ def degenerate() -> dict[str, Cameras]:
 
 @pytest.mark.parametrize("name", degenerate())
 def test_path_of_cameras_that_determine_no_circle(name):
-    """Finite, proper rotations, spread over a circle, every camera looking at the same point from in front; with jitter too."""
+    """Finite, proper rotations, spread over a circle, all looking at the same point from in front; with jitter too."""
     for jitter in (0.0, 0.17):
         path = circle_path(degenerate()[name], 9, jitter, torch.Generator().manual_seed(0))
         assert all(x.isfinite().all() for x in (path.R, path.T, path.focal, path.principal))
@@ -223,7 +228,7 @@ def test_path_of_cameras_that_determine_no_circle(name):
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_path_of_few_upright_cameras_is_level(n):
-    """Two upright cameras at the same elevation fix the vertical; one takes its own up axis. Both go round what they look at."""
+    """Two upright cameras at one elevation fix the vertical; one takes its own up axis. Both go round what they see."""
     cameras = ring(n, 0.3, arc=math.pi)
     path = circle_path(cameras, 8)
     parity.assert_close(path.centers()[0], cameras.centers()[0], atol=0.15)

@@ -1,4 +1,4 @@
-"""The CO3D reader: the released crop arithmetic (`co3d.npz`), a tree written here, a real sequence, the toy file, and everything broken."""
+"""The CO3D reader: a tree written here, its cached annotations, a real sequence, the toy file, all of them broken."""
 import gzip
 import json
 import os
@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-import co3d
+import frame_annotations
 from cameras import Cameras, look_at
-from co3d import crop_and_resize, evenly_spaced, frame_numbers, load_packed, load_sequence, sequences
+from co3d import choose_views, frame_numbers, load_packed, load_sequence, sequences
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "co3d_real"
 CLOSE = dict(rtol=1e-4, atol=1e-5)
@@ -24,104 +24,14 @@ def cache(tmp_path_factory, monkeypatch):
     """An annotation cache of the test's own."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    co3d._open_index.cache_clear()
+    frame_annotations._open_archive.cache_clear()
     return folder / "sparsefusion"
 
 
-# ---- the released arithmetic -----------------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def recorded():
-    return parity.load("co3d")
-
-
-@pytest.fixture(scope="module")
-def crops(recorded):
-    size = int(recorded["in_out_size"])
-    return [crop_and_resize(recorded[f"in_image{i}"].numpy(), recorded[f"in_mask{i}"].numpy(), focal, principal, str(unit), size)
-            for i, (focal, principal, unit) in enumerate(zip(recorded["in_focal"], recorded["in_pp"], recorded["in_format"]))]
-
-
-def test_boxes_masks_and_valid_regions_are_exact(recorded, crops):
-    for i, crop in enumerate(crops):
-        assert list(crop.mask_box) == recorded["mid_mask_bbox_xywh"][i].tolist()
-        assert list(crop.crop_box) == recorded["mid_crop_bbox_xywh"][i].tolist()
-        assert torch.equal(crop.valid, recorded["out_valid_region"][i].float())
-        assert torch.equal((crop.mask * 255).round(), recorded["out_masks_u8"][i].float())
-        rows, columns = (crop.valid[0].amax(axis).sum().int().item() for axis in (1, 0))
-        assert [rows, columns] == recorded["mid_resized_hw"][i].tolist()
-
-
-def test_cameras_and_images(recorded, crops):
-    parity.assert_close(torch.stack([c.focal for c in crops]), recorded["out_focal"], **CLOSE)
-    parity.assert_close(torch.stack([c.principal for c in crops]), recorded["out_pp"], **CLOSE)
-    full = torch.stack([c.image for c in crops])
-    masked = full * torch.stack([c.mask for c in crops])
-    parity.assert_close(full[..., 3::8, 3::8], recorded["out_images_full_strided"], **CLOSE)
-    parity.assert_close(masked[..., 3::8, 3::8], recorded["out_images_strided"], **CLOSE)
-    parity.assert_close(masked[recorded["out_images_select_index"]], recorded["out_images_select"], **CLOSE)
-
-
-def test_context_box(recorded):
-    name, = (k for k in recorded if k.startswith("out_helper_box"))
-    height, width = map(int, name.rsplit("_", 1)[1].split("x"))
-    for box, expected in zip(recorded["mid_helper_box_xywh"], recorded[name]):
-        grown = co3d.context_box(box)
-        parity.assert_close(grown, expected[:4], **CLOSE)
-        clamped = torch.minimum(grown.clamp(min=0), torch.tensor([width, height, width, height])).round()
-        assert clamped.tolist() == expected[4:].tolist()
-
-
-def test_a_tree_made_of_the_recorded_frames(recorded, tmp_path):
-    """The whole way through files and annotations gives the recorded cameras, masks and masked images."""
-    size = int(recorded["in_out_size"])
-    keys = dict(R="R", T="T", focal_length="focal", principal_point="pp", intrinsics_format="format")
-    frames = [dict(image=recorded[f"in_image{i}"].numpy(), mask=recorded[f"in_mask{i}"].numpy(), time=recorded["in_timestamp"][i].item(),
-                   viewpoint={key: recorded[f"in_{name}"][i].tolist() for key, name in keys.items()}) for i in range(len(recorded["in_R"]))]
-    write_tree(tmp_path, {"recorded": frames})
-    scene = load_sequence(tmp_path, "thing", "recorded", size)
-    for value, name in zip((scene.cameras.R, scene.cameras.T, scene.cameras.focal, scene.cameras.principal), ("R", "T", "focal", "pp")):
-        parity.assert_close(value, recorded[f"out_{name}"], **CLOSE)
-    assert torch.equal((scene.masks * 255).round(), recorded["out_masks_u8"].float())
-    parity.assert_close(scene.images[..., 3::8, 3::8], recorded["out_images_strided"], **CLOSE)
-
-
-def test_threshold_of_the_mask_box():
-    """A byte of 102 is exactly 0.4 and not over it; fainter masks lower the threshold; one pixel is no mask."""
-    image, mask = np.zeros((20, 20, 3), np.uint8), np.zeros((20, 20), np.uint8)
-
-    def box():
-        return crop_and_resize(image, mask, [1, 1], [0, 0], "ndc_isotropic", 32).mask_box
-
-    mask[2:18, 2:18], mask[5:10, 6:9] = 102, 103
-    assert box() == (6, 5, 3, 5)
-    mask[:] = 0
-    mask[2:18, 2:18], mask[5:10, 6:9] = 10, 40
-    assert box() == (6, 5, 3, 5)
-    mask[:] = 0
-    mask[4, 4] = 255
-    with pytest.raises(ValueError, match="empty"):
-        box()
-    mask[4, 5] = 200
-    assert box() == (4, 4, 2, 1)
-
-
-def test_very_long_objects_keep_at_least_a_line():
-    mask = np.zeros((4, 700), np.uint8)
-    mask[1, 10:690] = 255
-    crop = crop_and_resize(np.full((4, 700, 3), 255, np.uint8), mask, [1, 1], [0, 0], "ndc_isotropic", 32)
-    assert crop.valid.sum() == 32 and crop.image.max() == 1
-
-
-def test_evenly_spaced():
-    assert evenly_spaced(202, 32) == torch.linspace(0, 201, 32).long().tolist()
-    assert evenly_spaced(32, 32) == list(range(32)) and evenly_spaced(11, 32) == list(range(11)) and evenly_spaced(10, 2) == [0, 9]
-
-
-# ---- a tree ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------- a tree
 
 def write_tree(root: Path, content: dict[str, list[dict]], category: str = "thing", splits: dict | None = None):
-    """A CO3Dv2 tree of {sequence: frames}, a frame being image, mask (arrays), viewpoint, time; frame numbers are 3, 6, 9, ..."""
+    """A CO3Dv2 tree of {sequence: frames}, a frame being image, mask, viewpoint, time; frame numbers are 3, 6, ..."""
     records = []
     for sequence, frames in content.items():
         for number, frame in enumerate(frames, 1):
@@ -130,9 +40,9 @@ def write_tree(root: Path, content: dict[str, list[dict]], category: str = "thin
                 (root / path).parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(root / path)
             records.append(dict(
-                sequence_name=sequence, frame_number=3 * number, frame_timestamp=frame["time"], depth=None, viewpoint=frame["viewpoint"],
-                image=dict(path=paths[0], size=list(frame["mask"].shape)),
-                mask=dict(path=paths[1], mass=frame.get("mass", float(frame["mask"].sum() / 255))), meta=None))
+                sequence_name=sequence, frame_number=3 * number, frame_timestamp=frame["time"], depth=None, meta=None,
+                image=dict(path=paths[0], size=list(frame["mask"].shape)), viewpoint=frame["viewpoint"],
+                mask=dict(path=paths[1], mass=frame.get("mass", float(frame["mask"].sum() / 255)))))
     (root / category / "frame_annotations.jgz").write_bytes(gzip.compress(json.dumps(records).encode()))
     for name, members in (splits or {}).items():
         (root / category / "set_lists").mkdir(exist_ok=True)
@@ -143,24 +53,26 @@ DOT = torch.tensor([[0.3, -0.2, 0.4]])  # world point that the photographs show 
 
 
 def photograph(azimuth: float, height: int, width: int, isotropic: bool, time: float = 0.0) -> dict:
-    """A grey box with a white dot at `DOT`, seen by a camera of different focal lengths and an off-centre principal point."""
+    """A black box with a white dot at `DOT`; the camera has two focal lengths and an off-center principal point."""
     direction = torch.tensor([np.sin(azimuth), 0.3, np.cos(azimuth)], dtype=torch.float32)
     R, T = look_at(6 * direction, torch.zeros(3), torch.tensor([0.0, 1.0, 0.0]))
     focal, principal = torch.tensor([2.4, 2.2]), torch.tensor([0.15, -0.1])
     xy = Cameras(R, T, focal, principal).project(DOT)[0][0]
     half = torch.tensor([width, height]) / 2
-    column, row = (half - xy * (half.min() if isotropic else half)).tolist()  # pixel edges: centres are at + 0.5
+    column, row = (half - xy * (half.min() if isotropic else half)).tolist()  # pixel edges: centers are at + 0.5
     y, x = np.mgrid[:height, :width] + 0.5
     dot = np.clip(6 - np.hypot(x - column, y - row), 0, 1)
     mask = (np.abs(x - column - 4) < width * 0.3) & (np.abs(y - row + 3) < height * 0.25)
-    return dict(image=(255 * np.stack([dot] * 3, -1)).astype(np.uint8), mask=(mask * 255).astype(np.uint8), time=time, viewpoint=dict(
+    image = (255 * np.stack([dot] * 3, -1)).astype(np.uint8)
+    viewpoint = dict(
         R=R.tolist(), T=T.tolist(), focal_length=focal.tolist(), principal_point=principal.tolist(),
-        intrinsics_format="ndc_isotropic" if isotropic else "ndc_norm_image_bounds"))
+        intrinsics_format="ndc_isotropic" if isotropic else "ndc_norm_image_bounds")
+    return dict(image=image, mask=(mask * 255).astype(np.uint8), time=time, viewpoint=viewpoint)
 
 
 @pytest.fixture
 def tree(tmp_path):
-    """Two sequences with 4 and 3 frames: portrait, landscape, square; both formats; frames of the first one stored out of order."""
+    """Two sequences with 4 and 3 frames: portrait, landscape, square; both formats; one stored out of order."""
     shapes = [(150, 110, True), (110, 150, True), (150, 110, False), (128, 128, False)]
     first = [photograph(0.5 * i, *shape, time=float(-i)) for i, shape in enumerate(shapes)]
     second = [photograph(0.7 * i, *shape, time=0.1 * i) for i, shape in enumerate(shapes[:3])]
@@ -168,6 +80,25 @@ def tree(tmp_path):
                "test": [["b", i, f"thing/b/images/frame{i:06d}.png"] for i in (3, 6, 9)]}
     write_tree(tmp_path, {"b": second, "a": first}, splits={"fewview_dev": members})
     return tmp_path
+
+
+def test_a_tree_made_of_the_recorded_frames(tmp_path):
+    """The whole way through files and annotations gives the recorded cameras, masks and masked images (`co3d.npz`)."""
+    recorded = parity.load("co3d")
+    size = int(recorded["in_out_size"])
+    keys = dict(R="R", T="T", focal_length="focal", principal_point="pp", intrinsics_format="format")
+    frames = []
+    for i in range(len(recorded["in_R"])):
+        image, mask = recorded[f"in_image{i}"].numpy(), recorded[f"in_mask{i}"].numpy()
+        viewpoint = {key: recorded[f"in_{name}"][i].tolist() for key, name in keys.items()}
+        frames.append(dict(image=image, mask=mask, time=recorded["in_timestamp"][i].item(), viewpoint=viewpoint))
+    write_tree(tmp_path, {"recorded": frames})
+    scene = load_sequence(tmp_path, "thing", "recorded", size)
+    cameras = scene.cameras
+    for value, name in zip((cameras.R, cameras.T, cameras.focal, cameras.principal), ("R", "T", "focal", "pp")):
+        parity.assert_close(value, recorded[f"out_{name}"], **CLOSE)
+    assert torch.equal((scene.masks * 255).round(), recorded["out_masks_u8"].float())
+    parity.assert_close(scene.images[..., 3::8, 3::8], recorded["out_images_strided"], **CLOSE)
 
 
 @pytest.mark.parametrize("size", [64, 129])
@@ -185,13 +116,15 @@ def test_crops_and_cameras_agree(tree, size):
 
 def test_order_names_splits_and_selection(tree):
     assert sequences(tree, "thing") == ["a", "b"]
-    assert sequences(tree, "thing", "fewview_dev/test") == ["b"] and sequences(str(tree), "thing", "fewview_dev/train") == ["a"]
+    assert sequences(tree, "thing", "fewview_dev/test") == ["b"]
+    assert sequences(str(tree), "thing", "fewview_dev/train") == ["a"]
     assert frame_numbers(tree, "thing", "a") == [12, 9, 6, 3]  # by time
     assert frame_numbers(tree, "thing", "a", "fewview_dev/train") == [9, 3]
     scene, part = load_sequence(tree, "thing", "a", 48), load_sequence(tree, "thing", "a", 48, frames=[3, 12])
     assert scene.names == ["12", "9", "6", "3"] and part.names == ["3", "12"] and scene.sequence == "a"
     for sub in (scene[[3, 0]], scene[torch.tensor([3, 0])]):
-        assert sub.names == part.names and torch.equal(sub.images, part.images) and torch.equal(sub.cameras.T, part.cameras.T)
+        assert sub.names == part.names and torch.equal(sub.images, part.images)
+        assert torch.equal(sub.cameras.T, part.cameras.T)
     assert len(scene[1:]) == 3 and scene.to("cpu").names == scene.names
     assert (scene.images * (scene.masks == 0)).max() == 0 and (scene.masks * (1 - scene.valid)).max() == 0
 
@@ -205,6 +138,14 @@ def test_frames_that_cannot_be_used_are_left_out(tree):
     assert frame_numbers(tree, "thing", "a") == [12] and load_sequence(tree, "thing", "a", 32).names == ["12"]
 
 
+def test_records_of_several_sequences_may_be_mixed(tree):
+    file = tree / "thing" / "frame_annotations.jgz"
+    records = json.loads(gzip.decompress(file.read_bytes()))
+    file.write_bytes(gzip.compress(json.dumps(records[::2] + records[1::2]).encode()))
+    assert sequences(tree, "thing") == ["a", "b"]
+    assert frame_numbers(tree, "thing", "a") == [12, 9, 6, 3] and frame_numbers(tree, "thing", "b") == [3, 6, 9]
+
+
 def test_only_the_frames_asked_for_are_decoded(tree):
     for number in (3, 9, 12):
         (tree / f"thing/a/images/frame{number:06d}.png").unlink()
@@ -214,11 +155,11 @@ def test_only_the_frames_asked_for_are_decoded(tree):
 
 def test_annotations_are_parsed_once_until_they_change(tree, cache, monkeypatch):
     parsed = []
-    records = co3d._records
-    monkeypatch.setattr(co3d, "_records", lambda file: parsed.append(file) or records(file))
+    records = frame_annotations._records
+    monkeypatch.setattr(frame_annotations, "_records", lambda file: parsed.append(file) or records(file))
 
     def fresh(expected):  # as another process would see it
-        co3d._open_index.cache_clear()
+        frame_annotations._open_archive.cache_clear()
         assert sequences(tree, "thing") == expected
 
     fresh(["a", "b"])
@@ -231,21 +172,34 @@ def test_annotations_are_parsed_once_until_they_change(tree, cache, monkeypatch)
     next(cache.iterdir()).write_bytes(b"not a database" * 100)
     fresh(["c"])
     assert len(parsed) == 3
+    set_list = tree / "thing" / "set_lists" / "set_lists_fewview_dev.json"
+    set_list.write_text(json.dumps({"val": [["c", 3, "thing/c/images/frame000003.png"]]}))  # another source changes
+    fresh(["c"])
+    assert len(parsed) == 4 and sequences(tree, "thing", "fewview_dev/val") == ["c"]
     shutil.rmtree(cache)
     cache.write_text("a file where the folder should be")  # a cache that cannot be written
     fresh(["c"])
 
 
+def test_choice_of_views():
+    """The first ones of a permutation that the seed and the number of frames alone determine."""
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(5)).tolist()
+    assert choose_views(32, 2, 5) == order[:2] and choose_views(32, 5, 5) == order[:5]
+    assert choose_views(32, 5, 6) != order[:5] and sorted(choose_views(3, 5, 0)) == [0, 1, 2]
+
+
 def test_packed(tree):
     packed = load_packed([tree], "thing", None, 3, 40, workers=2)
     assert packed.names == ["a", "b"] and packed.frames == [["12", "9", "3"], ["3", "6", "9"]]
-    assert packed.rgba.shape == (2, 3, 4, 40, 40) and packed.valid.shape == (2, 3, 1, 40, 40) and packed.cameras.R.shape == (2, 3, 3, 3)
+    assert packed.rgba.shape == (2, 3, 4, 40, 40) and packed.valid.shape == (2, 3, 1, 40, 40)
+    assert packed.cameras.R.shape == (2, 3, 3, 3)
     assert packed.rgba.dtype == packed.valid.dtype == torch.uint8
     for n, name in enumerate(packed.names):
         scene, expected = packed[n], load_sequence(tree, "thing", name, 40, [int(i) for i in packed.frames[n]])
         parity.assert_close(scene.images, expected.images, atol=0.51 / 255)
         assert torch.equal(scene.masks, expected.masks) and torch.equal(scene.valid, expected.valid)
-        assert torch.equal(scene.cameras.focal, expected.cameras.focal) and scene.names == expected.names and scene.sequence == name
+        assert torch.equal(scene.cameras.focal, expected.cameras.focal)
+        assert scene.names == expected.names and scene.sequence == name
     one = load_packed([tree], "thing", None, 4, 40, workers=1)
     assert one.names == ["a"] and len(one) == 1 and one.to("cpu").names == ["a"]
     assert load_packed([tree, tree], "thing", None, 3, 40, workers=2).names == ["a", "b", "a", "b"]
@@ -256,13 +210,17 @@ def test_packed(tree):
         load_packed([tree], "thing", ["a", "b"], 3, 40, workers=2)
 
 
-# ---- what can be wrong -----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------- what can be wrong
 
 def break_records(tree: Path, edit):
     file = tree / "thing" / "frame_annotations.jgz"
     records = json.loads(gzip.decompress(file.read_bytes()))
     edit(records[-1])  # frame 12 of sequence a
     file.write_bytes(gzip.compress(json.dumps(records).encode()))
+
+
+def break_camera(tree: Path, edit):
+    break_records(tree, lambda record: edit(record["viewpoint"]))
 
 
 def truncate(file: Path):
@@ -275,18 +233,28 @@ BROKEN = {
     "missing image": (lambda t: (t / IMAGE).unlink(), FileNotFoundError, "frame000012.png: no such file"),
     "missing mask": (lambda t: (t / MASK).unlink(), FileNotFoundError, "masks/frame000012.png: no such file"),
     "truncated image": (lambda t: truncate(t / IMAGE), ValueError, "images/frame000012.png: not a readable image"),
-    "text as image": (lambda t: (t / IMAGE).write_text("hello"), ValueError, "images/frame000012.png: not a readable image"),
-    "empty mask": (lambda t: Image.new("L", (128, 128)).save(t / MASK), ValueError, "masks/frame000012.png: the mask is empty"),
-    "mask of another size": (lambda t: Image.new("L", (64, 128), 255).save(t / MASK), ValueError, "64 x 128 pixels, the image 128 x"),
+    "text as image": (
+        lambda t: (t / IMAGE).write_text("hello"), ValueError, "images/frame000012.png: not a readable image"),
+    "empty mask": (
+        lambda t: Image.new("L", (128, 128)).save(t / MASK), ValueError, "masks/frame000012.png: the mask is empty"),
+    "mask of another size": (
+        lambda t: Image.new("L", (64, 128), 255).save(t / MASK), ValueError, "64 x 128 pixels, the image 128 x"),
     "truncated annotations": (lambda t: truncate(t / ANNOTATIONS), ValueError, "frame_annotations.jgz: not a complete"),
-    "annotations not gzipped": (lambda t: (t / ANNOTATIONS).write_text("[]"), ValueError, "annotations.jgz: not a complete"),
-    "annotations cut in JSON": (lambda t: (t / ANNOTATIONS).write_bytes(gzip.compress(b'[{"a": 1}, ')), ValueError, "annotations.jgz"),
+    "annotations not gzipped": (
+        lambda t: (t / ANNOTATIONS).write_text("[]"), ValueError, "annotations.jgz: not a complete"),
+    "annotations cut in JSON": (
+        lambda t: (t / ANNOTATIONS).write_bytes(gzip.compress(b'[{"a": 1}, ')), ValueError, "annotations.jgz"),
     "record without image": (lambda t: break_records(t, lambda r: r.pop("image")), ValueError, "record 6 lacks"),
-    "camera of 8 numbers": (lambda t: break_records(t, lambda r: r["viewpoint"]["R"][0].pop()), ValueError, "camera of frame 12 of 'a'"),
-    "camera of 13 numbers": (lambda t: break_records(t, lambda r: r["viewpoint"]["T"].append(float("nan"))), ValueError, "frame 12 of 'a'"),
-    "camera not finite": (lambda t: break_records(t, lambda r: r["viewpoint"].update(T=[0, 0, np.nan])), ValueError, "frame 12 of 'a'"),
-    "unknown format": (lambda t: break_records(t, lambda r: r["viewpoint"].update(intrinsics_format="mm")), ValueError, "format 'mm'"),
-    "broken set list": (lambda t: (t / "thing/set_lists/set_lists_x.json").write_text("{"), ValueError, "set_lists_x.json: not a JSON"),
+    "camera of 8 numbers": (
+        lambda t: break_camera(t, lambda v: v["R"][0].pop()), ValueError, "camera of frame 12 of 'a'"),
+    "camera of 13 numbers": (
+        lambda t: break_camera(t, lambda v: v["T"].append(float("nan"))), ValueError, "frame 12 of 'a'"),
+    "camera not finite": (
+        lambda t: break_camera(t, lambda v: v.update(T=[0, 0, np.nan])), ValueError, "frame 12 of 'a'"),
+    "unknown format": (
+        lambda t: break_camera(t, lambda v: v.update(intrinsics_format="mm")), ValueError, "format 'mm'"),
+    "broken set list": (
+        lambda t: (t / "thing/set_lists/set_lists_x.json").write_text("{"), ValueError, "set_lists_x.json: not a JSON"),
 }
 
 
@@ -314,17 +282,18 @@ def test_names_that_do_not_exist(tree, tmp_path):
         frame_numbers(tree, "thing", "a", "fewview_dev/test")
 
 
-# ---- the released toy data -------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------- the released toy data
 
 def write_toy(root: Path, size: int = 32, views: int = 5, **changes) -> list[dict]:
     generator = torch.Generator().manual_seed(0)
     items = []
     for _ in range(2):
         masks = torch.rand(views, 1, size, size, generator=generator)
+        images = torch.rand(views, 3, size, size, generator=generator) * masks
         items.append(dict(
-            images=torch.rand(views, 3, size, size, generator=generator) * masks, masks=masks, valid_region=torch.ones_like(masks),
-            R=torch.eye(3).expand(views, 3, 3).clone(), T=torch.rand(views, 3, generator=generator), f=torch.full((views, 2), 2.0),
-            c=torch.zeros(views, 2), image_size=torch.full((views, 2), float(size)), idx="a name", frame_type=["x"] * views) | changes)
+            images=images, masks=masks, valid_region=torch.ones_like(masks), R=torch.eye(3).expand(views, 3, 3).clone(),
+            T=torch.rand(views, 3, generator=generator), f=torch.full((views, 2), 2.0), c=torch.zeros(views, 2),
+            image_size=torch.full((views, 2), float(size)), idx="a name", frame_type=["x"] * views) | changes)
     (root / "hydrant").mkdir(parents=True, exist_ok=True)
     torch.save({"hydrant": items}, root / "hydrant" / "hydrant_toy.pt")
     return items
@@ -332,12 +301,15 @@ def write_toy(root: Path, size: int = 32, views: int = 5, **changes) -> list[dic
 
 def test_toy_file(tmp_path):
     items = write_toy(tmp_path)
-    assert sequences(tmp_path, "hydrant") == ["toy0", "toy1"] and frame_numbers(tmp_path, "hydrant", "toy1") == [0, 1, 2, 3, 4]
+    assert sequences(tmp_path, "hydrant") == ["toy0", "toy1"]
+    assert frame_numbers(tmp_path, "hydrant", "toy1") == [0, 1, 2, 3, 4]
     scene = load_sequence(tmp_path, "hydrant", "toy1", 32, frames=[4, 1])
     assert torch.equal(scene.images, items[1]["images"][[4, 1]]) and torch.equal(scene.masks, items[1]["masks"][[4, 1]])
-    assert torch.equal(scene.cameras.T, items[1]["T"][[4, 1]]) and scene.names == ["4", "1"] and scene.cameras.focal.shape == (2, 2)
+    assert torch.equal(scene.cameras.T, items[1]["T"][[4, 1]]) and scene.names == ["4", "1"]
+    assert scene.cameras.focal.shape == (2, 2)
     small = load_sequence(tmp_path, "hydrant", "toy0", 16)
-    parity.assert_close(small.images, torch.nn.functional.avg_pool2d(items[0]["images"], 2), atol=1e-6)  # bilinear at half size
+    halved = torch.nn.functional.avg_pool2d(items[0]["images"], 2)  # what bilinear is at half the size
+    parity.assert_close(small.images, halved, atol=1e-6)
     assert torch.equal(small.masks, items[0]["masks"][..., ::2, ::2])
     packed = load_packed([tmp_path], "hydrant", None, 3, 16, workers=1)
     assert packed.rgba.shape == (2, 3, 4, 16, 16) and packed.names == ["toy0", "toy1"]
@@ -377,7 +349,7 @@ def test_toy_files_that_are_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
 
 
-# ---- photographs -----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------- photographs
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real sequence is not in ../shared/co3d_real")
 def test_real_sequence_is_one_object_in_all_views():
@@ -399,8 +371,8 @@ def test_real_sequence_is_one_object_in_all_views():
     axis = torch.linspace(-1, 1, 72) * extent
     points = center + torch.cartesian_prod(axis, axis, axis)
     xy = scene.cameras.project(points.expand(14, -1, 3))[0]
-    inside = torch.nn.functional.grid_sample(scene.masks, -xy.unsqueeze(1), align_corners=False)[:, 0, 0] > 0.5  # (14, P)
-    hull = xy[:, inside.all(0)]
+    at_points = torch.nn.functional.grid_sample(scene.masks, -xy.unsqueeze(1), align_corners=False)[:, 0, 0]  # (14, P)
+    hull = xy[:, (at_points > 0.5).all(0)]
     assert hull.shape[1] > 1000
     for mask, points in zip(scene.masks[:, 0] > 0.5, ((1 - hull) * 32).long().clamp(0, 63)):
         covered = torch.zeros_like(mask)

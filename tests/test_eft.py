@@ -8,28 +8,16 @@ from torch.nn import functional as F
 
 import parity
 from cameras import Cameras, pixel_grid
-from eft import EFT, NANO, PAPER, RELEASED_KEYS, RELEASED_UNUSED, EncoderLayer, harmonic
+from eft import EFT, NANO, PAPER, EncoderLayer, SplitLinear, harmonic
+from released import PARTS
 
-TINY = dataclasses.replace(NANO, stem=8, stages=(8, 12, 16), blocks=1, width=32, layers=1, feedforward=32, depths=8, harmonics=4)
-
-
-def released_state(state):
-    """Released names -> ours by the table; every key is consumed by exactly one rule or is on the unused list."""
-    out = {}
-    for name, value in state.items():
-        rules = [(p, r) for p, r in RELEASED_KEYS if re.match(p, name)]
-        unused = [p for p in RELEASED_UNUSED if re.match(p, name)]
-        assert len(rules) + len(unused) == 1, f"{name}: {rules}, {unused}"
-        if rules:
-            new = re.sub(*rules[0], name)
-            assert new not in out, new
-            out[new] = value
-    return out
+TINY = dataclasses.replace(NANO, stem=8, stages=(8, 12, 16), blocks=1, width=32, layers=1, feedforward=32, depths=8,
+                           harmonics=4)
 
 
 def paper_model():
     model = EFT(PAPER)
-    model.load_state_dict(released_state(parity.weights("eft")))
+    model.load_state_dict(parity.rename(parity.weights("eft"), PARTS["eft"]))
     return model
 
 
@@ -44,15 +32,17 @@ def fixture_scene(name):
     cameras = Cameras(*(f["in_cam_" + k] for k in "RTfc"))
     index = f["in_views" + name[-1]]
     near, far = f["mid_depth_range"]
-    return f, (f["in_images"][index], cameras[index], cameras[int(f["in_query"])], near, far), f[f"out_{name}_rgb"].shape[1]
+    size = f[f"out_{name}_rgb"].shape[1]
+    return f, (f["in_images"][index], cameras[index], cameras[int(f["in_query"])], near, far), size
 
 
-def ring(n, radius=4.0, generator=None):
+def ring(n, radius=4.0):
     """n cameras on a ring, looking at the world's origin: T = (0, 0, radius)."""
     angle = torch.linspace(0, 1.2, n)
     c, s, zero, one = angle.cos(), angle.sin(), torch.zeros(n), torch.ones(n)
     R = torch.stack([torch.stack(row, -1) for row in ((c, zero, -s), (zero, one, zero), (s, zero, c))], -2)
-    return Cameras(R, torch.tensor([[0.0, 0.0, radius]]).repeat(n, 1), torch.full((n, 2), 1.8), torch.full((n, 2), 0.05))
+    T = torch.tensor([[0.0, 0.0, radius]]).repeat(n, 1)
+    return Cameras(R, T, torch.full((n, 2), 1.8), torch.full((n, 2), 0.05))
 
 
 def tiny(seed=0):
@@ -66,12 +56,12 @@ def tiny(seed=0):
 def test_parity_of_the_result(paper, name):
     f, (images, cameras, query, near, far), size = fixture_scene(name)
     with torch.no_grad():
-        features, rgb = paper.image(paper.encode(images), images, cameras, query, size, near, far)
+        view = paper.image(paper.encode(images), images, cameras, query, size, near, far)
         trunk = paper.trunk(images)
     assert tuple(trunk.shape) == tuple(f[f"mid_{name}_latent_shape"])
     parity.assert_close(trunk[:, ::16, ::5, ::5], f[f"mid_{name}_latent_sample"], std=1e-4)
-    parity.assert_close(rgb.permute(1, 2, 0)[None], f[f"out_{name}_rgb"], std=1e-4)
-    parity.assert_close(features.permute(1, 2, 0)[None], f[f"out_{name}_features"], std=1e-4)
+    parity.assert_close(view.color.permute(1, 2, 0)[None], f[f"out_{name}_rgb"], std=1e-4)
+    parity.assert_close(view.features.permute(1, 2, 0)[None], f[f"out_{name}_features"], std=1e-4)
 
 
 @pytest.mark.parametrize("name", ["set0", "set1"])
@@ -79,11 +69,12 @@ def test_parity_of_the_geometry(paper, name):
     f, (images, cameras, query, near, far), size = fixture_scene(name)
     xy = pixel_grid(size, size, images.shape[-1])
     parity.assert_close(xy, f["mid_ray_xys"].reshape(-1, 2), atol=1e-6)
-    ray, reference, depth, ndc = paper.geometry(cameras, query, xy[[0, 5, 21]], near, far)
-    parity.assert_close(ray, f[f"mid_{name}_query_plucker"], std=1e-4)
-    parity.assert_close(reference, f[f"mid_{name}_ref_plucker"], atol=5e-4)  # float32 rounding of a moment of 13, times frequency 32
-    parity.assert_close(depth.expand(1, 3, -1, -1), f[f"mid_{name}_depth_emb"], std=1e-4)
-    parity.assert_close(ndc, f[f"mid_{name}_ndc"][..., :2], std=1e-4)
+    geometry = paper.geometry(cameras, query, xy[[0, 5, 21]], near, far)
+    parity.assert_close(geometry.query_rays, f[f"mid_{name}_query_plucker"], std=1e-4)
+    # float32 rounding of a moment of 13, times frequency 32
+    parity.assert_close(geometry.reference_rays, f[f"mid_{name}_ref_plucker"], atol=5e-4)
+    parity.assert_close(geometry.depths.expand(1, 3, -1, -1), f[f"mid_{name}_depth_emb"], std=1e-4)
+    parity.assert_close(geometry.xy_views, f[f"mid_{name}_ndc"][..., :2], std=1e-4)
 
 
 def test_parity_in_training_mode_without_dropout():
@@ -97,17 +88,23 @@ def test_parity_in_training_mode_without_dropout():
             module.dropout = 0.0
     with torch.no_grad():
         model.encode(images)
-        features, rgb = model.image(model.encode(images), images, cameras, query, size, near, far)
-    parity.assert_close(rgb.permute(1, 2, 0)[None], f["out_batchstat_set0_rgb"], std=1e-4)
-    parity.assert_close(features.permute(1, 2, 0)[None], f["out_batchstat_set0_features"], std=1e-4)
+        view = model.image(model.encode(images), images, cameras, query, size, near, far)
+    parity.assert_close(view.color.permute(1, 2, 0)[None], f["out_batchstat_set0_rgb"], std=1e-4)
+    parity.assert_close(view.features.permute(1, 2, 0)[None], f["out_batchstat_set0_features"], std=1e-4)
     parity.assert_close(model.trunk.bn1.running_mean, f["out_batchstat_set0_bn1_running_mean"], std=1e-4)
     parity.assert_close(model.trunk.bn1.running_var, f["out_batchstat_set0_bn1_running_var"], std=1e-4)
     assert int(model.trunk.bn1.num_batches_tracked) == int(f["out_batchstat_set0_bn1_num_batches"])
 
 
 def test_released_names_cover_the_model_exactly(paper):
+    """Every released key is known to be unused, or exactly one rule makes it one of ours."""
+    part = PARTS["eft"]
     entries = {name: tuple(shape) for name, shape, _ in parity.manifest("eft")["entries"]}
-    assert {k: tuple(v.shape) for k, v in paper.state_dict().items()} == released_state(entries)
+    for name in entries:
+        rules = [pattern for pattern, _ in part.rules if re.search(pattern, name)]
+        unused = [pattern for pattern in part.unused if re.search(pattern, name)]
+        assert len(unused) == 1 or not unused and len(rules) == 1, f"{name}: {rules}, {unused}"
+    assert {name: tuple(x.shape) for name, x in paper.state_dict().items()} == parity.rename(entries, part)
 
 
 # --- properties ---
@@ -119,6 +116,16 @@ def test_encoder_layer_is_pytorchs():
     parity.assert_close(layer(x), expected, atol=2e-6)
     layer.train()
     assert not torch.allclose(layer(x), layer(x))  # dropout is live
+
+
+def test_split_linear_is_the_linear_layer_of_the_concatenation():
+    torch.manual_seed(0)
+    layer = SplitLinear(7, a=3, b=1, c=5)
+    a, b, c = torch.randn(2, 4, 3), torch.randn(4, 1), torch.randn(2, 1, 5)
+    whole = layer(torch.cat([a, b.expand(2, -1, -1), c.expand(-1, 4, -1)], -1))
+    parity.assert_close(layer.multiply(a=a, b=b, c=c) + layer.bias, whole, atol=1e-6)
+    parity.assert_close(F.linear(b, layer.columns()["b"]) + layer.multiply(c=c, a=a) + layer.bias, whole, atol=1e-6)
+    assert {name: tuple(x.shape) for name, x in layer.state_dict().items()} == {"weight": (7, 9), "bias": (7,)}
 
 
 def test_harmonic_layout():
@@ -135,12 +142,13 @@ def test_any_number_of_views_and_batched_equals_looped(views):
     inputs = Cameras.stack([cameras[2:2 + views], cameras[2 + views:]])
     with torch.no_grad():
         maps = model.encode(images)
-        features, colour = model(maps, images, inputs, cameras[:2], xy, near, far)
-        assert maps.shape == (2, views, TINY.width, 16, 20) and features.shape == (2, 5, TINY.width) and colour.shape == (2, 5, 3)
+        both = model(maps, images, inputs, cameras[:2], xy, near, far)
+        assert maps.shape == (2, views, TINY.width, 16, 20)
+        assert both.features.shape == (2, 5, TINY.width) and both.color.shape == (2, 5, 3)
         for b in range(2):
             one = model(model.encode(images[b]), images[b], inputs[b], cameras[b], xy[b], float(near[b]), float(far[b]))
-            parity.assert_close(one[0], features[b], atol=1e-4)
-            parity.assert_close(one[1], colour[b], atol=1e-5)
+            parity.assert_close(one.features, both.features[b], atol=1e-4)
+            parity.assert_close(one.color, both.color[b], atol=1e-5)
 
 
 def test_order_of_the_views_does_not_matter():
@@ -150,8 +158,8 @@ def test_order_of_the_views_does_not_matter():
         a = model(model.encode(images), images, cameras[1:], cameras[0], xy, 2.0, 6.0)
         b = model(model.encode(images[order]), images[order], cameras[1:][order], cameras[0], xy, 2.0, 6.0)
         c = model(model.encode(images[order]), images[order], cameras[1:], cameras[0], xy, 2.0, 6.0)
-    parity.assert_close(b[0], a[0], atol=1e-5)
-    assert (c[0] - a[0]).abs().max() > 1e-3  # images that changed places without their cameras do matter
+    parity.assert_close(b.features, a.features, atol=1e-5)
+    assert (c.features - a.features).abs().max() > 1e-3  # images that changed places without their cameras do matter
 
 
 def test_moving_the_world_changes_nothing():
@@ -165,25 +173,25 @@ def test_moving_the_world_changes_nothing():
         maps = model.encode(images)
         a = model(maps, images, cameras[1:], cameras[0], xy, 2.0, 6.0)
         b = model(maps, images, moved[1:], moved[0], xy, 2.0, 6.0)
-    parity.assert_close(b[0], a[0], atol=1e-4)
+    parity.assert_close(b.features, a.features, atol=1e-4)
 
 
 def test_image_is_its_rays_in_any_chunks():
     model, cameras, images = tiny(), ring(3), torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         maps = model.encode(images)
-        features, colour = model.image(maps, images, cameras[1:], cameras[0], 4, 2.0, 6.0, chunk=5)
+        view = model.image(maps, images, cameras[1:], cameras[0], 4, 2.0, 6.0, chunk=5)
         rays = model(maps, images, cameras[1:], cameras[0], pixel_grid(4, 4, 32), 2.0, 6.0)
-    assert features.shape == (TINY.width, 4, 4) and colour.shape == (3, 4, 4)
-    parity.assert_close(features[:, 1, 2], rays[0][6], atol=1e-5)
-    parity.assert_close(colour[:, 3, 0], rays[1][12], atol=1e-5)
+    assert view.features.shape == (TINY.width, 4, 4) and view.color.shape == (3, 4, 4)
+    parity.assert_close(view.features[:, 1, 2], rays.features[6], atol=1e-5)
+    parity.assert_close(view.color[:, 3, 0], rays.color[12], atol=1e-5)
 
 
 def test_gradients_reach_every_parameter():
     model, cameras, images = EFT(NANO).train(), ring(3), torch.rand(1, 2, 3, 64, 64)
-    _, colour = model(model.encode(images), images, Cameras.stack([cameras[1:]]), cameras[:1],
-                      pixel_grid(3, 3, 64), 2.0, 6.0)
-    colour.square().sum().backward()
+    maps = model.encode(images)
+    color = model(maps, images, Cameras.stack([cameras[1:]]), cameras[:1], pixel_grid(3, 3, 64), 2.0, 6.0).color
+    color.square().sum().backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), name
         if not name.endswith("_logit.bias"):  # a softmax does not feel a constant
@@ -197,21 +205,23 @@ def test_bfloat16_autocast_keeps_the_geometry_in_float32():
     seen, geometry = [], model.geometry
     model.geometry = lambda *a: seen.append(geometry(*a)) or seen[-1]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        features, colour = model(model.encode(images), images, cameras[1:], cameras[0], xy, 2.0, 6.0)
-    assert features.dtype == colour.dtype == torch.float32
+        half = model(model.encode(images), images, cameras[1:], cameras[0], xy, 2.0, 6.0)
+    assert half.features.dtype == half.color.dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(seen[0], exact))
     with torch.no_grad():
-        parity.assert_close(features, model(model.encode(images), images, cameras[1:], cameras[0], xy, 2.0, 6.0)[0], std=0.1)
+        full = model(model.encode(images), images, cameras[1:], cameras[0], xy, 2.0, 6.0)
+    parity.assert_close(half.features, full.features, std=0.1)
 
 
 def plane(cameras, xy):
-    """Colours (n, R, 3) that cameras (n,) see along xy (R, 2) on the textured plane Z = 0 of the world."""
+    """Colors (n, R, 3) that cameras (n,) see along xy (R, 2) on the textured plane Z = 0 of the world."""
     o, d = cameras.rays(xy.expand(len(cameras), -1, 2))
     p = (o - o[..., 2:] / d[..., 2:] * d)[..., :2]
-    return torch.stack([0.5 + 0.5 * (2 * p[..., 0]).sin(), 0.5 + 0.5 * (3 * p[..., 1]).cos(), torch.sigmoid(2 * p.sum(-1))], -1)
+    x, y = p.unbind(-1)
+    return torch.stack([0.5 + 0.5 * (2 * x).sin(), 0.5 + 0.5 * (3 * y).cos(), torch.sigmoid(2 * p.sum(-1))], -1)
 
 
-def test_learns_the_colours_of_a_textured_plane():
+def test_learns_the_colors_of_a_textured_plane():
     """From two views of the plane, rays of a third that training never saw."""
     model, cameras, size = tiny().train(), ring(13), 32
     inputs, unseen = cameras[[0, 12]], cameras[6]
@@ -221,13 +231,13 @@ def test_learns_the_colours_of_a_textured_plane():
     for _ in range(200):
         xy = torch.rand(64, 2, generator=g) * 1.2 - 0.6  # what both inputs see
         queries = cameras[[int(torch.randint(1, 6, (), generator=g)), int(torch.randint(7, 12, (), generator=g))]]
-        _, colour = model(model.encode(batch[0]), *batch, queries, xy, 2.5, 5.5)
-        loss = F.mse_loss(colour, plane(queries, xy))
+        color = model(model.encode(batch[0]), *batch, queries, xy, 2.5, 5.5).color
+        loss = F.mse_loss(color, plane(queries, xy))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     model.eval()
     with torch.no_grad():
-        _, colour = model(model.encode(images), images, inputs, unseen, 0.6 * pixel_grid(12, 12), 2.5, 5.5)
+        color = model(model.encode(images), images, inputs, unseen, 0.6 * pixel_grid(12, 12), 2.5, 5.5).color
     truth = plane(unseen.unsqueeze(0), 0.6 * pixel_grid(12, 12))[0]
-    assert F.mse_loss(colour, truth) < 0.1 * truth.var(0).mean()
+    assert F.mse_loss(color, truth) < 0.1 * truth.var(0).mean()

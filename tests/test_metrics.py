@@ -1,4 +1,4 @@
-"""Metrics by hand, SSIM and LPIPS against plain references written here, and files that must be refused."""
+"""Metrics by hand, SSIM and LPIPS against plain references written here, and what must be refused."""
 import math
 
 import numpy as np
@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from metrics import AttributeNet, VGG16LPIPS, feature_distance, iou, perceptual_distance, psnr, ssim
+import files
+from helpers import Evil, same
+from metrics import (
+    AttributeNet, VGG16LPIPS, feature_distance, iou, load_attribute_net, perceptual_distance, psnr, ssim)
 from parity import assert_close
+from released_files import CONVS, lpips_states
 
 
 def images(n=2, size=24, seed=0, channels=3):
@@ -86,40 +90,25 @@ def test_ssim_against_a_loop_over_windows():
                     x, y = a[n, c, i:i + 11, j:j + 11].numpy(), b[n, c, i:i + 11, j:j + 11].numpy()
                     mx, my = (w * x).sum(), (w * y).sum()
                     vx, vy, cxy = (w * (x - mx) ** 2).sum(), (w * (y - my) ** 2).sum(), (w * (x - mx) * (y - my)).sum()
-                    values.append((2 * mx * my + 1e-4) * (2 * cxy + 9e-4) / ((mx ** 2 + my ** 2 + 1e-4) * (vx + vy + 9e-4)))
+                    luminance = (2 * mx * my + 1e-4) / (mx ** 2 + my ** 2 + 1e-4)
+                    values.append(luminance * (2 * cxy + 9e-4) / (vx + vy + 9e-4))
         expected[n] = np.mean(values)
     assert_close(ssim(a, b), expected, atol=1e-10)
     assert_close(ssim(a.float(), b.float()), expected, atol=1e-4)
 
 
-CONVS = {0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256), 14: (256, 256),
-         17: (256, 512), 19: (512, 512), 21: (512, 512), 24: (512, 512), 26: (512, 512), 28: (512, 512)}
-
-
-def vgg_states():
-    """Pseudo-random weights in the layout of the two public files (the classifier's sizes are not the real ones)."""
-    g = torch.Generator().manual_seed(5)
-    vgg = {}
-    for i, (n_in, n_out) in CONVS.items():
-        vgg[f"features.{i}.weight"] = torch.randn(n_out, n_in, 3, 3, generator=g) * (2 / (9 * n_in)) ** 0.5
-        vgg[f"features.{i}.bias"] = 0.1 * torch.randn(n_out, generator=g)
-    for i in (0, 3, 6):
-        vgg[f"classifier.{i}.weight"], vgg[f"classifier.{i}.bias"] = torch.zeros(4, 4), torch.zeros(4)
-    lin = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1, generator=g) for i, c in enumerate((64, 128, 256, 512, 512))}
-    return vgg, lin
-
-
 @pytest.fixture(scope="module")
-def vgg_files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vgg")
-    vgg, lin = vgg_states()
-    torch.save(vgg, folder / "vgg16-397923af.pth", _use_new_zipfile_serialization=False)  # the public file is of the old kind
-    torch.save(lin, folder / "vgg.pth")
-    return folder / "vgg16-397923af.pth", folder / "vgg.pth"
+def lpips():
+    """LPIPS with pseudo-random weights."""
+    vgg, lin = lpips_states()
+    net = VGG16LPIPS()
+    net.features.load_state_dict({k.removeprefix("features."): x for k, x in vgg.items() if k.startswith("features.")})
+    net.channel_weights.load_state_dict({str(i): lin[f"lin{i}.model.1.weight"] for i in range(5)})
+    return net
 
 
-def test_lpips_against_a_plain_reference(vgg_files):
-    vgg, lin = vgg_states()
+def test_lpips_against_a_plain_reference(lpips):
+    vgg, lin = lpips_states()
     a, b = images(2, 40, 0), images(2, 40, 1)
     shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
     expected = torch.zeros(2)
@@ -134,11 +123,11 @@ def test_lpips_against_a_plain_reference(vgg_files):
             expected += F.conv2d(difference, lin[f"lin{layer}.model.1.weight"]).mean((1, 2, 3))
             x, layer = F.max_pool2d(x, 2), layer + 1
     assert layer == 5
-    assert_close(VGG16LPIPS(*vgg_files)(a, b), expected, rtol=1e-5)
+    assert_close(lpips(a, b), expected, rtol=1e-5)
 
 
-def test_lpips_has_a_gradient_in_both_images_and_none_in_its_weights(vgg_files):
-    lpips, a, b = VGG16LPIPS(*vgg_files), images(1, 16, 0).requires_grad_(), images(1, 16, 1).requires_grad_()
+def test_lpips_has_a_gradient_in_both_images_and_none_in_its_weights(lpips):
+    a, b = images(1, 16, 0).requires_grad_(), images(1, 16, 1).requires_grad_()
     lpips(a, b).sum().backward()
     assert a.grad.abs().max() > 0 and b.grad.abs().max() > 0
     assert not any(p.requires_grad for p in lpips.parameters()) and not lpips.training
@@ -146,17 +135,17 @@ def test_lpips_has_a_gradient_in_both_images_and_none_in_its_weights(vgg_files):
 
 # --- properties of all of them ---
 
-def distances(vgg_files):
+def distances(lpips):
     torch.manual_seed(0)
     net = AttributeNet(7).eval()
-    return {"ssim": lambda a, b: 1 - ssim(a, b), "mse": lambda a, b: -psnr(a, b), "lpips": VGG16LPIPS(*vgg_files),
+    return {"ssim": lambda a, b: 1 - ssim(a, b), "mse": lambda a, b: -psnr(a, b), "lpips": lpips,
             "attributes": lambda a, b: perceptual_distance(net.layers, a, b)}
 
 
-def test_symmetric_zero_for_equal_images_and_growing_with_blur(vgg_files):
+def test_symmetric_zero_for_equal_images_and_growing_with_blur(lpips):
     x = blurred(images(2, 48, 3), 0.6)
     b = images(2, 48, 4)
-    for name, distance in distances(vgg_files).items():
+    for name, distance in distances(lpips).items():
         with torch.no_grad():
             assert_close(distance(x, b), distance(b, x), rtol=1e-5)
             if name != "mse":
@@ -165,9 +154,9 @@ def test_symmetric_zero_for_equal_images_and_growing_with_blur(vgg_files):
         assert (grows[1:] > grows[:-1]).all(), (name, grows)
 
 
-def test_distance_of_a_batch_is_that_of_its_images(vgg_files):
+def test_distance_of_a_batch_is_that_of_its_images(lpips):
     a, b = images(3, 32, 0), images(3, 32, 1)
-    for name, distance in distances(vgg_files).items():
+    for name, distance in distances(lpips).items():
         with torch.no_grad():
             assert_close(distance(a, b), torch.cat([distance(a[i:i + 1], b[i:i + 1]) for i in range(3)]), rtol=1e-4)
 
@@ -212,60 +201,33 @@ def test_small_images_are_refused_by_ssim():
     refused(error, "8 x 20", "11 x 11")
 
 
-@pytest.mark.parametrize("case", ["absent", "garbage", "pickle", "list", "missing", "surplus", "renamed", "shape", "not a tensor"])
-@pytest.mark.parametrize("which", [0, 1])
-def test_bad_weight_files_are_refused_in_one_line(tmp_path, vgg_files, case, which):
-    state = vgg_states()[which]
-    key = ("features.7.bias", "lin2.model.1.weight")[which]
-    bad, words, kind = tmp_path / "bad.pth", ["bad.pth"], ValueError
-    if case == "missing":
-        del state[key]
-        words += [key, "missing", str(128 if which == 0 else 256)]
-    elif case == "surplus":
-        state["extra.weight"] = torch.zeros(1)
-        words += ["extra.weight", "surplus"]
-    elif case == "renamed":
-        state["x." + key] = state.pop(key)
-        words += [key]
-    elif case == "shape":
-        state[key] = torch.zeros(3)
-        words += [key, "(3,)", "128" if which == 0 else "256"]
-    elif case == "not a tensor":
-        state[key] = 1.5
-        words += [key, "float"]
-    elif case == "list":
-        state = [1, 2]
-        words += ["list"]
-    elif case == "pickle":
-        state = {"x": Trap(tmp_path / "ran")}
+# --- the file of the attribute network ---
+
+def test_attribute_net_survives_a_file(tmp_path):
+    torch.manual_seed(0)
+    net = AttributeNet(5)
+    net(images(4, 32))  # moves the statistics of the batch norms
+    files.save_tensors({"weights": net.state_dict()}, tmp_path / "net.pt")
+    loaded = load_attribute_net(tmp_path / "net.pt")
+    assert same(loaded, net) and not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("case", [
+    "absent", "garbage", "pickle", "no weights", "no head", "missing", "surplus", "shape", "word"])
+def test_bad_attribute_files_are_refused_in_one_line(tmp_path, case):
+    weights, bad = AttributeNet(5).state_dict(), tmp_path / "bad.pt"
+    changes = {"no head": lambda: weights.pop("head.bias"), "missing": lambda: weights.pop("stages.0.0.bias"),
+               "surplus": lambda: weights.update(extra=torch.zeros(1)),
+               "shape": lambda: weights.update({"stages.0.0.bias": torch.zeros(3)}),
+               "word": lambda: weights.update({"head.bias": "word"})}
+    if case in changes:
+        changes[case]()
+    data = {"no weights": {"x": weights}, "pickle": {"weights": Evil(open, str(tmp_path / "ran"), "w")}}
     if case == "garbage":
         bad.write_bytes(b"not weights at all")
-    elif case == "absent":
-        kind = FileNotFoundError
-    else:
-        torch.save(state, bad)
-    files = [*vgg_files]
-    files[which] = bad
-    with pytest.raises(kind) as error:
-        VGG16LPIPS(*files)
-    refused(error, *words)
+    elif case != "absent":
+        torch.save(data.get(case, {"weights": weights}), bad)
+    with pytest.raises(FileNotFoundError if case == "absent" else ValueError) as error:
+        load_attribute_net(bad)
+    refused(error, "bad.pt")
     assert not (tmp_path / "ran").exists()
-
-
-class Trap:
-    """Unpickled carelessly, it would create a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def test_negative_channel_weights_are_refused(tmp_path, vgg_files):
-    state = vgg_states()[1]
-    state["lin3.model.1.weight"][0, 5] = -0.1
-    torch.save(state, tmp_path / "lin.pth")
-    with pytest.raises(ValueError) as error:
-        VGG16LPIPS(vgg_files[0], tmp_path / "lin.pth")
-    refused(error, "lin.pth", "lin3", "negative")

@@ -7,129 +7,26 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 import warnings
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-import eft
 import parity
 import released
 import sparsefusion as sf
-import vldm
+import vae
 from cameras import Cameras
+from helpers import Evil, one_line, same
+from metrics import VGG16LPIPS
+from presets import SMALL
+from released_files import (
+    diffusers_state, foreign_module, lpips_states, optimizer_state, released_state, write_safetensors, write_sd)
 
-# The released structure (every released key exists), thinner.
-SMALL = sf.Preset("paper", 256, replace(eft.PAPER, stem=8, stages=(8, 16, 24), width=32, feedforward=32),
-                  vldm.VAEConfig(widths=(32, 64, 96, 96)),
-                  vldm.UNetConfig(cond_channels=32, widths=(16, 16, 32, 64, 64), heads=2, head_dim=8, time_dim=32, token_dim=16),
-                  vldm.DiffusionConfig())
-
+MODEL = ("eft", "vldm", "vae")  # the parts of the model, each with a file of its own
 FORMATS = [{}, {"pickle_protocol": 4}, {"_use_new_zipfile_serialization": False}]  # of torch.save
-
-
-# --- released files, made by the rule ---
-
-def released_state(part, module):
-    """The manifest's names with the shapes that `module` has for them; entries that nothing uses are small."""
-    _, rules, unused = sf.RELEASED[part]
-    prefix, wanted = "first_stage_model." * (part == "vae"), module.state_dict()
-    state = {}
-    for name, shape, _ in parity.manifest(part)["entries"]:
-        if any(re.search(p, prefix + name) for p in unused):
-            state[prefix + name] = parity.weight(name, shape[:1] if shape else [])
-        else:
-            state[prefix + name] = parity.weight(name, wanted[released.our_name(prefix + name, rules)].shape)
-    return state
-
-
-def optimizer_state():
-    layer = nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(layer.parameters())
-    layer(torch.ones(1, 3)).sum().backward(), optimizer.step()
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3])  # its state holds a collections.Counter
-    return {"optimizer_state_dict": optimizer.state_dict(), "scheduler_state_dict": scheduler.state_dict(), "epoch": 3}
-
-
-def foreign_module(marker):
-    """A training framework that is there when the file is saved and gone when it is loaded."""
-    module = types.ModuleType("foreign_framework")
-
-    class ModelCheckpoint:
-        def __init__(self):
-            self.best_model_score, self.dirpath = torch.tensor(0.25), Path("logs")
-
-    class Timer(dict):
-        pass
-
-    def touch(path):
-        Path(path).touch()
-        return {}
-
-    class Reduced:
-        def __reduce__(self):
-            return touch, (str(marker),)
-
-    for x in (ModelCheckpoint, Timer, touch, Reduced):
-        x.__module__, x.__qualname__ = module.__name__, x.__name__
-        setattr(module, x.__name__, x)
-    return module
-
-
-def write_sd(path, state, **options):
-    """A Stable Diffusion checkpoint: VAE, other networks, training state, and instances of classes that nobody has here."""
-    marker = path.with_suffix(".marker")
-    foreign = foreign_module(marker)
-    with pytest.MonkeyPatch.context() as m:
-        m.setitem(sys.modules, foreign.__name__, foreign)
-        state = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(2, 2), "betas": torch.zeros(3), **state,
-                 "cond_stage_model.transformer.weight": torch.zeros(2).half(), "model_ema.decay": torch.tensor(0.5)}
-        torch.save({"epoch": 6, "pytorch-lightning_version": "1.4.2", "state_dict": state, "optimizer_states": [optimizer_state()],
-                    "callbacks": {foreign.ModelCheckpoint: {"best": np.float64(0.1), "array": np.arange(3), "which": {1, 2}}},
-                    "objects": [foreign.ModelCheckpoint(), foreign.Timer(a=1), foreign.Reduced(), foreign.touch]}, path, **options)
-    assert not marker.exists()
-    return marker
-
-
-def write_safetensors(path, tensors, metadata=None):
-    """Eight bytes with the header's length, the header, the numbers."""
-    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    header, data = {"__metadata__": {"format": "pt"}} if metadata is None else metadata, b""
-    for key, x in tensors.items():
-        raw = x.contiguous().view(torch.uint8).numpy().tobytes() if x.ndim else x[None].view(torch.uint8).numpy().tobytes()
-        header[key] = {"dtype": names[x.dtype], "shape": list(x.shape), "data_offsets": [len(data), len(data) + len(raw)]}
-        data += raw
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-
-
-def diffusers_name(key, new):
-    """A first-stage key of Stable Diffusion -> the Diffusers library's name, before and after it renamed its attention."""
-    key = key.removeprefix("first_stage_model.")
-    if m := re.fullmatch(r"(encoder|decoder)\.(down|up)\.(\d)\.(.*)", key):
-        side, way, i, rest = m.groups()
-        i = int(i) if side == "encoder" else 3 - int(i)
-        rest = rest.replace("block.", "resnets.").replace("downsample.", "downsamplers.0.").replace("upsample.", "upsamplers.0.")
-        key = f"{side}.{way}_blocks.{i}.{rest}"
-    key = key.replace("nin_shortcut", "conv_shortcut").replace("mid.block_1", "mid_block.resnets.0").replace(
-        "mid.block_2", "mid_block.resnets.1").replace("coder.norm_out", "coder.conv_norm_out")
-    if m := re.fullmatch(r"(.*)\.mid\.attn_1\.(\w+)\.(.*)", key):
-        names = dict(zip(("norm", "q", "k", "v", "proj_out"), ("group_norm", "to_q", "to_k", "to_v", "to_out.0") if new else
-                         ("group_norm", "query", "key", "value", "proj_attn")))
-        key = f"{m[1]}.mid_block.attentions.0.{names[m[2]]}.{m[3]}"
-    return key
-
-
-def diffusers_state(state, new, matrices, dtype=torch.float32):
-    """First-stage state dict of Stable Diffusion -> that of Diffusers, attention weights as matrices or as 1x1 convolutions."""
-    state = {k: x[..., 0, 0] if matrices and ".attn_1." in k and x.ndim == 4 else x for k, x in state.items()}
-    return {diffusers_name(k, new): x.to(dtype) for k, x in state.items()}
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +35,7 @@ def small_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("released")
     with torch.device("meta"):
         model = sf.SparseFusion(SMALL)
-    states = {part: released_state(part, getattr(model, part)) for part in sf.RELEASED}
+    states = {part: released_state(part, getattr(model, part)) for part in MODEL}
     for part in ("eft", "vldm"):
         torch.save({"model_state_dict": states[part], **optimizer_state()}, folder / f"{part}.pt")
     write_sd(folder / "vae.pt", states["vae"])
@@ -152,33 +49,34 @@ def small(small_files, monkeypatch):
     return small_files
 
 
-def same(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def one_line(capsys, argv, *words):
-    """The command ends with exit code 2 and one line that has all the words."""
-    with pytest.raises(SystemExit) as e:
-        sf.main([str(x) for x in argv])
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert e.value.code == 2 and len(lines) == 1, lines
-    assert all(str(w) in lines[0] for w in words), (lines[0], words)
-
-
 def convert(files, out):
+    """Arguments of the command."""
     return ["convert", *(str(x) for part in files for x in (f"--{part}", files[part])), "--out", str(out)]
+
+
+@pytest.fixture
+def refused(small, tmp_path, capsys):
+    """A function: with this file for a part, `convert` ends in one line that has the file and the words."""
+    def check(part, file, *words):
+        one_line(capsys, sf.main, convert(small[0] | {part: file}, tmp_path / "out.pt"), file, *words)
+        assert not (tmp_path / "out.pt").exists()
+    return check
+
+
+def from_released(files):
+    return sf.SparseFusion.from_released(files["eft"], files["vldm"], files["vae"])
 
 
 def test_every_key_goes_where_the_table_says(small, capsys):
     files, states = small
-    model = sf.SparseFusion.from_released(**files)
+    model = from_released(files)
     out = capsys.readouterr().out
-    for part, (_, rules, unused) in sf.RELEASED.items():
+    for part in MODEL:
+        source = released.PARTS[part]
         ours, used = getattr(model, part).state_dict(), 0
         for key, value in states[part].items():
-            if not any(re.search(p, key) for p in unused):
-                assert torch.equal(ours[released.our_name(key, rules)], value), key
+            if not any(re.search(p, key) for p in source.unused):
+                assert torch.equal(ours[released.our_name(key, source.rules)], value), key
                 used += 1
         assert used == len(ours)
         parameters = sum(x.numel() for k, x in states[part].items() if "running" not in k and "tracked" not in k)
@@ -190,11 +88,11 @@ def test_every_key_goes_where_the_table_says(small, capsys):
 @pytest.mark.parametrize("options", FORMATS, ids=str)
 def test_foreign_classes_and_formats(small, options, tmp_path):
     files, states = small
-    expected = sf.SparseFusion.from_released(**files)
+    expected = from_released(files)
     marker = write_sd(tmp_path / "sd.ckpt", states["vae"], **options)
-    torch.save({"model_state_dict": {k: nn.Parameter(x) if x.is_floating_point() else x for k, x in states["eft"].items()}},
-               tmp_path / "eft2.pt", **options)
-    model = sf.SparseFusion.from_released(tmp_path / "eft2.pt", files["vldm"], tmp_path / "sd.ckpt")
+    parameters = {k: nn.Parameter(x) if x.is_floating_point() else x for k, x in states["eft"].items()}
+    torch.save({"model_state_dict": parameters}, tmp_path / "eft2.pt", **options)
+    model = from_released(files | {"eft": tmp_path / "eft2.pt", "vae": tmp_path / "sd.ckpt"})
     assert same(model, expected)
     assert not marker.exists()
 
@@ -206,17 +104,18 @@ def test_diffusers_names(small, new, matrices, dtype, tmp_path):
     files, states = small
     write_safetensors(tmp_path / "vae.safetensors", diffusers_state(states["vae"], new, matrices, dtype))
     with torch.device("meta"):
-        vae = vldm.VAE(SMALL.vae)
-    vae.to_empty(device="cpu")
-    sf.load_released(vae, "vae", tmp_path / "vae.safetensors")
-    expected = vldm.VAE(SMALL.vae)
-    sf.load_released(expected, "vae", files["vae"])
-    assert all(torch.equal(a, b.to(dtype).float()) for a, b in zip(vae.state_dict().values(), expected.state_dict().values()))
+        module = vae.VAE(SMALL.vae)
+    module.to_empty(device="cpu")
+    released.load_part(module, "vae", tmp_path / "vae.safetensors")
+    expected = vae.VAE(SMALL.vae)
+    released.load_part(expected, "vae", files["vae"])
+    pairs = zip(module.state_dict().values(), expected.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b.to(dtype).float()) for a, b in pairs)
 
 
 def test_converted_file_is_the_same_model(small, tmp_path):
     files, _ = small
-    direct = sf.SparseFusion.from_released(**files)
+    direct = from_released(files)
     sf.main(convert(files, tmp_path / "out.pt"))
     assert same(sf.load(tmp_path / "out.pt"), direct)
     assert torch.load(tmp_path / "out.pt", weights_only=True)["preset"]["name"] == "paper"
@@ -240,23 +139,25 @@ CHANGES = {
 @pytest.mark.parametrize("part,key", [
     ("eft", "encoder_model.conv1.weight"), ("eft", "t3.encoder.layers.2.self_attn.in_proj_weight"),
     ("vldm", "unets.0.downs.3.3.layers.0.1.1.weight"), ("vldm", "unets.0.mid_attn.fn.fn.to_q.weight"),
-    ("vae", "first_stage_model.decoder.up.1.upsample.conv.weight"), ("vae", "first_stage_model.encoder.mid.attn_1.q.weight"),
-    ("diffusers", "decoder.mid_block.attentions.0.to_out.0.weight"), ("diffusers", "encoder.down_blocks.0.downsamplers.0.conv.weight")])
-def test_one_key_wrong_is_refused_in_one_line(small, part, key, change, tmp_path, capsys):
+    ("vae", "first_stage_model.decoder.up.1.upsample.conv.weight"),
+    ("vae", "first_stage_model.encoder.mid.attn_1.q.weight"),
+    ("diffusers", "decoder.mid_block.attentions.0.to_out.0.weight"),
+    ("diffusers", "encoder.down_blocks.0.downsamplers.0.conv.weight")])
+def test_one_key_wrong_is_refused_in_one_line(small, refused, part, key, change, tmp_path):
     if part == "diffusers" and change in ("whole", "foreign"):
         return
-    files, states = small
-    flags = files | {("vae" if part == "diffusers" else part): tmp_path / "changed"}
+    _, states = small
     state = diffusers_state(states["vae"], True, False) if part == "diffusers" else dict(states[part])
     shape = tuple(state[key].shape)
     CHANGES[change](state, key)
     if part == "diffusers":
         write_safetensors(tmp_path / "changed", state)
     else:
-        torch.save({sf.RELEASED[part][0]: state}, tmp_path / "changed")
+        torch.save({released.PARTS[part].entry: state}, tmp_path / "changed")
+    missing = f"our {released.our_name(key, released.PARTS[part].rules)!r}: expected {shape}, found no key for it"
     expected = {
-        "removed": [f"key {key!r}: expected {shape}, found no such key"],
-        "renamed": [f"key {key!r}: expected {shape}, found no such key", f"key {key + '_'!r}: expected no such key, found {shape}"],
+        "removed": [missing],
+        "renamed": [f"{missing}; nearest is {key + '_'!r}", f"key {key + '_'!r}: expected no such key, found {shape}"],
         "reshaped": [f"key {key!r}: expected {shape}, found ({np.prod(shape)},)"],
         "surplus": ["key 'surplus.weight': expected no such key, found (2, 3)"],
         "whole": [f"key {key!r}: expected {shape}, found {shape} torch.int64"],
@@ -266,39 +167,59 @@ def test_one_key_wrong_is_refused_in_one_line(small, part, key, change, tmp_path
         state["first_stage_model.surplus.weight"] = state.pop("surplus.weight")
         torch.save({"state_dict": state}, tmp_path / "changed")
         expected = ["key 'first_stage_model.surplus.weight': expected no such key, found (2, 3)"]
-    one_line(capsys, convert(flags, tmp_path / "out.pt"), tmp_path / "changed", *expected)
-    assert not (tmp_path / "out.pt").exists()
+    refused("vae" if part == "diffusers" else part, tmp_path / "changed", *expected)
 
 
-def test_missing_keys_are_named_as_released():
-    """Every key of the three manifests, if missing, is called by its released name."""
-    for part, (_, rules, unused) in sf.RELEASED.items():
-        keys = ["first_stage_model." * (part == "vae") + name for name, _, _ in parity.manifest(part)["entries"]]
-        for key in keys[::7]:
-            if not any(re.search(p, key) for p in unused):
-                assert released.released_name(released.our_name(key, rules), rules, [k for k in keys if k != key]) == key
+def test_a_missing_key_comes_with_the_nearest_one_left_over(small):
+    """A key with a slip in it is the nearest to what it stands for, though others are left over."""
+    with torch.device("meta"):
+        model = sf.SparseFusion(SMALL)
+    for part in MODEL:
+        source, state, module = released.PARTS[part], small[1][part], getattr(model, part)
+        names = {key: released.our_name(key, source.rules) for key in state}
+        keys = [key for key in names if names[key] in module.state_dict()]
+        for key, other in zip(keys[::31], keys[5::31]):
+            slip = key[:-2] + key[-1] + key[-2]
+            slipped = {slip if old == key else old: x for old, x in state.items()} | {other + "_": torch.zeros(2)}
+            with pytest.raises(ValueError, match=re.escape(f"our {names[key]!r}: ")) as e:
+                released.fill(module, slipped, source, "file")
+            assert str(e.value).endswith(f"found no key for it; nearest is {slip!r}")
 
 
-def test_two_names_for_one_weight(small, tmp_path, capsys):
-    files, states = small
+def test_two_names_for_one_weight(small, refused, tmp_path):
+    _, states = small
     state = diffusers_state(states["vae"], True, False) | diffusers_state(states["vae"], False, True)
     write_safetensors(tmp_path / "both", state)
-    one_line(capsys, convert(files | {"vae": tmp_path / "both"}, tmp_path / "out.pt"), "expected no such key", "and ")
+    refused("vae", tmp_path / "both", "expected no such key", "and ")
 
 
-def test_files_that_are_not_weights(small, tmp_path, capsys):
+def test_files_that_are_not_weights(small, refused, tmp_path):
     files, states = small
     bad = tmp_path / "bad"
-    for content in (b"", b"PK\3\4", b"not a checkpoint", b"\x80\x02", files["vae"].read_bytes()[:-200000], b"\x80\x02]q\x00."):
+    cut = files["vae"].read_bytes()[:-200000]
+    for content in (b"", b"PK\3\4", b"not a checkpoint", b"\x80\x02", cut, b"\x80\x02]q\x00."):
         bad.write_bytes(content)
-        one_line(capsys, convert(files | {"vae": bad}, tmp_path / "out.pt"), bad, "not a PyTorch checkpoint")
+        refused("vae", bad, "not a PyTorch checkpoint")
     torch.save({"state_dict": states["vae"]}, bad, _use_new_zipfile_serialization=False)
     bad.write_bytes(bad.read_bytes()[:-1000])
-    one_line(capsys, convert(files | {"vae": bad}, tmp_path / "out.pt"), bad, "not a PyTorch checkpoint")
+    refused("vae", bad, "not a PyTorch checkpoint")
     torch.save({"weights": {}}, bad)
-    one_line(capsys, convert(files | {"eft": bad}, tmp_path / "out.pt"), bad, "'model_state_dict'", "'weights'")
-    one_line(capsys, convert(files | {"eft": tmp_path / "none"}, tmp_path / "out.pt"), tmp_path / "none", "no such")
-    one_line(capsys, convert(files | {"eft": tmp_path}, tmp_path / "out.pt"), tmp_path, "no such weights file")
+    refused("eft", bad, "'model_state_dict'", "'weights'")
+    refused("eft", tmp_path / "none", "no such weights file")
+    refused("eft", tmp_path, "no such weights file")
+
+
+def test_what_a_file_says_is_printable(small, refused, tmp_path, capsys):
+    """Names in a file cannot steer the terminal."""
+    files, states = small
+    bad = tmp_path / "bad"
+    bad.write_bytes(b"\x80\x02cos\nx\x1b[2Jy\n.")
+    refused("vae", bad, r"x\x1b[2Jy")
+    torch.save({"model_state_dict": states["eft"] | {"a\x1b[2J": torch.zeros(1)}}, bad)
+    refused("eft", bad, r"a\x1b[2J")
+    torch.save({"model_state_dict": states["eft"], "b\x1b[2J\n": 1}, bad)
+    from_released(files | {"eft": bad})
+    assert r"left alone: b\x1b[2J\n" in capsys.readouterr().out
 
 
 def test_safetensors_that_lie(tmp_path, capsys):
@@ -314,11 +235,14 @@ def test_safetensors_that_lie(tmp_path, capsys):
         text = json.dumps(h).encode()
         return len(text).to_bytes(8, "little") + text + good[n:]
 
-    lies = [good[:-1], good + b"\0", good[:n - 3], good[:9], b"\xff" * 8 + good[8:], (2**40).to_bytes(8, "little") + good[8:],
+    lies = [good[:-1], good + b"\0", good[:n - 3], good[:9],
+            b"\xff" * 8 + good[8:], (2**40).to_bytes(8, "little") + good[8:],
             header(lambda h: h["a"].update(shape=[2, 4])), header(lambda h: h["a"].update(shape=[-2, -3])),
             header(lambda h: h["a"].update(dtype="F99")), header(lambda h: h["a"].update(data_offsets=[0, 2**70])),
-            header(lambda h: h["b"].update(data_offsets=[16, 24])), header(lambda h: h["b"].update(data_offsets=[28, 36])),
-            header(lambda h: h["a"].update(data_offsets=[24, 0])), header(lambda h: h.update(a=3)), header(lambda h: h["a"].pop("shape")),
+            header(lambda h: h["b"].update(data_offsets=[16, 24])),
+            header(lambda h: h["b"].update(data_offsets=[28, 36])),
+            header(lambda h: h["a"].update(data_offsets=[24, 0])),
+            header(lambda h: h.update(a=3)), header(lambda h: h["a"].pop("shape")),
             header(lambda h: h.pop("b")), b"\x08" + bytes(7) + b"{{{{{{{{", header(lambda h: h["a"].update(shape="23"))]
     for lie in lies:
         path.write_bytes(lie)
@@ -329,42 +253,37 @@ def test_safetensors_that_lie(tmp_path, capsys):
 
 # --- pickles that would run code ---
 
-class Evil:
-    """Calls a function when it is unpickled."""
-
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
-
-
 def evils(marker):
     touch = f"open({str(marker)!r}, 'w').close()"
-    inner = pickle.dumps(Evil(os.system, f"touch {marker}"))
+    shell = f"touch {marker}"
+    inner = pickle.dumps(Evil(os.system, shell))
     return {
-        "system": Evil(os.system, f"touch {marker}"), "eval": Evil(eval, touch), "exec": Evil(exec, touch),
-        "open": Evil(open, str(marker), "w"), "Popen": Evil(subprocess.Popen, ["touch", str(marker)]), "__import__": Evil(__import__, "os"),
+        "system": Evil(os.system, shell), "partial": Evil(functools.partial, os.system, shell),
+        "eval": Evil(eval, touch), "exec": Evil(exec, touch), "open": Evil(open, str(marker), "w"),
+        "Popen": Evil(subprocess.Popen, ["touch", str(marker)]),
+        "__import__": Evil(__import__, "os"),
         "getattr": Evil(getattr, Evil(__import__, "os"), "system"),
-        "copyfile": Evil(shutil.copyfile, __file__, str(marker)), "partial": Evil(functools.partial, os.system, f"touch {marker}"),
-        "loads": Evil(pickle.loads, inner), "load": Evil(torch.load, str(marker)), "storage": Evil(torch.storage._load_from_bytes, inner),
-        "map": Evil(list, Evil(map, eval, [touch])), "setattr": Evil(setattr, torch.Tensor, "shape", 1),
+        "copyfile": Evil(shutil.copyfile, __file__, str(marker)),
+        "loads": Evil(pickle.loads, inner), "load": Evil(torch.load, str(marker)),
+        "storage": Evil(torch.storage._load_from_bytes, inner),
+        "map": Evil(list, Evil(map, eval, [touch])),
+        "setattr": Evil(setattr, torch.Tensor, "shape", 1),
         "fromfile": Evil(np.fromfile, str(marker)),
     }
 
 
 @pytest.mark.parametrize("name", evils(""))
 @pytest.mark.parametrize("options", FORMATS, ids=str)
-def test_code_in_a_pickle_is_refused_and_not_run(small, name, options, tmp_path, capsys):
-    files, states = small
+def test_code_in_a_pickle_is_refused_and_not_run(small, refused, name, options, tmp_path):
+    _, states = small
     marker, bad = tmp_path / "marker", tmp_path / "bad.pt"
     evil = evils(marker)[name]
     torch.save({"model_state_dict": states["eft"] | {"t1.pre.0.bias": evil}}, bad, **options)
-    one_line(capsys, convert(files | {"eft": bad}, tmp_path / "out.pt"), bad, "could run code")
+    refused("eft", bad, "could run code")
     torch.save({"model_state_dict": states["eft"], "optimizer_state_dict": [{"state": evil}]}, bad, **options)
-    one_line(capsys, convert(files | {"eft": bad}, tmp_path / "out.pt"), bad, "could run code")
+    refused("eft", bad, "could run code")
     bad.write_bytes(pickle.dumps(evil))
-    one_line(capsys, convert(files | {"eft": bad}, tmp_path / "out.pt"), bad, "could run code")
+    refused("eft", bad, "could run code")
     assert not marker.exists()
 
 
@@ -375,20 +294,22 @@ def test_the_evil_ones_would_have_worked(tmp_path):
     assert marker.exists()
 
 
-def test_code_behind_a_stand_in_is_refused(small, tmp_path, monkeypatch, capsys):
-    files, states = small
+def test_code_behind_a_stand_in_is_refused(small, refused, tmp_path, monkeypatch):
+    _, states = small
     marker, foreign = tmp_path / "marker", foreign_module(tmp_path / "marker")
     with monkeypatch.context() as m:
         m.setitem(sys.modules, foreign.__name__, foreign)
-        torch.save({"state_dict": states["vae"], "x": Evil(foreign.touch, Evil(os.system, f"touch {marker}"))}, tmp_path / "bad.pt")
+        evil = Evil(foreign.touch, Evil(os.system, f"touch {marker}"))
+        torch.save({"state_dict": states["vae"], "x": evil}, tmp_path / "bad.pt")
         # The framework is there this time, and still is not called.
-        one_line(capsys, convert(files | {"vae": tmp_path / "bad.pt"}, tmp_path / "out.pt"), "system")
+        refused("vae", tmp_path / "bad.pt", "system")
     assert not marker.exists()
 
 
 @pytest.mark.parametrize("module,name", [
-    ("posix", "system"), ("__builtin__", "eval"), ("__builtin__", "execfile"), ("commands", "getoutput"), ("os.path", "os.system"),
-    ("collections", "OrderedDict.fromkeys"), ("torch.hub", "load"), ("numpy.testing._private.utils", "runstring")])
+    ("posix", "system"), ("__builtin__", "eval"), ("__builtin__", "execfile"), ("commands", "getoutput"),
+    ("os.path", "os.system"), ("collections", "OrderedDict.fromkeys"), ("torch.hub", "load"),
+    ("numpy.testing._private.utils", "runstring")])
 def test_names_that_are_refused(module, name, tmp_path):
     path = tmp_path / "x"
     path.write_bytes(b"\x80\x02c%s\n%s\n." % (module.encode(), name.encode()))
@@ -417,12 +338,87 @@ def test_torchscript_is_refused(tmp_path):
         released.read_pickled(tmp_path / "x")
 
 
+# --- LPIPS ---
+
+@pytest.fixture(scope="module")
+def lpips_files(tmp_path_factory):
+    """Torchvision's VGG16 and the LPIPS package's weights."""
+    folder = tmp_path_factory.mktemp("lpips")
+    files = [folder / "vgg16-397923af.pth", folder / "vgg.pth"]
+    vgg, lin = lpips_states()
+    torch.save(vgg, files[0], _use_new_zipfile_serialization=False)  # the public file is of the old kind
+    torch.save(lin, files[1])
+    return files
+
+
+def test_lpips_has_every_key_of_its_files(lpips_files):
+    vgg, lin = lpips_states()
+    lpips = released.load_lpips(*lpips_files)
+    ours = lpips.state_dict()
+    for key, value in vgg.items():
+        assert key.startswith("classifier.") or torch.equal(ours.pop(key), value)
+    for i in range(5):
+        assert torch.equal(ours.pop(f"channel_weights.{i}"), lin[f"lin{i}.model.1.weight"])
+    assert ours.keys() == {"shift", "scale"} and all(torch.equal(ours[k], VGG16LPIPS().state_dict()[k]) for k in ours)
+    assert not any(p.requires_grad for p in lpips.parameters()) and not lpips.training
+
+
+@pytest.mark.parametrize("case", [
+    "absent", "garbage", "pickle", "list", "missing", "surplus", "renamed", "shape", "not a tensor"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_bad_lpips_files_are_refused_in_one_line(tmp_path, lpips_files, case, which):
+    state = lpips_states()[which]
+    key, ours, shape = [("features.7.bias", "features.7.bias", "(128,)"),
+                        ("lin2.model.1.weight", "channel_weights.2", "(1, 256, 1, 1)")][which]
+    missing = f"our {ours!r}: expected {shape}, found no key for it"
+    bad, words = tmp_path / "bad.pth", []
+    if case == "missing":
+        del state[key]
+        words = [missing]
+    elif case == "surplus":
+        state["extra.weight"] = torch.zeros(1)
+        words = ["key 'extra.weight': expected no such key, found (1,)"]
+    elif case == "renamed":
+        state["x." + key] = state.pop(key)
+        words = [f"{missing}; nearest is {'x.' + key!r}", f"key {'x.' + key!r}: expected no such key"]
+    elif case == "shape":
+        state[key] = torch.zeros(3)
+        words = [f"key {key!r}: expected {shape}, found (3,)"]
+    elif case == "not a tensor":
+        state[key] = 1.5
+        words = [f"key {key!r}: expected {shape}, found a float"]
+    elif case == "list":
+        state = [1, 2]
+        words = ["list"]
+    elif case == "pickle":
+        state = {"x": Evil(open, str(tmp_path / "ran"), "w")}
+        words = ["could run code"]
+    if case == "garbage":
+        bad.write_bytes(b"not weights at all")
+    elif case != "absent":
+        torch.save(state, bad)
+    files = [*lpips_files]
+    files[which] = bad
+    with pytest.raises(FileNotFoundError if case == "absent" else ValueError) as e:
+        released.load_lpips(*files)
+    assert "\n" not in str(e.value) and all(word in str(e.value) for word in ["bad.pth", *words]), str(e.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_negative_channel_weights_are_refused(tmp_path, lpips_files):
+    state = lpips_states()[1]
+    state["lin3.model.1.weight"][0, 5] = -0.1
+    torch.save(state, tmp_path / "lin.pth")
+    with pytest.raises(ValueError, match="lin.pth: .*'lin3.model.1.weight' has negative weights"):
+        released.load_lpips(lpips_files[0], tmp_path / "lin.pth")
+
+
 # --- full size ---
 
 def test_full_size(tmp_path, capsys):
-    """The whole released model from its three files: parameter counts, recorded numbers, and the same bits after conversion."""
+    """The whole released model from its three files: parameter counts, recorded numbers, the same bits if converted."""
     f, u = parity.load("eft"), parity.load("unet_full")
-    files = {part: tmp_path / f"{part}.pt" for part in sf.RELEASED}
+    files = {part: tmp_path / f"{part}.pt" for part in MODEL}
     for part in ("eft", "vldm"):
         torch.save({"model_state_dict": parity.weights(part), **optimizer_state()}, files[part])
     write_sd(files["vae"], {"first_stage_model." + k: x for k, x in parity.weights("vae").items()})
@@ -430,12 +426,14 @@ def test_full_size(tmp_path, capsys):
     def outputs(model):
         views, cameras = f["in_views1"], Cameras(*(f["in_cam_" + k] for k in "RTfc"))
         images, (near, far), query = f["in_images"][views], f["mid_depth_range"], [int(f["in_query"])]
-        condition = model.condition(images, cameras[views], cameras[query], float(near), float(far), f["out_set1_rgb"].shape[1])
-        return *condition, model.vldm.denoiser(u["in_cond"])(u["in_x"], u["mid_log_snr"][:1]), model.vae.encode(images[:1, :, :64, :64])
+        size = f["out_set1_rgb"].shape[1]
+        condition = model.condition(images, cameras[views], cameras[query], (float(near), float(far)), size)
+        eps = model.vldm.noise_predictor(u["in_cond"])(u["in_x"], u["mid_log_snr"][:1])
+        return *condition, eps, model.vae.encode(images[:1, :, :64, :64])
 
-    model = sf.SparseFusion.from_released(**files)
+    model = from_released(files)
     printed = capsys.readouterr().out
-    for part in sf.RELEASED:
+    for part in MODEL:
         assert f"{part.upper()} with {parity.manifest(part)['parameter_count']:,} parameters" in printed
     direct = outputs(model)
     parity.assert_close(direct[1][0].permute(1, 2, 0)[None], f["out_set1_rgb"], std=1e-4)

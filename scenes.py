@@ -1,0 +1,224 @@
+"""Scenes: views of one object as square images, soft masks and cameras; and how a photograph becomes one (Sec. 4).
+
+A photograph is cut to its object: the mask's box grown by 30 %, clipped to the photograph, rounded, not made square
+[released: co3d_dataloader.py:260-261, 557-570]. The cut is scaled so that its longer side fills the output, and placed
+in the output's top left corner, beside a map of where it is valid [released: co3d_dataloader.py:899-918]. Resizing is
+without antialiasing, bilinear for colors and nearest for masks [released: co3d_dataloader.py:572, 904-910].
+About one crop in ten comes out a pixel short, while its camera keeps the nominal scale (`crop_and_resize`).
+
+Different from the released code: an all but empty mask is an error, not a crop of the whole photograph.
+
+Letters: `N` sequences, `V` views of one, `S` side of the square output in pixels, `H W` rows and columns of a
+photograph.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cameras import Cameras
+
+MASK_THRESHOLD = 0.4  # foreground probability above which a pixel counts as the object
+CONTEXT = 0.3         # growth of the mask's box, as a fraction of its width and height
+
+
+# ---------------------------------------------------------------------------------------------- scenes
+
+@dataclass(frozen=True)
+class Scene:
+    """V views of one object. Images are already multiplied by their soft masks: the background is black."""
+    images: Tensor    # (V, 3, S, S) in [0, 1]
+    masks: Tensor     # (V, 1, S, S) soft, probability of foreground in [0, 1]
+    valid: Tensor     # (V, 1, S, S) 1 where the photograph is, 0 in the padding
+    cameras: Cameras  # (V,), NDC of the square output
+    names: list[str]  # frame numbers as annotated
+    sequence: str     # the sequence's name
+
+    @staticmethod
+    def from_crops(crops: list[Crop], names: list[str], sequence: str) -> Scene:
+        """The scene of photographs cut to their object [released: co3d_dataloader.py:387]."""
+        images = torch.stack([crop.image for crop in crops])
+        masks = torch.stack([crop.mask for crop in crops])
+        valid = torch.stack([crop.valid for crop in crops])
+        cameras = Cameras.stack([crop.camera for crop in crops])
+        return Scene(images * masks, masks, valid, cameras, names, sequence)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index) -> Scene:
+        """The scene with the views at `index` only: a list, a slice or a tensor of positions."""
+        # Positions in a list work for tensors and names alike.
+        index = torch.arange(len(self))[index].tolist()
+        names = [self.names[i] for i in index]
+        cameras = self.cameras[index]
+        return Scene(self.images[index], self.masks[index], self.valid[index], cameras, names, self.sequence)
+
+    def to(self, device) -> Scene:
+        """The same scene on another device."""
+        images = self.images.to(device)
+        masks = self.masks.to(device)
+        valid = self.valid.to(device)
+        return replace(self, images=images, masks=masks, valid=valid, cameras=self.cameras.to(device))
+
+
+@dataclass(frozen=True)
+class PackedScenes:
+    """N sequences with V views each, in bytes: what training keeps in memory. Colors are within 1/510 of `Scene`'s."""
+    rgba: Tensor             # (N, V, 4, S, S) uint8: masked colors and soft mask, times 255
+    valid: Tensor            # (N, V, 1, S, S) uint8, 0 or 1
+    cameras: Cameras         # (N, V)
+    names: list[str]         # N sequences
+    frames: list[list[str]]  # N lists of V frame numbers
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, n: int) -> Scene:
+        """Sequence number `n` as a scene."""
+        rgba = self.rgba[n].float() / 255
+        images = rgba[:, :3]
+        masks = rgba[:, 3:]
+        valid = self.valid[n].float()
+        return Scene(images, masks, valid, self.cameras[n], self.frames[n], self.names[n])
+
+    def to(self, device) -> PackedScenes:
+        """The same scenes on another device."""
+        cameras = self.cameras.to(device)
+        return replace(self, rgba=self.rgba.to(device), valid=self.valid.to(device), cameras=cameras)
+
+
+def evenly_spaced(n: int, count: int) -> list[int]:
+    """Positions of `count` evenly spaced ones of `n` things: the first, the last and between; or all where n <= count.
+
+    A single one is the first.
+    """
+    if n <= count:
+        return list(range(n))
+    return torch.linspace(0, n - 1, count).long().tolist()
+
+
+# ---------------------------------------------------------------------------------------------- crop and resize
+
+class PixelCamera(NamedTuple):
+    """A camera whose intrinsics count the pixels of a photograph, from its top left corner right and down. float64."""
+    R: Tensor          # (3, 3) world -> view rotation, as in `Cameras`
+    T: Tensor          # (3,) world -> view translation
+    focal: Tensor      # (2,) focal length (x, y), pixels
+    principal: Tensor  # (2,) principal point (column, row), pixels; the center of the first pixel is (0.5, 0.5)
+
+
+class Box(NamedTuple):
+    """A rectangle of whole pixels of a photograph."""
+    x: int  # column of the left edge
+    y: int  # row of the top edge
+    width: int
+    height: int
+
+
+class Crop(NamedTuple):
+    """One photograph cut to its object, with the camera of the result."""
+    image: Tensor    # (3, S, S) in [0, 1], not yet masked
+    mask: Tensor     # (1, S, S) in [0, 1]
+    valid: Tensor    # (1, S, S) 0 or 1
+    camera: Cameras  # one camera, without a leading axis; NDC of the output
+    mask_box: Box    # of the mask
+    crop_box: Box    # of the part that the output shows
+
+
+def pixel_camera(camera: Cameras, intrinsics_format: str, height: int, width: int) -> PixelCamera:
+    """One camera in CO3D's NDC of an H x W photograph, in pixels [released: co3d_dataloader.py:661-695].
+
+    The NDC have one of two units: half the photograph's own width and height (`ndc_norm_image_bounds`), or half its
+    shorter side for both axes (`ndc_isotropic`). Raises `ValueError` for another format.
+    """
+    half = torch.tensor([width, height], dtype=torch.float64) / 2
+    if intrinsics_format == "ndc_norm_image_bounds":
+        unit = half
+    elif intrinsics_format == "ndc_isotropic":
+        unit = half.min()
+    else:
+        raise ValueError(f"intrinsics format {intrinsics_format!r} is neither 'ndc_norm_image_bounds' "
+                         "nor 'ndc_isotropic'")
+
+    # NDC point left and up, pixels right and down.
+    principal = half - camera.principal * unit
+    return PixelCamera(camera.R, camera.T, camera.focal * unit, principal)
+
+
+def crop_and_resize(image: np.ndarray, mask: np.ndarray, camera: PixelCamera, size: int) -> Crop:
+    """Photograph (H, W, 3) and mask (H, W), both uint8, with their camera -> the crop of `size` pixels a side.
+
+    Raises `ValueError` for an empty mask, or one of another size than the photograph.
+    """
+    height, width = mask.shape
+    if mask.shape != image.shape[:2]:
+        raise ValueError(f"the mask is {width} x {height} pixels, the image {image.shape[1]} x {image.shape[0]}")
+
+    # The mask's box with its context, clipped to the photograph, in whole pixels (half to even).
+    probability = torch.from_numpy(mask).float() / 255
+    mask_box = _mask_box(probability)
+    bounds = torch.tensor([width, height, width, height])
+    corners = torch.minimum(context_box(mask_box).clamp(min=0), bounds)
+    x0, y0, x1, y1 = corners.round().int().tolist()
+    crop_box = Box(x0, y0, x1 - x0, y1 - y0)
+
+    # The sides are floored, so a longer side of 255 of 256 pixels happens [released: co3d_dataloader.py:900-911].
+    scale = size / max(crop_box.width, crop_box.height)
+    rows = max(int(crop_box.height * scale), 1)
+    columns = max(int(crop_box.width * scale), 1)
+
+    # Cut, resize, and fill up on the right and below.
+    colors = torch.from_numpy(image[y0:y1, x0:x1]).permute(2, 0, 1).float() / 255
+    foreground = probability[None, y0:y1, x0:x1]
+    square_image = _place(colors, rows, columns, size, "bilinear")
+    square_mask = _place(foreground, rows, columns, size, "nearest")
+    square_valid = _place(torch.ones_like(foreground), rows, columns, size, "nearest")
+
+    # The camera follows: pixels of the cut, pixels of the output, NDC of the output.
+    half = size / 2
+    principal_pixels = (camera.principal - torch.tensor([x0, y0])) * scale
+    principal = (half - principal_pixels) / half
+    focal = camera.focal * scale / half
+    square_camera = Cameras(camera.R.float(), camera.T.float(), focal.float(), principal.float())
+    return Crop(square_image, square_mask, square_valid, square_camera, mask_box, crop_box)
+
+
+def context_box(box: Box | Tensor) -> Tensor:
+    """Box (x, y, width, height) -> corners (x0, y0, x1, y1), float32: grown by `CONTEXT` about its center.
+
+    At least 2 pixels a side.
+    """
+    box = torch.as_tensor(box, dtype=torch.float32)
+    sides = box[2:]
+    corner = box[:2] - sides * CONTEXT / 2
+    grown = sides + sides * CONTEXT
+    return torch.cat([corner, corner + grown.clamp(min=2)])
+
+
+def _mask_box(probability: Tensor) -> Box:
+    """Tight box of the pixels of (H, W) over the threshold, which drops by 0.05 while at most one pixel is."""
+    threshold = MASK_THRESHOLD
+    while (probability > threshold).sum() <= 1:
+        threshold -= 0.05
+        if threshold < -0.01:
+            raise ValueError("the mask is empty")
+
+    # The first and last rows and columns with such a pixel.
+    inside = probability > threshold
+    rows = inside.any(1).nonzero()[:, 0].tolist()
+    columns = inside.any(0).nonzero()[:, 0].tolist()
+    width = columns[-1] - columns[0] + 1
+    height = rows[-1] - rows[0] + 1
+    return Box(columns[0], rows[0], width, height)
+
+
+def _place(x: Tensor, rows: int, columns: int, size: int, mode: str) -> Tensor:
+    """(C, height, width) resized to `rows` x `columns`, in the top left corner of zeros: (C, S, S)."""
+    resized = F.interpolate(x[None], (rows, columns), mode=mode)[0]
+    return F.pad(resized, (0, size - columns, 0, size - rows))

@@ -1,0 +1,33 @@
+"""What several test modules share, as fixtures."""
+import pytest
+import torch
+
+from unet import UNetConfig
+from vldm import alpha_sigma
+
+
+@pytest.fixture
+def noise():
+    """`noise(*shape, seed, dtype)` is a `randn`: a function whose every call is another draw of that shape."""
+    def noise(*shape, seed=0, dtype=torch.float32):
+        generator = torch.Generator().manual_seed(seed)
+        return lambda: torch.randn(shape, generator=generator, dtype=dtype)
+    return noise
+
+
+@pytest.fixture
+def gaussian():
+    """`gaussian(mu, s)` predicts the noise of data N(mu, s^2) exactly: E[eps | z]."""
+    def gaussian(mu, s):
+        def predict_noise(z, log_snr):
+            alpha, sigma = alpha_sigma(log_snr.to(z.dtype).reshape(-1, *[1] * (z.ndim - 1)))
+            return sigma * (z - alpha * mu) / (alpha**2 * s**2 + sigma**2)
+        return predict_noise
+    return gaussian
+
+
+@pytest.fixture
+def tiny_unet():
+    """The smallest UNet that has every part."""
+    return UNetConfig(cond_channels=6, widths=(16, 16, 32), attention=(False, True), kernels=(3, 5), groups=4,
+                      heads=2, head_dim=8, frequencies=4, time_dim=32, token_dim=16)

@@ -1,0 +1,197 @@
+"""The samplers of `vldm.py` against the released code's numbers, and on Gaussian data, where all is known exactly."""
+import pytest
+import torch
+
+import parity
+import released
+import vldm
+from unet import UNetConfig
+from vldm import PAPER_SAMPLER, VLDM, SamplerConfig, alpha_sigma, cosine_log_snr, q_sample, x0_from_eps
+
+
+def trajectory(predict_noise, x0, noise_level, randn, **numbers):
+    """Every step of `plms`."""
+    sampler = SamplerConfig(**numbers)
+    start = vldm.start_latent(x0, noise_level, randn, sampler)
+    return list(vldm.plms_steps(predict_noise, start, noise_level, randn, sampler))
+
+
+# --- released numbers ---
+
+def released_predictor(z, log_snr):
+    """What stands in for the network in diffusion.npz."""
+    return 0.1 * z + 0.05 * log_snr.sin().reshape(-1, 1, 1, 1)
+
+
+def replay(draws):
+    """A `randn` that hands out recorded draws one after the other; `randn.left` are those not drawn."""
+    def randn():
+        return randn.left.pop(0)
+    randn.left = list(draws)
+    return randn
+
+
+def test_sampling_times_parity():
+    expected = parity.load("diffusion")["out_sampling_times_500"]
+    seen = []
+    sampler = SamplerConfig(sample_steps=len(expected))
+    vldm.ancestral_sampling(lambda z, log_snr: seen.append(log_snr) or z, lambda: torch.zeros(1, 1, 1, 1), sampler)
+    parity.assert_close(torch.cat(seen), cosine_log_snr(expected[:, 0]), rtol=1e-4, atol=1e-3)
+    parity.assert_close(expected[1:, 0], expected[:-1, 1], atol=1e-6)
+
+
+def released_plms(predict_noise, latents, level, draws):
+    """The released sampler: (noised start, latents, clean estimates, predictions, log-SNR of the calls).
+
+    Of the recorded draws it uses number 0 for the start, 2 and 4 in the first step, 4 + 2k in step k. From level 0.99
+    on it starts from the clean latent, and the noised one (draw 0) is computed for nothing.
+    """
+    calls = []
+
+    def recorded(z, log_snr):
+        calls.append(log_snr[0])
+        return predict_noise(z, log_snr)
+
+    start = q_sample(latents, cosine_log_snr(torch.tensor(level)), draws[0])
+    randn = replay(draws[2 if level >= 0.99 else 0::2])
+    steps = trajectory(recorded, latents, level, randn, ancestral=True, unnoised_start=True)
+    z, x0, e = (torch.stack(x) for x in zip(*steps)) if steps else (start[None],) * 3
+    return start, z, x0, e, torch.stack(calls) if calls else torch.empty(0)
+
+
+@pytest.mark.parametrize("draw", ["zero", "rec"])
+def test_plms_parity(draw):
+    f = parity.load("diffusion")
+    draws = f["in_plms_draws"] if draw == "rec" else torch.zeros_like(f["in_plms_draws"])
+    for i, level in enumerate(f["in_plms_max_thres"].tolist()):
+        std = 1e-3 if level >= 0.99 else 1e-4
+        start, z, x0, e, calls = released_plms(released_predictor, f["in_plms_latents"], level, draws)
+        parity.assert_close(start, f[f"out_plms{i}_{draw}_x_noisy"], std=std)
+        parity.assert_close(z[-1], f[f"out_plms{i}_{draw}_final"], std=std)
+        times = vldm.plms_times(level, PAPER_SAMPLER)
+        taken = f[f"out_plms{i}_t"]
+        assert len(times) - 1 == len(taken)
+        parity.assert_close(times[:-1], taken, atol=1e-6)
+        parity.assert_close(times[1:], f[f"out_plms{i}_t_next"], atol=1e-6)
+        parity.assert_close(calls, f[f"out_plms{i}_calls_log_snr"], rtol=1e-5, atol=1e-3)
+        assert int(f[f"out_plms{i}_n_draws"]) == 1 + 2 * len(calls)
+        alpha, _ = alpha_sigma(cosine_log_snr(torch.tensor([level])))
+        parity.assert_close(alpha**2, f[f"out_plms{i}_alpha_cumprod"], rtol=1e-4)
+        traced = level in f["in_plms_traj_thres"].tolist()
+        for ours, name in ((z, "img"), (x0, "x0"), (e, "e")) if traced else ():
+            parity.assert_close(ours, f[f"out_plms{i}_{draw}_{name}"], std=std)
+
+
+def test_plms_parity_where_the_estimate_is_clipped():
+    f = parity.load("diffusion")
+    predictor = lambda z, log_snr: -3 * z + 0.4 * log_snr.sin().reshape(-1, 1, 1, 1)
+    level = f["in_plms_max_thres"][4].item()
+    _, z, x0, _, _ = released_plms(predictor, 6 * f["in_plms_latents"], level, f["in_plms_draws"])
+    parity.assert_close(z[-1], f["out_plms_clip_final"], std=1e-4)
+    parity.assert_close(x0, f["out_plms_clip_x0"], std=1e-4)
+    assert x0.abs().max() == PAPER_SAMPLER.clip
+
+
+def test_plms_parity_from_noise():
+    """No start latent: draw 0 is the start, draw 1 an unused noising, then as ever."""
+    f = parity.load("diffusion")
+    draws = f["in_plms_draws"]
+    steps = trajectory(released_predictor, None, 0.999, replay([draws[0], *draws[3::2]]), ancestral=True)
+    parity.assert_close(steps[-1].latent, f["out_plms_noimage_final"], std=1e-3)
+    assert int(f["out_plms_noimage_n_draws"]) == 2 + 2 * (len(steps) + 1)
+
+
+@pytest.mark.parametrize("name", ["cs1", "cfg"])
+def test_plms_parity_with_the_network(name):
+    f = parity.load("plms_net")
+    model = VLDM(UNetConfig(**parity.unet_settings("unet_small")))
+    model.load_state_dict(parity.rename(parity.weights("unet_small"), released.PARTS["vldm"]))
+    model.eval().requires_grad_(False)
+    predict_noise = model.noise_predictor(f["in_cond"], float(f["in_cond_scale"]) if name == "cfg" else 1.0)
+    start, z, _, e, calls = released_plms(predict_noise, f["in_latents"], f["in_max_thres"].item(), f["in_draws"])
+    assert len(z) == len(f["out_t"]) and int(f["out_n_draws"]) == 1 + 2 * len(calls)
+    for ours, what in ((start, "x_noisy"), (z[-1], "final"), (z, "img"), (e, "e")):
+        parity.assert_close(ours, f[f"out_{name}_{what}"], std=1e-4)
+
+
+def test_ancestral_parity():
+    f = parity.load("diffusion")
+    randn = replay(f["in_ddpm_draws"])
+    z = vldm.ancestral_sampling(released_predictor, randn, SamplerConfig(sample_steps=len(f["in_ddpm_draws"]) - 1))
+    parity.assert_close(z, f["out_ddpm12_final"], std=1e-3)
+    assert len(randn.left) == 1  # the released loop draws in its last step too
+
+
+# --- Gaussian data, where the best prediction is known ---
+
+@pytest.mark.parametrize("mu, s", [(0.5, 1.0), (-1.0, 0.4)])
+def test_ancestral_samples_the_data(gaussian, noise, mu, s):
+    x = vldm.ancestral_sampling(gaussian(mu, s), noise(20000, 1), SamplerConfig(sample_steps=200))
+    assert abs(x.mean() - mu) < 0.03 * s and abs(x.std() / s - 1) < 0.03
+
+
+@pytest.mark.parametrize("mu, s", [(0.5, 1.0), (-1.0, 0.4)])
+def test_plms_from_noise_samples_the_data(gaussian, noise, mu, s):
+    *_, (x, estimate, _) = trajectory(gaussian(mu, s), None, 0.98, noise(20000, 1))
+    assert abs(x.mean() - mu) < 0.03 * s and abs(x.std() / s - 1) < 0.03
+    assert abs(estimate.mean() - mu) < 0.03 * s
+
+
+def first_order(predict_noise, z, level, steps):
+    """DDIM without noise (Song et al. 2021, Eq. 12)."""
+    log_snrs = cosine_log_snr(vldm.plms_times(level, SamplerConfig(plms_steps=steps))).double()
+    for a, b in zip(log_snrs, log_snrs[1:]):
+        eps = predict_noise(z, a)
+        alpha, sigma = alpha_sigma(b)
+        z = alpha * x0_from_eps(z, a, eps) + sigma * eps
+    return z
+
+
+@pytest.mark.parametrize("level, steps", [(0.98, 10), (0.9, 10), (0.9, 25), (0.5, 5), (0.5, 10), (0.5, 25)])
+def test_plms_follows_the_exact_path_closer_than_first_order_steps(gaussian, noise, level, steps):
+    mu, s = 0.7, 0.6
+    alpha, sigma = alpha_sigma(cosine_log_snr(torch.tensor(level)).double())
+    x0 = mu + s * noise(5000, 1, seed=1, dtype=torch.float64)()
+    eps = noise(5000, 1, seed=2, dtype=torch.float64)()
+    z = alpha * x0 + sigma * eps
+    exact = mu + s * (z - alpha * mu) / (alpha**2 * s**2 + sigma**2).sqrt()  # where the probability flow takes z
+    x = vldm.plms(gaussian(mu, s), x0, level, lambda: eps, SamplerConfig(plms_steps=steps))
+    simple = first_order(gaussian(mu, s), z, level, steps)
+    error, baseline = ((result - exact).pow(2).mean().sqrt() / s for result in (x, simple))
+    assert error < 0.25 * baseline and error < (0.03 if steps > 5 else 0.01)
+
+
+def test_plms_draws_once_and_the_released_one_at_every_step(gaussian):
+    count = []
+    randn = lambda: count.append(1) or torch.zeros(1, 1)
+    n = len(trajectory(gaussian(0, 1), torch.zeros(1, 1), 0.3, randn, plms_steps=20))
+    assert (n, len(count)) == (12, 1)
+    trajectory(gaussian(0, 1), torch.zeros(1, 1), 0.3, randn, plms_steps=20, ancestral=True)
+    assert len(count) == 1 + 1 + 12  # start, Euler trial, every step but the last
+
+
+@pytest.mark.parametrize("level, n", [(0.0, 0), (0.009, 0), (0.011, 1), (0.29, 28), (0.5, 50), (0.989, 50), (1.0, 50)])
+def test_number_of_plms_steps(gaussian, noise, level, n):
+    """Double precision, left to right: 0.29 gives 28. One step suffices; below 0.01 the start is the result."""
+    x0, randn = torch.zeros(1, 4, 2, 2), noise(1, 4, 2, 2)
+    start = vldm.start_latent(x0, level, noise(1, 4, 2, 2), PAPER_SAMPLER)
+    steps = list(vldm.plms_steps(gaussian(0, 1), start, level, randn, PAPER_SAMPLER))
+    assert len(steps) == n and all(torch.isfinite(x).all() for step in steps for x in step)
+    last = steps[-1].latent if steps else start
+    assert torch.equal(vldm.plms(gaussian(0, 1), x0, level, noise(1, 4, 2, 2), PAPER_SAMPLER), last)
+
+
+def test_higher_levels_are_lowered_to_where_sampling_starts(gaussian, noise):
+    x0, sampler = torch.full((1, 4, 2, 2), 0.5), SamplerConfig(plms_steps=10, t_start=0.98)
+    below, at, above, highest = (vldm.plms(gaussian(0, 1), x0, level, noise(1, 4, 2, 2), sampler)
+                                 for level in (0.97, 0.98, 0.995, 1.0))
+    assert torch.equal(at, above) and torch.equal(at, highest) and not torch.equal(at, below)
+
+
+def test_high_levels_start_from_the_noised_latent_unless_told_otherwise(noise):
+    x0 = torch.full((1, 4, 2, 2), 3.0)
+    start = lambda level, **numbers: vldm.start_latent(x0, level, noise(1, 4, 2, 2), SamplerConfig(**numbers))
+    assert torch.equal(start(0.99), start(1.0))  # from t = 1
+    parity.assert_close(start(1.0), noise(1, 4, 2, 2)(), atol=1e-4)
+    assert start(0.99, unnoised_start=True) is x0
+    parity.assert_close(start(0.0), x0, atol=0.1)

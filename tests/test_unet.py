@@ -1,0 +1,173 @@
+"""The UNet against the released code's numbers, what must hold for any weights, and its copy for a GPU."""
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+import parity
+import released
+import unet
+from unet import GraphedUNet, UNet, UNetConfig
+from vldm import VLDM, cosine_log_snr
+
+
+def released_unet(name):
+    """A UNet with the rule-made weights of `manifest_<name>.json`, held once in memory."""
+    with torch.device("meta"):
+        model = UNet(UNetConfig(**parity.unet_settings(name)))
+    weights = parity.rename(parity.weights(name), released.PARTS["vldm"])
+    model.load_state_dict({key.removeprefix("unet."): value for key, value in weights.items()}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return released_unet("unet_small")
+
+
+# --- released numbers ---
+
+# released sub-module -> ours, and whether its output or our module's input is the same tensor
+TAPS = {"to_time_hiddens": ("time_embed", "in"), "to_time_cond": ("time_embed", "out"),
+        "norm_cond": ("token_norm", "out"), "mid_block1": ("mid1", "out"), "mid_attn": ("mid2", "in"),
+        "mid_block2": ("mid2", "out"), "final_res_block": ("final_block", "out"),
+        r"downs\.(\d)\.3": (r"down.\1.attention", "out"), r"downs\.(\d)\.4": (r"down.\1.resize", "out"),
+        r"ups\.(\d)\.2": (r"up.\1.resize", "in"), r"ups\.(\d)\.3": (r"up.\1.resize", "out")}
+
+
+def test_parity_taps(small):
+    f, seen = parity.load("unet_small"), {}
+    hooks = [m.register_forward_hook(lambda m, args, out, n=n: seen.update({(n, "in"): args[0], (n, "out"): out}))
+             for n, m in small.named_modules() if n]
+    small(f["in_x"], f["mid_log_snr"], f["in_cond"])
+    for hook in hooks:
+        hook.remove()
+    seen["init_conv"] = torch.cat([seen[f"init_convs.{i}", "out"] for i in range(len(small.init_convs))], 1)
+    names = [k.removeprefix("mid_tap_") for k in f if k.startswith("mid_tap_")]
+    assert len(names) >= 20
+    for name in names:
+        where = next(((re.sub(p, ours, name), side) for p, (ours, side) in TAPS.items() if re.fullmatch(p, name)), name)
+        parity.assert_close(seen[where][:1], f["mid_tap_" + name], std=1e-4)
+
+
+def test_parity_outputs(small):
+    f = parity.load("unet_small")
+    x, cond, log_snr = f["in_x"], f["in_cond"], cosine_log_snr(f["in_t"])
+    parity.assert_close(log_snr, f["mid_log_snr"], rtol=1e-5, atol=1e-5)
+    keep = (~f["in_drop_mask"]).float()[:, None, None, None]
+    parity.assert_close(small(x, log_snr, cond), f["out_eps"], std=1e-4)
+    parity.assert_close(small(x, log_snr, 0 * cond), f["out_eps_null"], std=1e-4)
+    parity.assert_close(small(x, log_snr, keep * cond), f["out_eps_dropped"], std=1e-4)
+    faint = f["in_faint_scale"]
+    parity.assert_close(small(faint * x, log_snr, faint * cond), f["out_eps_faint"], std=1e-4)
+
+
+def test_parity_at_full_size():
+    """The released architecture, 400 M weights: at three times, without conditioning, guided."""
+    f = parity.load("unet_full")
+    model = released_unet("vldm")
+    assert model.config == unet.PAPER
+    x, cond, log_snrs = f["in_x"], f["in_cond"], cosine_log_snr(f["in_t"])
+    parity.assert_close(log_snrs, f["mid_log_snr"], rtol=1e-5, atol=1e-5)
+    out = [model(x, s.expand(len(x)), cond) for s in log_snrs]
+    parity.assert_close(torch.stack(out), f["out_eps"], std=1e-4)
+    null = model(x, log_snrs[1].expand(len(x)), 0 * cond)
+    parity.assert_close(null, f["out_eps_null"], std=1e-4)
+    parity.assert_close(null + f["in_cond_scale"] * (out[1] - null), f["out_eps_cfg"], std=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vldm", "unet_small"])
+def test_released_names_cover_the_model_exactly(name):
+    with torch.device("meta"):
+        model = VLDM(UNetConfig(**parity.unet_settings(name)))
+    parity.assert_names(model, name, released.PARTS["vldm"])
+
+
+# --- any weights ---
+
+def tiny(config):
+    """A random UNet that is not silent: its last layer starts at zero, which would hide everything."""
+    torch.manual_seed(0)
+    model = UNet(config)
+    torch.nn.init.normal_(model.final_conv.weight, std=0.05)
+    return model
+
+
+def test_samples_of_a_batch_do_not_mix(tiny_unet, noise):
+    model, z, cond, log_snr = tiny(tiny_unet), noise(3, 4, 8, 8)(), noise(3, 6, 8, 8)(), torch.tensor([2.0, 0.0, -3.0])
+    together = model(z, log_snr, cond)
+    parity.assert_close(together[1:2], model(z[1:2], log_snr[1:2], cond[1:2]), atol=1e-5)
+
+
+def test_features_of_two_cells_a_latent_cell_are_folded_into_channels(tiny_unet):
+    """A feature cell must land on the latent cell that covers it: (2y + i, 2x + j) -> (y, x)."""
+    torch.manual_seed(0)
+    model = UNet(replace(tiny_unet, cond_unshuffle=2))
+    seen = []
+    model.init_convs[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    cond = torch.arange(16.0 * 16).reshape(1, 1, 16, 16).expand(-1, 6, -1, -1)
+    model(torch.zeros(1, 4, 8, 8), torch.zeros(1), cond)
+    assert torch.equal(seen[0][0, :4], torch.stack([cond[0, 0, i::2, j::2] for i in (0, 1) for j in (0, 1)]))
+    assert (seen[0][0, -4:] == 0).all()  # the latent comes last
+
+
+def test_first_convolutions_share_the_channels():
+    assert unet.split_channels(256, 3) == [128, 64, 64] and unet.split_channels(96, 1) == [96]
+    assert unet.split_channels(10, 3) == [5, 2, 3]
+
+
+@pytest.mark.parametrize("numbers, words", [
+    ({"attention": (True,)}, "attention"), ({"groups": 7}, "7 groups"), ({"kernels": (3, 4)}, "kernels"),
+    ({"kernels": ()}, "kernels")])
+def test_numbers_that_do_not_fit(numbers, words):
+    with pytest.raises(ValueError, match=words):
+        UNetConfig(**numbers)
+
+
+# --- half precision and CUDA graphs ---
+
+@torch.no_grad()
+def test_half_precision_copy_is_close_and_leaves_the_network_alone(small):
+    f = parity.load("unet_small")
+    half = GraphedUNet(small).unet
+    assert half.time_frequencies.dtype == half.time_hidden.weight.dtype == half.token_norm.weight.dtype == torch.float32
+    assert half.final_conv.weight.dtype == torch.float16 and small.final_conv.weight.dtype == torch.float32
+    out = half(f["in_x"], cosine_log_snr(f["in_t"]), f["in_cond"])
+    parity.assert_close(out, f["out_eps"], std=0.02)
+    assert (out - f["out_eps"]).pow(2).mean().sqrt() < 0.003 * f["out_eps"].std()
+
+
+class StandIn:
+    """Stands in for a CUDA graph: reads and writes the same memory at every call."""
+
+    def __init__(self, network, inputs):
+        self.network, self.inputs, self.output = network, inputs, network(*inputs).float()
+
+    def replay(self):
+        self.output.copy_(self.network(*self.inputs))
+
+
+def test_graphed_unet_captures_once_a_shape_and_returns_its_own_tensor(monkeypatch, tiny_unet, noise):
+    captured = []
+
+    def capture(self, inputs):
+        captured.append(tuple(x.shape for x in inputs))
+        graph = StandIn(self.unet, inputs)
+        return unet.Capture(graph, graph.inputs, graph.output)
+
+    monkeypatch.setattr(GraphedUNet, "capture", capture)
+    network = tiny(tiny_unet).eval()
+    model = VLDM(tiny_unet)
+    model.unet, model.graphed = network, GraphedUNet(network)
+    z, cond, log_snr = noise(2, 4, 8, 8)(), noise(2, 6, 8, 8)(), torch.tensor(0.5)
+    predict_noise = model.noise_predictor(cond, guidance=2.0)
+    exact = predict_noise(z, log_snr.expand(2))                   # gradients are on: the network itself
+    assert not captured and exact.requires_grad
+    with torch.no_grad():
+        fast, again = predict_noise(z, log_snr.expand(2)), predict_noise(-z, log_snr.expand(2))
+        one = model.noise_predictor(cond[:1])(z[:1], log_snr.expand(1))
+    assert len(captured) == 2 and captured[0][0][0] == 2 and captured[1][0][0] == 1
+    assert fast.dtype == torch.float32 and not torch.equal(fast, again)
+    parity.assert_close(fast, exact, std=0.03)
+    parity.assert_close(one, network(z[:1], log_snr.expand(1), cond[:1]), std=0.03)

@@ -1,0 +1,179 @@
+"""Volume rendering of a field: where to sample a ray, and the integral along it (Sec. 3.2).
+
+Rays are integrated as in NeRF (Mildenhall et al. 2020): stratified samples, importance samples, and before a black
+background. Samples in empty cells are never evaluated.
+
+Different from the released code: depth is in units of t along the ray, and 0 for a ray that misses the cube; theirs
+is a fraction of the ray's interval in the cube, and NaN [released: nerf/renderer_df.py:442-456].
+
+Letters: `R` rays, `D` samples a ray, `I` importance samples a ray, `H W` rows and columns. Rays are not normalized:
+`o + t d` lies at depth t of the camera, and density is per unit of t [released: nerf/renderer_df.py:414-418].
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cameras import Cameras, pixel_grid
+from ngp import Field, FieldConfig, Occupancy, cube
+from runtime import rand
+
+
+class Rendering(NamedTuple):
+    """What R rays see, before a black background."""
+    color: Tensor    # (R, 3) in [0, 1], premultiplied
+    opacity: Tensor  # (R,) in [0, 1]
+    depth: Tensor    # (R,) sum of weight * t: the mean depth times the opacity
+
+
+class Image(NamedTuple):
+    """What a view sees, before a black background."""
+    color: Tensor    # (3, H, W) in [0, 1], premultiplied
+    opacity: Tensor  # (1, H, W) in [0, 1]
+
+
+def sampled_box(field: Field, occupancy: Occupancy | None) -> Tensor:
+    """Where there is anything to see, (2, 3): the box around the occupied cells, or else the whole cube."""
+    if occupancy is None:
+        return cube(field.config).to(field.encoding.table)
+    return occupancy.box
+
+
+def ray_box_intersection(rays_o: Tensor, rays_d: Tensor, box: Tensor, near: float) -> tuple[Tensor, Tensor]:
+    """Entry (at least `near`) and exit t of rays (R, 3) through a box (2, 3): (R,) each. Missed where exit <= entry."""
+    # Reciprocals, as a division is rounded otherwise and moves fine features [released: raymarching.cu:110-144].
+    rays_d = torch.where(rays_d.abs() < 1e-12, 1e-12, rays_d)
+    t = (box[:, None] - rays_o) * rays_d.reciprocal()  # (2, R, 3)
+    entry = t.amin(0).amax(-1).clamp(min=near)
+    return entry, t.amax(0).amin(-1)
+
+
+def uniform_draws(config: FieldConfig, rays: int, generator: torch.Generator | None,
+                  like: Tensor) -> tuple[Tensor, Tensor]:
+    """Uniform numbers that place the samples, (rays, D) and (rays, I); without a generator the middles of strata."""
+    if generator is None:
+        u = like.new_full((rays, config.samples_per_ray), 0.5)
+        centers = torch.arange(config.importance_samples).to(like) + 0.5
+        return u, (centers / max(config.importance_samples, 1)).expand(rays, -1)
+    u = rand(rays, config.samples_per_ray, generator=generator, device=like.device)
+    u_importance = rand(rays, config.importance_samples, generator=generator, device=like.device)
+    return u.to(like), u_importance.to(like)
+
+
+def sample_pdf(middle: Tensor, weights: Tensor, u: Tensor) -> Tensor:
+    """Samples distributed like the weights: inverse of their cumulative distribution at u (NeRF, Sec. 5.2).
+
+    middle (R, D - 1): t between neighboring samples, weights (R, D - 2): of the inner samples, u (R, I) in [0, 1)
+    -> t (R, I) [released: nerf/renderer_df.py:15-49].
+    """
+    weights = weights + 1e-5  # never all zero
+    pdf = weights / weights.sum(-1, keepdim=True)
+    cdf = F.pad(pdf.cumsum(-1), (1, 0))  # (R, D - 1)
+
+    # The interval that u falls into, and the two ends of it.
+    above = torch.searchsorted(cdf, u.contiguous(), right=True)
+    below = (above - 1).clamp(min=0)
+    above = above.clamp(max=cdf.shape[-1] - 1)
+    low = cdf.gather(-1, below)
+    high = cdf.gather(-1, above)
+    start = middle.gather(-1, below)
+    end = middle.gather(-1, above)
+
+    span = torch.where(high - low < 1e-5, 1, high - low)
+    return start + (u - low) / span * (end - start)
+
+
+def compositing_weights(density: Tensor, t: Tensor, last: Tensor) -> Tensor:
+    """Weights T_i (1 - exp(-density_i length_i)) of the samples in the integral along the ray (NeRF, Eq. 3).
+
+    density (R, D), increasing t (R, D), last (R, 1): length that the last sample stands for -> (R, D).
+    """
+    length = torch.cat([t.diff(dim=-1), last], -1)
+    depth = density * length  # optical depth
+    transmittance = torch.exp(depth - depth.cumsum(-1))  # exponents summed rather than factors multiplied
+    return transmittance * -torch.expm1(-depth)
+
+
+def evaluate_samples(field: Field, rays_o: Tensor, rays_d: Tensor, t: Tensor,
+                     occupancy: Occupancy | None) -> tuple[Tensor, Tensor]:
+    """Density (R, D) and color (R, D, 3) at `o + t d`; 0 in empty cells, where the field is not asked."""
+    # Three long rows are faster than many short ones.
+    x = rays_o.t()[..., None] + rays_d.t()[..., None] * t  # (3, R, D)
+    x = x.clamp(-field.config.bound, field.config.bound)
+    x = x.reshape(3, -1).t()  # (R * D, 3)
+
+    if occupancy is None:
+        density, color = field(x)
+    else:
+        inside = occupancy(x).nonzero().squeeze(-1)
+        found_density, found_color = field(x[inside])
+        density = found_density.new_zeros(len(x)).index_copy(0, inside, found_density)
+        color = found_color.new_zeros(len(x), 3).index_copy(0, inside, found_color)
+    return density.reshape(t.shape), color.reshape(*t.shape, 3)
+
+
+def render(field: Field, rays_o: Tensor, rays_d: Tensor, generator: torch.Generator | None = None,
+           occupancy: Occupancy | None = None, draws: tuple[Tensor, Tensor] | None = None) -> Rendering:
+    """Render rays (R, 3) before a black background (NeRF, Sec. 4 and 5.2).
+
+    With a generator the samples are jittered. With an occupancy, samples lie in the box around the occupied cells and
+    those in empty cells are skipped. `draws` overrides the generator's numbers with given ones (see `uniform_draws`).
+    Rays that miss are 0.
+    """
+    config = field.config
+
+    # Only rays that meet the box are followed.
+    box = sampled_box(field, occupancy).to(rays_o)
+    near, far = ray_box_intersection(rays_o, rays_d, box, config.near)
+    hit = (far > near).nonzero().squeeze(-1)
+    near, far = near[hit, None], far[hit, None]  # (hits, 1)
+    o, d = rays_o[hit], rays_d[hit]
+    if draws is None:
+        u, u_importance = uniform_draws(config, len(hit), generator, rays_o)
+    else:
+        u, u_importance = draws[0][hit], draws[1][hit]
+
+    # Stratified samples, both ends of the interval included [released: nerf/renderer_df.py:356-412].
+    stratum = (far - near) / config.samples_per_ray
+    grid = near + (far - near) * torch.linspace(0, 1, config.samples_per_ray).to(u)
+    t = grid + (u - 0.5) * stratum
+
+    # Importance samples, where the stratified ones found something.
+    if config.importance_samples:
+        with torch.no_grad():
+            density, _ = evaluate_samples(field, o, d, t, occupancy)
+            weights = compositing_weights(density, t, stratum)
+            middle = (t[:, 1:] + t[:, :-1]) / 2
+            more = sample_pdf(middle, weights[:, 1:-1], u_importance)
+            t = torch.cat([t, more], -1).sort(-1).values
+
+    # Integration along the rays.
+    density, color = evaluate_samples(field, o, d, t, occupancy)
+    weights = compositing_weights(density, t, stratum)
+    color = torch.einsum("rd,rdc->rc", weights, color)
+    opacity = weights.sum(-1, keepdim=True)
+    depth = (weights * t.clamp(near, far)).sum(-1, keepdim=True)
+
+    # The other rays are black.
+    seen = torch.cat([color, opacity, depth], -1)  # (hits, 5)
+    seen = seen.new_zeros(len(rays_o), 5).index_copy(0, hit, seen)
+    return Rendering(seen[:, :3], seen[:, 3], seen[:, 4])
+
+
+def render_image(field: Field, camera: Cameras, size: int, full: int, generator: torch.Generator | None = None,
+                 occupancy: Occupancy | None = None, chunk: int = 2**15) -> Image:
+    """A whole view, size x size, on rays that `cameras.pixel_grid` lays through an image of `full` pixels a side.
+
+    `chunk` rays are followed at once. See `render` for the generator and the occupancy.
+    """
+    xy = pixel_grid(size, size, full, device=camera.T.device)
+    rays_o, rays_d = camera.rays(xy)
+    parts = []
+    for o, d in zip(rays_o.split(chunk), rays_d.split(chunk)):
+        parts.append(render(field, o, d, generator, occupancy))
+    color = torch.cat([part.color for part in parts])  # (size * size, 3)
+    opacity = torch.cat([part.opacity for part in parts])
+    return Image(color.t().reshape(3, size, size), opacity.reshape(1, size, size))
