@@ -114,7 +114,7 @@ def reconstruct(scene: Scene, inputs: list[int], model: SparseFusion | None = No
     # The field lives in the object frame: the axes of the first input camera, the world's origin.
     frame = scene.cameras[inputs[0]]
     turned = replace(scene, cameras=object_frame(scene.cameras, frame))
-    wanted = settings(scene, inputs, model, config, seed, perceptual_loss)
+    wanted = reconstruction_settings(scene, inputs, model, config, seed, perceptual_loss)
     state = read_state(checkpoint, wanted)
 
     # What the EFT sees from every query viewpoint, unless no iteration is left to ask.
@@ -150,18 +150,25 @@ def query_viewpoints(cameras: Cameras, config: DistillConfig, seed: int) -> Came
     return Cameras.cat([circle.to(cameras.T.device), cameras])
 
 
-def settings(scene: Scene, inputs: list[int], model: SparseFusion | None, config: DistillConfig, seed: int,
-             perceptual_loss: Distance | None) -> dict:
+def reconstruction_settings(scene: Scene, inputs: list[int], model: SparseFusion | None, config: DistillConfig,
+                            seed: int, perceptual_loss: Distance | None) -> dict:
     """Everything that decides a reconstruction, as plain data: two runs with equal settings are the same run."""
     # The pictures that are given, by their content; of the other views only the cameras matter.
     given = scene[inputs]
+    cameras = scene.cameras
+    numbers = [given.images, given.masks, given.valid, cameras.R, cameras.T, cameras.focal, cameras.principal]
+
+    # A perceptual loss is known by its weights, or by its name if it has none.
+    loss_name = getattr(perceptual_loss, "__qualname__", type(perceptual_loss).__name__)
+    if isinstance(perceptual_loss, torch.nn.Module):
+        loss_name = files.digest(*perceptual_loss.state_dict().values())
     return {
         "sequence": scene.sequence,
         "inputs": given.names,
-        "given": files.digest(given.images, given.masks, given.valid, scene.cameras.R, scene.cameras.T),
+        "given": files.digest(*numbers),
         "seed": seed,
         "weights": None if model is None else model.fingerprint,
-        "perceptual_loss": None if perceptual_loss is None else type(perceptual_loss).__name__,
+        "perceptual_loss": loss_name,
         "config": asdict(config),
     }
 

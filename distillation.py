@@ -3,12 +3,13 @@
 In each of N iterations a field is rendered twice, and updated after each:
 
     1. one input view     -> color and silhouette loss against its picture and mask
-    2. one query view x   -> bootstrap: loss against the EFT image; then: x_hat = denoise(x noised to level t),
-                             t ~ U(0, 1), loss (1 - alpha^2(t)) |x - x_hat| + 0.1 perceptual(x, x_hat), with x_hat
-                             a constant
+    2. one query view x   -> in the first iterations (bootstrap): the same loss against the EFT image;
+                             in all later ones: x_hat = denoise(x noised to a random level t), and the loss
+                             (1 - alpha^2(t)) |x - x_hat| + 0.1 perceptual(x, x_hat), with x_hat a constant
 
-Why that is distillation: a noise predictor's error bounds -log p(x), so a rendering that equals its own denoised
-version is likely. Pixel space and multi-step targets give calmer gradients than the one-step, latent SDS form.
+Why that is distillation: a noise predictor's error, weighted over all noise levels, bounds -log p(x), and it is the
+distance between a rendering and its denoised version. The paper compares pixels and takes several denoising steps,
+where SDS (Poole et al. 2022) compares latents after one: it finds the targets less noisy (Sec. 3.2).
 
 Differences from the released code: docs/differences.md.
 
@@ -45,9 +46,7 @@ SAVE_SECONDS = 60  # between two checkpoints of a running distillation
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """The numbers of one distillation. The released ones are cited; README's `--released` sets what the defaults do
-    otherwise.
-    """
+    """The numbers of one distillation. The released ones are cited; `RELEASED` sets what the defaults do otherwise."""
     iterations: int = 3000               # updates of each kind [released: demo.py:101]
     bootstrap: int = 1000                # first iterations, whose query views fit the EFT images
     viewpoints: int = 50                 # query viewpoints on the circle path [released: distillation.py:73]
@@ -60,12 +59,12 @@ class DistillConfig:
     betas: tuple[float, float] = (0.9, 0.99)  # Adam's decay rates (Instant NGP, Sec. 4)
     eps: float = 1e-15                   # Adam's smallest denominator (Instant NGP, Sec. 4)
     lr_exposure: float = 0.0             # Adam's rate for the gains of the input views; 0: all were exposed alike
-    weight_exposure: float = 0.3         # of their spread: or an object's two sides pass for exposures
+    weight_exposure: float = 0.3         # of the gains' spread; at 0 the colors of two sides become gains
     footprint: int = 1                   # pixels a side, odd: an input view's colors are means over such squares
     weight_background: float = 1.0       # of pixels outside an input's mask; below 1 where masks are rough
     weight_opacity: float = 1e-3         # of the opacity term [released: distillation.py:150-151]
     weight_perceptual: float = 0.1       # of the perceptual term of distillation [released: distillation.py:312-314]
-    min_noise_level: float = 0.0         # levels are drawn from U(this, 1)
+    min_noise_level: float = 0.0         # noise levels are drawn from U(this, 1)
     occupancy_every: int = 16            # iterations between two looks at where space is empty
     baseline_fraction: float = 0.5       # of the iterations, for the row "field alone" beside a prior
     mesh_resolution: int = 160           # cells along the longest side of the meshed box
@@ -151,7 +150,7 @@ def brightness_mask(images: Tensor) -> Tensor:
 
 
 def fusion_weight(noise_level: float) -> float:
-    """1 - alpha^2 at noise level t in [0, 1]: the weight of the distillation loss. [released:
+    """1 - alpha^2 at noise level t in [0, 1]: the weight of the pixels' distance. [released:
     distillation.py:307-310]
     """
     log_snr = vldm.cosine_log_snr(torch.tensor(float(noise_level)))
@@ -198,7 +197,7 @@ class Distillation:
         self.prior = prior
         self.completed = 0      # iterations
         self.seconds = 0.0      # that they took
-        self.input_error = 0.0  # mean squared error of the last input view's colors, for the progress bar
+        self.input_error = torch.zeros(())  # mean squared error of the last input view's colors, for the progress bar
 
         # The field, and where the masks allow it to be.
         device = inputs.images.device
@@ -219,7 +218,7 @@ class Distillation:
         ], betas=config.betas, eps=config.eps)
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
 
-    def step(self, iteration: int) -> float:
+    def step(self, iteration: int) -> Tensor:
         """One iteration (Sec. 3.2 and supplement): an update from an input view, then one from a query view. Returns
         the last loss.
         """

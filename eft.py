@@ -1,4 +1,4 @@
-"""The epipolar feature transformer (EFT): a feature and a color for every query ray, from two to six images (Sec. 3.1).
+"""The epipolar feature transformer (EFT): a feature and a color for every query ray, from a few images (Sec. 3.1).
 
 A query ray is cut into `D` points. Each is projected into every input view and picks up the view's features there: the
 points of one ray lie on the view's epipolar line. Three transformers then talk along one axis each:
@@ -8,7 +8,7 @@ points of one ray lie on the view's epipolar line. Three transformers then talk 
     T3 `views`     across the V views of a ray            which view to trust?           (softmax over V, weighted sum)
 
 The three-stage layout is that of GPNR (Suhail et al., ECCV 2022). All geometry happens in the view frame of the query
-camera, so the result does not depend on where the world's origin is, nor on the order of the input views.
+camera, so for a given depth range the result does not depend on the world's origin, nor on the order of the inputs.
 
 Differences from the released code (its `sparsefusion/eft.py`): the trunk ends after its third stage; the linear layer
 that opens a transformer is applied to each part of its input, before the parts are sampled, broadcast and added, which
@@ -44,7 +44,7 @@ class EFTConfig:
     dropout: float = 0.1                           # dropout of the encoder layers in training [released: eft.py:20-34]
     depths: int = 20                               # points a ray [paper]
     harmonics: int = 6                             # frequencies 1, 2, ..., 2^5 of the harmonic embedding [paper]
-    depth_margin: float = 5.0                      # rays run from mean camera distance minus to plus this, CO3D units
+    depth_margin: float = 5.0                      # rays run so far before and behind the mean camera distance
 
 
 PAPER = EFTConfig()

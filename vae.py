@@ -26,7 +26,7 @@ class VAEConfig:
     blocks: int = 2                                 # residual blocks in an encoder stage; a decoder stage has one more
     groups: int = 32                                # number of groups in every GroupNorm
     channels: int = 4                               # number of channels of the latent
-    scale: float = 0.18215                          # factor that brings latents to about unit variance
+    scale: float = 0.18215                          # of latents, for about unit variance; `train.py` measures its own
 
     def __post_init__(self):
         if not self.widths or any(width % self.groups for width in self.widths):

@@ -268,9 +268,10 @@ def plms_steps(predict_noise: NoisePredictor, z: Tensor, noise_level: float, ran
             z_ahead = plms_step(z, x0, log_snr_t, log_snr_s, last, randn, sampler)
             eps_ahead = predict_noise(z_ahead, log_snr_batch[1])
             x0_ahead = clean_estimate(z_ahead, log_snr_s, eps_ahead, sampler.clip)
-            eps_mixed = improved_euler(z, log_snr_t, x0, x0_ahead)
             if sampler.ancestral:
                 eps_mixed = (eps + eps_ahead) / 2
+            else:
+                eps_mixed = improved_euler(z, log_snr_t, x0, x0_ahead)
         else:
             eps_mixed = adams_bashforth(history)
 
@@ -306,7 +307,7 @@ def plms_step(z: Tensor, x0: Tensor, log_snr_t: Tensor, log_snr_s: Tensor, last:
 
 
 def start_time(noise_level: float, sampler: SamplerConfig) -> float:
-    """Where multi-step denoising starts: at the noise level, but not above `t_start`; levels of 0.99 and more are 1."""
+    """Where multi-step denoising starts: at the noise level, or at `t_start` if that is lower; from 0.99 on at 1."""
     level = min(noise_level, sampler.t_start)
     return 1.0 if level >= 0.99 else level
 
