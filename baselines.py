@@ -1,20 +1,24 @@
 """What SparseFusion is compared with (Sec. 4): the nearest input view, the EFT's picture, one sample of the VLDM.
 
-The fourth baseline, the field alone, is `distill.reconstruct` without a model. Every baseline returns what it shows
-from the target cameras; `inputs` and `targets` are positions in the scene.
+The fourth baseline, the field alone, is `distill.reconstruct` without a model. The EFT and the VLDM make pictures,
+which have no silhouette of their own: no mask is measured for them. Every baseline returns what it shows from the
+target cameras; `inputs` and `targets` are positions in the scene.
 
 Letters: `T` target views, `S` side of an image in pixels.
 """
 from __future__ import annotations
 
+import zlib
+
 import torch
 import torch.nn.functional as F
 
-from distillation import brightness_mask
+from distillation import DistillConfig
 from report import Views
 from scenes import Scene
-from sparsefusion import SparseFusion
-from vldm import SamplerConfig
+from sparsefusion import Condition, SparseFusion
+
+VIEWS_AT_ONCE = 8  # in a batch of the VLDM
 
 
 def nearest_input(scene: Scene, inputs: list[int], targets: list[int]) -> Views:
@@ -26,26 +30,39 @@ def nearest_input(scene: Scene, inputs: list[int], targets: list[int]) -> Views:
     return Views(scene.images[nearest], scene.masks[nearest])
 
 
-def eft_images(scene: Scene, inputs: list[int], targets: list[int], model: SparseFusion, train_mode: bool = False,
-               title: str | None = None) -> Views:
+def eft_images(scene: Scene, inputs: list[int], targets: list[int], model: SparseFusion, config: DistillConfig,
+               seed: int, title: str | None = None) -> Views:
     """The EFT's picture at full resolution, a ray a pixel (Sec. 3.1)."""
-    given = scene[inputs]
     size = scene.images.shape[-1]
-    depth_range = model.depth_range(scene.cameras)
-    queries = scene.cameras[targets]
-    condition = model.condition(given.images, given.cameras, queries, depth_range, size, train_mode, title)
-    return Views(condition.images, brightness_mask(condition.images))
+    condition = _condition(scene, inputs, targets, model, config, seed, size, title)
+    return Views(condition.images, None)
 
 
-def vldm_samples(scene: Scene, inputs: list[int], targets: list[int], model: SparseFusion, sampler: SamplerConfig,
-                 seed: int, train_mode: bool = False) -> Views:
-    """One ancestral sample a view (Sec. 3.1): sharp, but every view imagines for itself."""
+def vldm_samples(scene: Scene, inputs: list[int], targets: list[int], model: SparseFusion, config: DistillConfig,
+                 seed: int) -> Views:
+    """One ancestral sample a view (Sec. 3.1): sharp, but every view imagines for itself.
+
+    A view's random numbers follow from the seed and its frame alone, whichever other views there are.
+    """
+    condition = _condition(scene, inputs, targets, model, config, seed)
+    device = scene.images.device
+    generators = []
+    for target in targets:
+        name = f"{seed} {scene.names[target]}"
+        generators.append(torch.Generator(device).manual_seed(zlib.crc32(name.encode())))
+
+    # A few views at a time: the decoder takes much memory at full size.
+    images = []
+    for start in range(0, len(targets), VIEWS_AT_ONCE):
+        part = slice(start, start + VIEWS_AT_ONCE)
+        images.append(model.sample_view(condition.features[part], generators[part], config.sampler))
+    return Views(torch.cat(images), None)
+
+
+def _condition(scene: Scene, inputs: list[int], targets: list[int], model: SparseFusion, config: DistillConfig,
+               seed: int, size: int | None = None, title: str | None = None) -> Condition:
+    """What the EFT says about the target views."""
     given = scene[inputs]
     depth_range = model.depth_range(scene.cameras)
-    queries = scene.cameras[targets]
-    condition = model.condition(given.images, given.cameras, queries, depth_range, train_mode=train_mode)
-
-    # All views in one batch, from pure noise.
-    generator = torch.Generator(scene.images.device).manual_seed(seed)
-    images = model.sample_view(condition.features, generator, sampler)
-    return Views(images, brightness_mask(images))
+    return model.condition(given.images, given.cameras, scene.cameras[targets], depth_range, size,
+                           config.eft_train_mode, title, seed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
@@ -31,7 +32,7 @@ def run(command: Callable, args: argparse.Namespace) -> None:
     """Call a command; bad input ends in one line and exit code 2."""
     try:
         command(args)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, FloatingPointError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
 
@@ -57,6 +58,15 @@ def views(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of views, or 0 for all")
     return int(text)
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Words with commas between them, for argparse."""
+    # Spaces behind commas are nobody's mistake.
+    parts = tuple(part.strip() for part in text.split(","))
+    if not all(parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not words with commas between them")
+    return parts
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +109,7 @@ def apply_settings(config, settings: list[str], fixed=None):
     # All at once, so that the dataclasses check the outcome and not the way to it.
     try:
         return _replaced(config, values)
-    except ValueError as e:
+    except (ArithmeticError, ValueError) as e:
         raise ValueError(f"--set {' '.join(settings)}: {e}") from None
 
 
@@ -154,8 +164,8 @@ def _parse_one(path: str, text: str, kind: type):
     """True or false, a number, or a word."""
     try:
         value = BOOLS[text.lower()] if kind is bool else kind(text)
-        if value != value:
-            raise ValueError("NaN, which passes every comparison that a config makes")
+        if kind is float and not math.isfinite(value):
+            raise ValueError("NaN and infinity pass comparisons that a config makes")
         return value
     except (KeyError, ValueError):
         words = {bool: "true or false", int: "a whole number", float: "a number"}

@@ -17,6 +17,7 @@ photograph.
 """
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import zipfile
@@ -36,6 +37,7 @@ from runtime import Progress, map_processes
 from scenes import Crop, PackedScenes, Scene, crop_and_resize, evenly_spaced, pixel_camera
 
 LISTED = 5  # names that an error message lists
+NO_ROOT = "{}: no such folder; the root of a dataset is the one with a folder for each category"
 
 
 # ---------------------------------------------------------------------------------------------- what others call
@@ -57,10 +59,27 @@ def frame_numbers(root: str | Path, category: str, sequence: str, split: str | N
     return _source(root, category).frame_numbers(sequence, split)
 
 
-def choose_views(count: int, views: int, seed: int) -> list[int]:
-    """Positions of `views` input views among `count` frames, in random order [released: demo.py:63, 78-81]."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(count, generator=generator)[:views].tolist()
+def splits(root: str | Path, category: str) -> list[str]:
+    """The splits of a category, such as "fewview_dev/test"; none for a tree without set lists."""
+    return _source(root, category).splits()
+
+
+def categories(root: str | Path) -> list[str]:
+    """Names of the categories that a dataset folder holds, sorted."""
+    # In either layout.
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(NO_ROOT.format(root))
+    return [folder.name for folder in sorted(root.iterdir()) if _is_category(root, folder.name)]
+
+
+def stamp(root: str | Path, category: str, sequence: str, frames: Iterable[int]) -> str:
+    """Sixteen hexadecimal digits of what frames are read from: their cameras, and dates and sizes of their files.
+
+    Equal stamps: nothing has changed since. Decodes nothing.
+    """
+    rows = _source(root, category).sources(sequence, list(frames))
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 def load_sequence(root: str | Path, category: str, sequence: str, size: int = 256,
@@ -84,15 +103,17 @@ def load_sequence(root: str | Path, category: str, sequence: str, size: int = 25
 
 
 def load_packed(roots: list, category: str, names: list[str] | None, views: int, size: int,
-                workers: int | None = None) -> PackedScenes:
+                workers: int | None = None, split: str | None = None) -> PackedScenes:
     """`views` evenly spaced frames of each of the sequences `names` (None: all) of each of the folders `roots`.
 
-    Decoded by `workers` processes (None: one a core). Sequences with fewer frames are left out.
+    Of a `split` only, where a folder has it. Decoded by `workers` processes (None: one a core). Sequences with fewer
+    frames are left out.
     """
     # Which frames of which sequences.
     jobs = []
     for root in roots:
-        found = _jobs(root, category, names, views, size)
+        known = splits(root, category)
+        found = _jobs(root, category, names, views, size, split if split in known else None)
         if not found:
             raise ValueError(f"{root}/{category}: no sequence has {views} frames")
         jobs += found
@@ -129,12 +150,13 @@ class _Decoded(NamedTuple):
     cameras: Cameras   # (V,), of arrays
 
 
-def _jobs(root: str | Path, category: str, names: list[str] | None, views: int, size: int) -> list[_Job]:
+def _jobs(root: str | Path, category: str, names: list[str] | None, views: int, size: int,
+          split: str | None) -> list[_Job]:
     """The sequences under one root that have `views` frames, and which of their frames to take."""
     jobs = []
     source = _source(root, category)
-    for name in source.sequences(None) if names is None else names:
-        numbers = source.frame_numbers(name, None)
+    for name in source.sequences(split) if names is None else names:
+        numbers = source.frame_numbers(name, split)
         if len(numbers) >= views:
             frames = [numbers[i] for i in evenly_spaced(len(numbers), views)]
             jobs.append(_Job(root, category, name, frames, size))
@@ -165,6 +187,24 @@ class _Tree:
             known = _some(self.annotations.splits())
             raise ValueError(f"{self.folder}/set_lists: no split {split!r}; there is {known}")
         return names
+
+    def splits(self) -> list[str]:
+        """The splits of its set lists."""
+        return self.annotations.splits()
+
+    def sources(self, sequence: str, numbers: list[int]) -> list:
+        """Of every file that these frames are read from its name, date and size; and their cameras."""
+        # Whoever decodes a frame that is not there will say so.
+        rows = []
+        frames = {frame.number: frame for frame in self.annotations.frames(sequence)}
+        for number in numbers:
+            frame = frames.get(number)
+            if frame is None:
+                continue
+            rows.append(_date_and_size(self.root / frame.image))
+            rows.append(_date_and_size(self.root / frame.mask))
+            rows.append(frame.viewpoint)
+        return rows
 
     def frame_numbers(self, sequence: str, split: str | None) -> list[int]:
         """Numbers of the frames in order of time."""
@@ -251,6 +291,14 @@ class _Toy:
         """`toy0`, `toy1`, ... in the file's order; the file has no splits."""
         return list(self.items)
 
+    def splits(self) -> list[str]:
+        """None: the file is a choice already."""
+        return []
+
+    def sources(self, sequence: str, numbers: list[int]) -> list:
+        """Date and size of the file."""
+        return [_date_and_size(self.file)]
+
     def frame_numbers(self, sequence: str, split: str | None) -> list[int]:
         """0, 1, ..."""
         if sequence not in self.items:
@@ -300,8 +348,7 @@ def _source(root: str | Path, category: str) -> _Tree | _Toy:
     """The dataset of a category under `root`, in either layout."""
     root = Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; the root of a dataset is the one with a folder "
-                                "for each category")
+        raise FileNotFoundError(NO_ROOT.format(root))
 
     # The downloader's layout goes before a toy file beside it.
     if (root / category / ANNOTATIONS_FILE).is_file():
@@ -310,12 +357,20 @@ def _source(root: str | Path, category: str) -> _Tree | _Toy:
         return _Toy(root, category)
 
     # Say what there is instead.
-    found = []
-    for folder in sorted(root.iterdir()):
-        if (folder / ANNOTATIONS_FILE).is_file() or _toy_file(root, folder.name).is_file():
-            found.append(folder.name)
     raise FileNotFoundError(f"{root / category}: no {ANNOTATIONS_FILE} or {category}_toy.pt there; "
-                            f"categories of {root}: {_some(found)}")
+                            f"categories of {root}: {_some(categories(root))}")
+
+
+def _is_category(root: Path, name: str) -> bool:
+    return (root / name / ANNOTATIONS_FILE).is_file() or _toy_file(root, name).is_file()
+
+
+def _date_and_size(path: Path) -> list:
+    """Name, date and size of a file; the name alone of one that is missing, which whoever decodes it will say."""
+    if not path.is_file():
+        return [path.name]
+    status = path.stat()
+    return [path.name, status.st_mtime_ns, status.st_size]
 
 
 def _toy_file(root: Path, category: str) -> Path:

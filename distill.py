@@ -1,13 +1,12 @@
-"""From a few pictures to one neural field: a scene, start to end, and the main command (Sec. 3.2 and 4).
+"""From a few pictures to one neural field, and how good it is: the main command (Sec. 4).
 
     python distill.py                                  the shipped synthetic sample, two input views
     python distill.py --root DIR --category C --sequence S --weights F
 
-From Python, `reconstruct` is the whole method for one scene. The command also makes what it is compared with,
-measures everything on views that were not given, and writes pictures, mesh and numbers. The algorithm itself is in
-`distillation.py`.
+The command makes a field (`reconstruction.py`; the algorithm is in `distillation.py`), makes what it is compared with,
+measures everything on views that were not given, and writes pictures, mesh and numbers.
 
-Letters: `V` input views, `Q` query viewpoints, `T` target views, `S` side of the image.
+Letters: `T` target views, `S` side of the image.
 """
 from __future__ import annotations
 
@@ -15,10 +14,10 @@ import argparse
 import platform
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -31,12 +30,11 @@ import metrics
 import released
 import report
 import sparsefusion
-import volume
-from cameras import Cameras, circle_path, relative_to
-from co3d import choose_views, load_sequence, sequences
-from distillation import PRESETS, RELEASED, DistillConfig, Distillation, Prior
-from mesh import Mesh, extract_mesh, largest_component, write_ply
-from ngp import Field, Occupancy
+from co3d import load_sequence, stamp
+from distillation import PRESETS, RELEASED, DistillConfig
+from mesh import write_ply
+from protocol import PROTOCOLS, Entry, choose_views
+from reconstruction import Distance, Reconstruction, reconstruct
 from report import Views
 from runtime import device_name, peak_gb
 from scenes import Scene, evenly_spaced
@@ -46,140 +44,6 @@ ROOT = Path(__file__).resolve().parent
 SAMPLE = ROOT / "sample" / "co3d"
 SHIPPED_FEATURE_NET = ROOT / "sample" / "perceptual.pt"
 
-Distance = Callable[[Tensor, Tensor], Tensor]  # images (B, 3, S, S) twice, in [0, 1] -> (B,)
-
-
-# ---------------------------------------------------------------------------------------------- one scene, from Python
-
-class Reconstruction(NamedTuple):
-    """A finished field. It lives in the object frame; its pictures and its mesh are asked for in the scene's world."""
-    field: Field
-    occupancy: Occupancy
-    frame: Cameras           # () the camera whose axes the object frame has; the world's origin is its origin, too
-    config: DistillConfig
-    seconds: float           # of the optimization
-
-    @torch.no_grad()
-    def render(self, cameras: Cameras, size: int) -> Views:
-        """What cameras (T,) of the world see: pictures of `size` pixels a side, in [0, 1] on black."""
-        cameras = object_frame(cameras, self.frame)
-        views = []
-        for i in range(len(cameras)):
-            views.append(volume.render_image(self.field, cameras[i], size, size, None, self.occupancy))
-        images = torch.stack([view.color for view in views])
-        silhouettes = torch.stack([view.opacity for view in views])
-        return Views(images, silhouettes)
-
-    def turntable(self, cameras: Cameras, size: int) -> Tensor:
-        """Once around, on the circle that fits the scene's cameras (V,): pictures (frames, 3, size, size).
-
-        The box around the occupied cells stays in the middle of the picture, since crops of photographs may look past
-        the object.
-        """
-        frames = self.config.turntable_frames
-        path = circle_path(cameras.to("cpu"), frames + 1)[:-1].to(cameras.T.device)
-        middle = self.occupancy.box.mean(0) @ self.frame.R.T  # of the world
-        shift, _ = path.project(middle.expand(frames, 1, 3))
-        path = replace(path, principal=path.principal - shift[:, 0])
-        return self.render(path, size).images
-
-    def mesh(self) -> Mesh:
-        """The largest connected part of the surface, in the scene's world."""
-        surface = extract_mesh(self.field, self.config.mesh_resolution, occupancy=self.occupancy)
-        surface = largest_component(surface)
-        return surface._replace(vertices=surface.vertices @ self.frame.R.T)
-
-
-def object_frame(cameras: Cameras, frame: Cameras) -> Cameras:
-    """Cameras in a world turned to the axes of the camera `frame`, whose origin stays (Sec. 3.2)."""
-    return relative_to(cameras, frame.unsqueeze(0), move_origin=False)
-
-
-def reconstruct(scene: Scene, inputs: list[int], model: SparseFusion | None = None, config: DistillConfig | None = None,
-                seed: int = 0, perceptual_loss: Distance | None = None, checkpoint: Path | None = None,
-                title: str | None = None) -> Reconstruction:
-    """Fit a field to the views of a scene at the positions `inputs`, with a model's help for what they do not show
-    (Sec. 3.2).
-
-    Without a `model` the field fits the input views alone. Of the other views only the cameras are used. `config`: by
-    default the preset of the model's name, or `plain`. `perceptual_loss`: by default the distance in the VAE
-    encoder's features. With a `checkpoint` file an interrupted run of the same settings goes on where it stopped.
-    `title` shows progress. The scene's tensors and the model's are on one device. Raises `ValueError` where no part
-    of space lies in every mask.
-    """
-    # The numbers of the model's kind, unless others are given.
-    if config is None:
-        config = PRESETS["plain" if model is None else model.preset.name]
-
-    # The field lives in the object frame: the axes of the first input camera, the world's origin.
-    frame = scene.cameras[inputs[0]]
-    turned = replace(scene, cameras=object_frame(scene.cameras, frame))
-    wanted = reconstruction_settings(scene, inputs, model, config, seed, perceptual_loss)
-    state = read_state(checkpoint, wanted)
-
-    # What the EFT sees from every query viewpoint, unless no iteration is left to ask.
-    prior = None
-    if model is not None and (state is None or state["completed"] < config.iterations):
-        viewpoints = query_viewpoints(turned.cameras, config, seed)
-        given = turned[inputs]
-        condition = model.condition(given.images, given.cameras, viewpoints, model.depth_range(scene.cameras),
-                                    train_mode=config.eft_train_mode, title=title and f"{title}: EFT")
-        prior = Prior(model, viewpoints, condition, perceptual_loss or model.feature_distance)
-
-    # Optimize, from where an earlier run of the same settings stopped.
-    distillation = Distillation(turned[inputs], config, seed, prior)
-    if state is not None:
-        distillation.load_state_dict(state)
-        print(f"{checkpoint}: going on at iteration {distillation.completed}")
-
-    def save() -> None:
-        files.save_tensors(distillation.state_dict() | {"settings": wanted}, checkpoint)
-
-    distillation.run(title, save if checkpoint else None)
-    if checkpoint:
-        save()
-    return Reconstruction(distillation.field, distillation.occupancy, frame, config, distillation.seconds)
-
-
-def query_viewpoints(cameras: Cameras, config: DistillConfig, seed: int) -> Cameras:
-    """Where to imagine: on the circle through a scene's cameras (B,), and at all of them [released:
-    distillation.py:73-76]. (Q,)
-    """
-    generator = torch.Generator().manual_seed(seed)
-    circle = circle_path(cameras.to("cpu"), config.viewpoints, config.jitter, generator)
-    return Cameras.cat([circle.to(cameras.T.device), cameras])
-
-
-def reconstruction_settings(scene: Scene, inputs: list[int], model: SparseFusion | None, config: DistillConfig,
-                            seed: int, perceptual_loss: Distance | None) -> dict:
-    """Everything that decides a reconstruction, as plain data: two runs with equal settings are the same run."""
-    # The pictures that are given, by their content; of the other views only the cameras matter.
-    given = scene[inputs]
-    cameras = scene.cameras
-    numbers = [given.images, given.masks, given.valid, cameras.R, cameras.T, cameras.focal, cameras.principal]
-
-    # A perceptual loss is known by its weights, or by its name if it has none.
-    loss_name = getattr(perceptual_loss, "__qualname__", type(perceptual_loss).__name__)
-    if isinstance(perceptual_loss, torch.nn.Module):
-        loss_name = files.digest(*perceptual_loss.state_dict().values())
-    return {
-        "sequence": scene.sequence,
-        "inputs": given.names,
-        "given": files.digest(*numbers),
-        "seed": seed,
-        "weights": None if model is None else model.fingerprint,
-        "perceptual_loss": loss_name,
-        "config": asdict(config),
-    }
-
-
-def read_state(checkpoint: Path | None, wanted: dict) -> dict | None:
-    """The state of an earlier run in a checkpoint file, if there is one and it had the settings that are wanted."""
-    if checkpoint is None or not checkpoint.exists():
-        return None
-    state = files.read_tensors(checkpoint, "field")
-    return state if state.get("settings") == wanted else None
-
 
 # ---------------------------------------------------------------------------------------------- against the baselines
 
@@ -187,27 +51,38 @@ def read_state(checkpoint: Path | None, wanted: dict) -> dict | None:
 class Instance:
     """One sequence to reconstruct and to measure: everything that decides the result."""
     root: Path
-    category: str
-    sequence: str
+    entry: Entry                     # the sequence and its frames
     config: DistillConfig
-    weights: Path | None            # of the prior; None: the field alone
-    views: int                      # random input views; 0: all
-    input_frames: tuple[str, ...]   # numbers of the input frames instead; (): random ones
-    targets: int                    # held-out views to compare, evenly spaced
-    seed: int                       # of input views, noise and initial weights
-    feature_net: Path               # network of the perceptual metric, without `lpips`
+    weights: Path | None             # of the prior; None: the field alone
+    views: int                       # random input views; 0: all
+    input_frames: tuple[str, ...]    # numbers of the input frames instead; (): random ones
+    targets: int                     # views to compare, evenly spaced among the others; 0: all of them
+    seed: int                        # of input views, noise and initial weights
+    feature_net: Path                # network of the perceptual metric, without `lpips`
     lpips: tuple[Path, Path] | None  # VGG16 and LPIPS' linear layers, as loss and as metric
     device: str
 
     def settings(self) -> dict:
-        """The same as plain data, files by their content: equal settings give equal results."""
-        weights = [path for path in (self.weights, *(self.lpips or (self.feature_net,))) if path is not None]
-        numbers = asdict(self) | {
-            "root": str(self.root.resolve()),
-            "input_frames": list(self.input_frames),
-            "weights": [files.fingerprint(path) for path in weights],
+        """The same as plain data, files by their content, pictures by their dates: equal settings give equal
+        results.
+        """
+        # Networks by what is in their files, pictures by dates and sizes: there may be gigabytes of them.
+        networks = {}
+        if self.weights is not None:
+            networks["prior"] = files.fingerprint(self.weights)
+        for path in self.lpips or (self.feature_net,):
+            networks[path.name] = files.fingerprint(path)
+        return {
+            "entry": asdict(self.entry),
+            "pictures": stamp(self.root, self.entry.category, self.entry.sequence, self.entry.frames),
+            "networks": networks,
+            "views": self.views,
+            "input_frames": self.input_frames,
+            "targets": self.targets,
+            "seed": self.seed,
+            "device": self.device,
+            "config": asdict(self.config),
         }
-        return {name: x for name, x in numbers.items() if name not in ("feature_net", "lpips")}
 
 
 class Distances(NamedTuple):
@@ -218,7 +93,7 @@ class Distances(NamedTuple):
 
 
 def load_distances(instance: Instance) -> Distances:
-    """LPIPS for both if its files are given; else the VAE's features for the loss, and the shipped network for the
+    """LPIPS for both if its files are given; else the VAE's features for the loss, the shipped network for the
     tables.
     """
     if instance.lpips:
@@ -245,17 +120,20 @@ def choose_inputs(scene: Scene, instance: Instance) -> list[int]:
         if frame not in position:
             some = ", ".join(scene.names[:8])
             raise ValueError(f"--input-frames: {scene.sequence} has no frame {frame}; it has {some}, ...")
+        if instance.input_frames.count(frame) > 1:
+            raise ValueError(f"--input-frames: frame {frame} stands there twice")
     return [position[frame] for frame in instance.input_frames]
 
 
 def choose_targets(scene: Scene, inputs: list[int], count: int, on_inputs: bool) -> list[int]:
-    """Positions of up to `count` views to measure, evenly spaced: of those that are no inputs, or where there is none
-    of all.
-    """
+    """Positions of `count` views to measure, evenly spaced, or of all for 0: of those that are no inputs, if any."""
+    # What was given is not predicted.
     candidates = [i for i in range(len(scene)) if i not in inputs]
+    if not candidates:
+        print(f"{scene.sequence}: all views are inputs, so the inputs themselves are measured")
     if on_inputs or not candidates:
         candidates = list(range(len(scene)))
-    return [candidates[i] for i in evenly_spaced(len(candidates), count)]
+    return [candidates[i] for i in evenly_spaced(len(candidates), count or len(candidates))]
 
 
 def show_all(scene: Scene, inputs: list[int], targets: list[int], model: SparseFusion | None, instance: Instance,
@@ -269,72 +147,90 @@ def show_all(scene: Scene, inputs: list[int], targets: list[int], model: SparseF
         pictures["ngp"] = ours.render(cameras, size)
         return pictures
 
-    # The field alone is the same fit without a prior.
-    iterations = max(1, int(config.iterations * config.baseline_fraction))
-    config_alone = config.with_iterations(iterations)
-    alone = reconstruct(scene, inputs, None, config_alone, instance.seed, title="field without prior")
+    # The field alone is the same fit without a prior: as many updates from input views.
+    alone = reconstruct(scene, inputs, None, config, instance.seed, title="field without prior")
     pictures["ngp"] = alone.render(cameras, size)
 
     # The parts of the prior, each for itself.
-    train_mode = config.eft_train_mode
-    pictures["eft"] = baselines.eft_images(scene, inputs, targets, model, train_mode, "EFT, a ray a pixel")
-    pictures["vldm"] = baselines.vldm_samples(scene, inputs, targets, model, config.sampler, instance.seed, train_mode)
+    pictures["eft"] = baselines.eft_images(scene, inputs, targets, model, config, instance.seed,
+                                           "EFT, a ray a pixel")
+    pictures["vldm"] = baselines.vldm_samples(scene, inputs, targets, model, config, instance.seed)
     pictures["sparsefusion"] = ours.render(cameras, size)
     return pictures
 
 
 @torch.no_grad()
-def measure(pictures: dict[str, Views], images: Tensor, masks: Tensor,
-            distance: Distance) -> dict[str, dict[str, float]]:
-    """Every method's metrics against photographs (T, 3, S, S) and masks (T, 1, S, S), means over views.
+def measure(views: Views, images: Tensor, masks: Tensor, distance: Distance) -> dict[str, list[float]]:
+    """A method's metrics, view by view, against photographs (T, 3, S, S) and masks (T, 1, S, S).
 
     The PSNR of equal pictures is 100 dB, for JSON has no infinity.
     """
+    # Of the picture.
+    shown = views.images.clamp(0, 1)
+    values = {
+        "psnr": metrics.psnr(shown, images).clamp(max=100),
+        "ssim": metrics.ssim(shown, images),
+        "perceptual": distance(shown, images),
+    }
+
+    # Of the silhouette, if the method has one.
+    if views.silhouettes is not None:
+        values["iou"] = metrics.iou(views.silhouettes, masks)
+    return {name: [round(x, 5) for x in value.tolist()] for name, value in values.items()}
+
+
+def mean_rows(per_view: dict[str, dict[str, list[float]]]) -> report.Rows:
+    """Method -> metric -> mean over views."""
     rows = {}
-    for method, views in pictures.items():
-        shown = views.images.clamp(0, 1)
-        values = {
-            "psnr": metrics.psnr(shown, images).clamp(max=100),
-            "ssim": metrics.ssim(shown, images),
-            "perceptual": distance(shown, images),
-            "iou": metrics.iou(views.silhouettes, masks),
-        }
-        rows[method] = {name: round(float(value.mean()), 4) for name, value in values.items()}
+    for method, values in per_view.items():
+        rows[method] = {name: round(fmean(numbers), 4) for name, numbers in values.items()}
     return rows
 
 
-def run_instance(instance: Instance, out: Path) -> dict:
-    """Reconstruct, compare, measure, and write everything into the folder `out`; returns what `metrics.json` holds."""
+def run_instance(instance: Instance, out: Path, overwrite: bool = False) -> dict:
+    """Reconstruct, compare, measure, and write everything into the folder `out`; returns what `metrics.json` holds.
+
+    An earlier run of the same settings is taken up. Raises `ValueError` for one of other settings, unless told to
+    `overwrite` it, and for input that is missing or broken.
+    """
     began = time.monotonic()
     config = instance.config
+    entry = instance.entry
 
     # What is given.
     model = None if instance.weights is None else sparsefusion.load(instance.weights, instance.device)
     distances = load_distances(instance)
     size = config.image_size if model is None else model.preset.image_size
-    scene = load_sequence(instance.root, instance.category, instance.sequence, size).to(instance.device)
+    scene = load_sequence(instance.root, entry.category, entry.sequence, size, entry.frames).to(instance.device)
     inputs = choose_inputs(scene, instance)
     targets = choose_targets(scene, inputs, instance.targets, config.metrics_on_inputs)
     if size % config.render_size:
         raise ValueError(f"render_size {config.render_size} does not divide the {size} pixels of a picture's side")
 
     # The method, and what it is compared with.
-    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = out / "field.pt"
+    if overwrite:
+        checkpoint.unlink(missing_ok=True)
     title = "field fit" if model is None else "distillation"
-    ours = reconstruct(scene, inputs, model, config, instance.seed, distances.loss, out / "field.pt", title)
+    ours = reconstruct(scene, inputs, model, config, instance.seed, distances.loss, checkpoint, title)
     pictures = show_all(scene, inputs, targets, model, instance, ours)
-    rows = measure(pictures, scene.images[targets], scene.masks[targets], distances.metric)
+    per_view = {}
+    for method, views in pictures.items():
+        per_view[method] = measure(views, scene.images[targets], scene.masks[targets], distances.metric)
 
     # Something to look at.
+    names = [scene.names[i] for i in targets]
     report.save_picture(report.comparison(scene, inputs, targets, pictures), out / "comparison.png")
+    report.save_views(pictures, scene.images[targets], names, out / "views")
     report.save_animation(ours.turntable(scene.cameras, size), out / "turntable.gif")
     write_ply(out / "mesh.ply", ours.mesh())
 
     result = {
-        "sequence": instance.sequence,
+        "sequence": entry.sequence,
         "input_frames": [scene.names[i] for i in inputs],
-        "target_frames": [scene.names[i] for i in targets],
-        "methods": rows,
+        "target_frames": names,
+        "methods": mean_rows(per_view),
+        "per_view": per_view,
         "perceptual_name": distances.metric_name,
         "command": " ".join(sys.argv),
         "settings": instance.settings(),
@@ -343,9 +239,9 @@ def run_instance(instance: Instance, out: Path) -> dict:
             "torch": torch.__version__,
             "device": device_name(instance.device),
         },
-        "seconds": round(time.monotonic() - began, 1),
+        "seconds": round(time.monotonic() - began + ours.earlier_seconds, 1),
         "distillation_seconds": round(ours.seconds, 1),
-        "peak_gb": round(peak_gb(instance.device), 2),
+        "peak_gb": peak_gb(instance.device),
     }
     files.save_json(result, out / "metrics.json")
     return result
@@ -353,15 +249,17 @@ def run_instance(instance: Instance, out: Path) -> dict:
 
 # ---------------------------------------------------------------------------------------------- the command
 
-def add_instance_flags(p: argparse.ArgumentParser) -> None:
-    """The flags that `distill.py` and `evaluate.py` share."""
+def add_instance_flags(p: argparse.ArgumentParser, targets: int) -> None:
+    """The flags that `distill.py` and `evaluate.py` share. `targets` is the default of --targets."""
     # What is given.
     p.add_argument("--root", type=Path, default=SAMPLE, help="CO3Dv2 folder (default: the shipped synthetic sample)")
-    p.add_argument("--category", default="toys", help="category in it (default: toys)")
     p.add_argument("--views", type=cli.views, default=2, metavar="N", help="random input views; 0 for all (default: 2)")
+    p.add_argument("--protocol", choices=PROTOCOLS, default="paper",
+                   help="paper: fewview_dev/test, 32 evenly spaced frames of a sequence; all: every frame there is")
     p.add_argument("--weights", type=Path, default=sparsefusion.SHIPPED,
                    help="the prior (default: the shipped nano weights)")
-    p.add_argument("--seed", type=int, default=0, help="of input views, noise and initial weights (default: 0)")
+    p.add_argument("--seed", type=int, default=0,
+                   help="of input views, noise and initial weights, plus the sequence's place in its list (default: 0)")
 
     # The numbers of the distillation.
     p.add_argument("--preset", choices=PRESETS,
@@ -372,39 +270,75 @@ def add_instance_flags(p: argparse.ArgumentParser) -> None:
     cli.add_device(p)
 
     # How it is measured.
-    p.add_argument("--targets", type=cli.count, default=8, metavar="N",
-                   help="held-out views to compare, evenly spaced (default: 8)")
+    p.add_argument("--targets", type=cli.views, default=targets, metavar="N",
+                   help=f"held-out views to compare, evenly spaced; 0 for all (default: {targets})")
     p.add_argument("--feature-net", type=Path, default=SHIPPED_FEATURE_NET, metavar="F",
                    help="network of the perceptual metric")
     p.add_argument("--lpips", type=Path, nargs=2, metavar=("VGG16", "LINEAR"),
                    help="vgg16-397923af.pth and LPIPS' vgg.pth: use LPIPS as loss and as metric")
+    p.add_argument("--overwrite", action="store_true", help="replace results of other settings in --out")
 
 
-def instance_from_flags(args: argparse.Namespace, sequence: str, seed: int, input_frames: tuple[str, ...] = (),
-                        no_prior: bool = False) -> Instance:
-    """What the shared flags say about one sequence."""
-    # The preset of the weights, what the flags change in it, and then every single number.
-    preset = None if no_prior else sparsefusion.read_preset(args.weights)
-    name = args.preset or ("plain" if preset is None else preset.name)
-    config = PRESETS[name]
-    if args.iterations:
-        config = config.with_iterations(args.iterations)
-    released_settings = list(RELEASED) if args.released else []
-    config = cli.apply_settings(config, released_settings + args.settings, fixed=preset)
+def config_from_flags(args: argparse.Namespace, no_prior: bool = False) -> DistillConfig:
+    """Every number of the distillation: those of the weights' preset or another's, then what single settings change."""
+    model = None if no_prior else sparsefusion.read_preset(args.weights)
+    if model is not None and model.name not in PRESETS:
+        raise ValueError(f"{args.weights}: its preset {model.name!r} is none of {', '.join(PRESETS)}")
+    config = PRESETS[args.preset or ("plain" if model is None else model.name)]
+    config = config.with_iterations(args.iterations or config.iterations)
 
-    weights = None if no_prior else args.weights
-    lpips = tuple(args.lpips) if args.lpips else None
-    return Instance(args.root, args.category, sequence, config, weights, args.views, input_frames, args.targets, seed,
-                    args.feature_net, lpips, args.device)
+    # How to sample a model is the model's own.
+    if model is not None:
+        config = replace(config, sampler=PRESETS[model.name].sampler)
+
+    # What `--released` stands for comes first, so that --set has the last word.
+    settings = list(args.settings)
+    if args.released:
+        print(f"--released stands for --set {' '.join(RELEASED)}")
+        settings = [*RELEASED, *settings]
+    return cli.apply_settings(config, settings, fixed=model)
+
+
+def instance_from_flags(args: argparse.Namespace, entry: Entry, config: DistillConfig,
+                        input_frames: tuple[str, ...] = (), no_prior: bool = False) -> Instance:
+    """What the shared flags say about one sequence of a list."""
+    return Instance(
+        root=args.root,
+        entry=entry,
+        config=config,
+        weights=None if no_prior else args.weights,
+        views=args.views,
+        input_frames=input_frames,
+        targets=args.targets,
+        seed=args.seed + entry.index,
+        feature_net=args.feature_net,
+        lpips=tuple(args.lpips) if args.lpips else None,
+        device=args.device,
+    )
+
+
+def find_entry(args: argparse.Namespace) -> Entry:
+    """The sequence that --sequence names, or the first of the protocol's list."""
+    # In the protocol's list a sequence has its place, which seeds it.
+    entries = PROTOCOLS[args.protocol](args.root, args.category)
+    if args.sequence is None:
+        return entries[0]
+    for entry in entries:
+        if entry.sequence == args.sequence:
+            return entry
+    names = ", ".join(entry.sequence for entry in entries[:5])
+    raise ValueError(f"--sequence {args.sequence}: not in the list of --protocol {args.protocol}, which begins "
+                     f"{names}; --protocol all lists every sequence")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = cli.Parser(description=__doc__.splitlines()[0],
                    epilog="Run without flags: two views of a synthetic toy, on a CPU in minutes.")
-    add_instance_flags(p)
-    p.add_argument("--sequence", metavar="S", help="default: the first of the category")
-    p.add_argument("--input-frames", type=lambda text: tuple(text.split(",")), default=(), metavar="I,J,...",
+    add_instance_flags(p, targets=8)
+    p.add_argument("--category", default="toys", help="category in the root folder (default: toys)")
+    p.add_argument("--sequence", metavar="S", help="default: the first of the category's list")
+    p.add_argument("--input-frames", type=cli.words, default=(), metavar="I,J,...",
                    help="frame numbers of the input views, instead of --views")
     p.add_argument("--no-prior", action="store_true", help="fit the field to the input views alone")
     p.add_argument("--out", type=Path, metavar="DIR", help="default: output/<sequence>")
@@ -414,18 +348,17 @@ def parser() -> argparse.ArgumentParser:
 def command(args: argparse.Namespace) -> None:
     """The main command."""
     # What is asked for.
-    sequence = args.sequence or sequences(args.root, args.category)[0]
-    instance = instance_from_flags(args, sequence, args.seed, args.input_frames, args.no_prior)
-    out = args.out or Path("output") / sequence
-    if args.released:
-        print(f"--released stands for --set {' '.join(RELEASED)}")
-    if instance.weights and instance.config == PRESETS["paper"] and args.device == "cpu":
+    config = config_from_flags(args, args.no_prior)
+    entry = find_entry(args)
+    instance = instance_from_flags(args, entry, config, args.input_frames, args.no_prior)
+    out = args.out or Path("output") / entry.sequence
+    if instance.weights and args.device == "cpu" and sparsefusion.read_preset(args.weights).name == "paper":
         print("note: the paper's size takes minutes an iteration on a CPU; it is meant for --device cuda")
 
     # What came of it.
-    result = run_instance(instance, out)
+    result = run_instance(instance, out, args.overwrite)
     inputs = ", ".join(result["input_frames"])
-    print(f"\n{sequence}: inputs {inputs}; means over {len(result['target_frames'])} target views; "
+    print(f"\n{entry.sequence}: inputs {inputs}; means over {len(result['target_frames'])} target views; "
           f"perceptual: {result['perceptual_name']}")
     print(report.table(result["methods"]))
     print(f"{result['seconds']:.0f} s; results in {out}")

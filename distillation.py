@@ -22,6 +22,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -46,27 +47,29 @@ SAVE_SECONDS = 60  # between two checkpoints of a running distillation
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """The numbers of one distillation. The released ones are cited; `RELEASED` sets what the defaults do otherwise."""
+    """The numbers of one distillation. The defaults are the released ones; `RELEASED` adds what the released code does
+    otherwise.
+    """
     iterations: int = 3000               # updates of each kind [released: demo.py:101]
-    bootstrap: int = 1000                # first iterations, whose query views fit the EFT images
+    bootstrap: int = 1001                # first iterations, fit to the EFT images [released: distillation.py:156, 294]
     viewpoints: int = 50                 # query viewpoints on the circle path [released: distillation.py:73]
     jitter: float = 0.17                 # radians; random swing of each of them [released: distillation.py:73]
     image_size: int = 256                # S of the pictures where there is no prior to say
     render_size: int = 128               # s of a rendering, upsampled to S [released: distillation.py:85]
     lr_grid: float = 5e-3                # Adam's rate for the encoding's table [released: network_grid.py:223-228]
     lr_mlp: float = 5e-4                 # Adam's rate for the network, from the same lines
-    final_lr_fraction: float = 0.2       # the rates fall exponentially to this fraction by the last iteration
-    betas: tuple[float, float] = (0.9, 0.99)  # Adam's decay rates (Instant NGP, Sec. 4)
-    eps: float = 1e-15                   # Adam's smallest denominator (Instant NGP, Sec. 4)
+    # The rates fall exponentially to this fraction by the end; 1: constant [released: distillation.py:166, 247, 352].
+    final_lr_fraction: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)  # Adam's decay rates [released: distillation.py:165]
+    eps: float = 1e-8                    # Adam's smallest denominator [released: distillation.py:165]
     lr_exposure: float = 0.0             # Adam's rate for the gains of the input views; 0: all were exposed alike
     weight_exposure: float = 0.3         # of the gains' spread; at 0 the colors of two sides become gains
-    footprint: int = 1                   # pixels a side, odd: an input view's colors are means over such squares
+    footprint: int = 1                   # pixels a side, odd, of the squares over which input views' colors are means
     weight_background: float = 1.0       # of pixels outside an input's mask; below 1 where masks are rough
     weight_opacity: float = 1e-3         # of the opacity term [released: distillation.py:150-151]
     weight_perceptual: float = 0.1       # of the perceptual term of distillation [released: distillation.py:312-314]
     min_noise_level: float = 0.0         # noise levels are drawn from U(this, 1)
     occupancy_every: int = 16            # iterations between two looks at where space is empty
-    baseline_fraction: float = 0.5       # of the iterations, for the row "field alone" beside a prior
     mesh_resolution: int = 160           # cells along the longest side of the meshed box
     turntable_frames: int = 36           # pictures of the turntable
     eft_train_mode: bool = False         # dropout and batch statistics on [released: load_model.py:33-45, 179]
@@ -85,8 +88,8 @@ class DistillConfig:
             raise ValueError(f"footprint {self.footprint} is not an odd number of pixels")
         if not 0 <= self.min_noise_level <= 1:
             raise ValueError(f"min_noise_level {self.min_noise_level} is not in [0, 1]")
-        if not (0 < self.final_lr_fraction and 0 < self.baseline_fraction):
-            raise ValueError("final_lr_fraction and baseline_fraction are above 0")
+        if not 0 < self.final_lr_fraction:
+            raise ValueError(f"final_lr_fraction {self.final_lr_fraction} is not above 0")
 
     def with_iterations(self, iterations: int) -> DistillConfig:
         """The same for another number of iterations: the bootstrap keeps its length, but takes at most two thirds of
@@ -95,11 +98,13 @@ class DistillConfig:
         return replace(self, iterations=iterations, bootstrap=min(self.bootstrap, iterations * 2 // 3))
 
 
+# The learning rates, their decay and the numbers of Adam (Instant NGP's, Sec. 4) in `nano` and `plain` are not the
+# released ones: they are what measured best on the tuning toys.
 PRESETS = {
     "paper": DistillConfig(),
     "nano": DistillConfig(
         iterations=500, bootstrap=120, viewpoints=24, image_size=128, render_size=64,
-        lr_grid=5e-2, lr_mlp=1e-2, final_lr_fraction=0.1, min_noise_level=0.2,
+        lr_grid=5e-2, lr_mlp=1e-2, final_lr_fraction=0.1, betas=(0.9, 0.99), eps=1e-15, min_noise_level=0.2,
         sampler=vldm.NANO_SAMPLER, field=ngp.NANO,
     ),
     # Photographs without a prior: exposure varies, masks are rough, and resizing without a filter aliases. (The gains
@@ -107,16 +112,28 @@ PRESETS = {
     # view.)
     "plain": DistillConfig(
         iterations=1000, bootstrap=666, image_size=256, render_size=64,
-        lr_grid=3e-2, lr_mlp=1e-2, final_lr_fraction=0.05, lr_exposure=1e-2, footprint=5, weight_background=0.3,
+        lr_grid=3e-2, lr_mlp=1e-2, final_lr_fraction=0.05, betas=(0.9, 0.99), eps=1e-15,
+        lr_exposure=1e-2, footprint=5, weight_background=0.3,
         field=replace(ngp.NANO, levels=6, finest_resolution=96, log2_hashmap_size=17),
     ),
 }
 
-# What `--released` stands for: the released code's behavior, where ours differs and a field can say so.
+# What `--released` stands for: the released code's behavior, where ours differs in some preset and a field can say so.
+# Sizes, learning rates and the number of PLMS steps stay the preset's.
 RELEASED = (
     "field.hashed=false",
+    "field.carve=false",
     "sampler.ancestral=true",
     "sampler.unnoised_start=true",
+    "sampler.t_start=1",  # or no noise level is high enough for `unnoised_start`
+    "sampler.sample_steps=500",
+    "min_noise_level=0",
+    "betas=0.9,0.999",
+    "eps=1e-8",
+    "final_lr_fraction=1",
+    "lr_exposure=0",
+    "footprint=1",
+    "weight_background=1",
     "eft_train_mode=true",
     "metrics_on_inputs=true",
 )
@@ -157,7 +174,27 @@ def fusion_weight(noise_level: float) -> float:
     return torch.sigmoid(-log_snr).item()
 
 
+def footprint_colors(images: Tensor, masks: Tensor, footprint: int) -> Tensor:
+    """Colors (B, 3, H, W), means over squares of `footprint` pixels a side, of the object in premultiplied images.
+
+    images (B, 3, H, W), masks (B, 1, H, W) in [0, 1]. Only the object counts, or background and what is outside of the
+    picture would darken its rim. Premultiplied again by the masks, which stay sharp.
+    """
+    # A single pixel is its own mean.
+    if footprint == 1:
+        return images
+
+    # The mask's mean is 0 only where the pixel's own mask is, too.
+    pool = partial(F.avg_pool2d, kernel_size=footprint, stride=1, padding=footprint // 2)
+    share = pool(masks)
+    color = pool(images) / torch.where(share > 0, share, 1)
+    return color * masks
+
+
 # ---------------------------------------------------------------------------------------------- the algorithm
+
+NEVER = 2**62  # an iteration that no run reaches
+
 
 class Prior(NamedTuple):
     """What distillation asks of the diffusion model."""
@@ -208,7 +245,7 @@ class Distillation:
         self.exposures = Exposures(len(inputs)).to(device)
 
         # What the input views teach.
-        self.colors = F.avg_pool2d(inputs.images, config.footprint, stride=1, padding=config.footprint // 2)
+        self.colors = footprint_colors(inputs.images, inputs.masks, config.footprint)
 
         # One optimizer, a learning rate for each of its three groups.
         self.optimizer = torch.optim.Adam([
@@ -218,9 +255,14 @@ class Distillation:
         ], betas=config.betas, eps=config.eps)
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
 
+        # The first iteration whose loss was not finite, of each of the two.
+        self.broken = {term: torch.full((), NEVER, device=device) for term in ("input", "query")}
+
     def step(self, iteration: int) -> Tensor:
         """One iteration (Sec. 3.2 and supplement): an update from an input view, then one from a query view. Returns
         the last loss.
+
+        Raises `FloatingPointError` where a loss was not finite, in this iteration or in one of the last few.
         """
         # Everything random in an iteration follows from the seed and its number, so a resumed run goes on as it would
         # have.
@@ -228,23 +270,40 @@ class Distillation:
         rng = random.Random(f"{self.seed} {iteration}")
 
         # 1. What is known.
-        loss = self.update(self.input_loss(rng))
+        loss = self.update("input", iteration, self.input_loss(rng))
 
         # 2. What is likely.
         if self.prior is not None:
-            loss = self.update(self.query_loss(iteration, rng))
+            loss = self.update("query", iteration, self.query_loss(iteration, rng))
+
+        # To look at a loss is to wait for the GPU, so it happens where that is done anyway.
+        looks_at_space = iteration % self.config.occupancy_every == self.config.occupancy_every - 1
+        if looks_at_space or iteration % 10 == 0 or iteration == self.config.iterations - 1:
+            self.check_losses()
 
         # Where nothing is, nothing needs to be looked at.
-        if iteration % self.config.occupancy_every == self.config.occupancy_every - 1:
+        if looks_at_space:
             self.occupancy.update(self.field, self.generator)
         return loss
 
-    def update(self, loss: Tensor) -> Tensor:
-        """One step of the optimizer down a loss, which is returned."""
+    def update(self, term: str, iteration: int, loss: Tensor) -> Tensor:
+        """One step of the optimizer down a loss, the input or the query view's, which is returned."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
+
+        # Remember when it broke, without reading it.
+        now = torch.where(loss.detach().isfinite(), NEVER, iteration)
+        self.broken[term] = torch.minimum(self.broken[term], now)
         return loss.detach()
+
+    def check_losses(self) -> None:
+        """Raises `FloatingPointError` if a loss was infinite or not a number so far: the field is lost then."""
+        first = {term: int(iteration) for term, iteration in self.broken.items()}
+        term = min(first, key=first.get)  # of two in one iteration the input view's, which comes first
+        if first[term] < NEVER:
+            raise FloatingPointError(f"the loss of the {term} view is not a finite number in iteration {first[term]}; "
+                                     "the field cannot recover from that")
 
     def input_loss(self, rng: random.Random) -> Tensor:
         """A random input view against its photograph: color, silhouette, opacity, exposures."""
@@ -320,11 +379,12 @@ class Distillation:
                 psnr = -10 * math.log10(float(self.input_error) + 1e-10)
                 progress.note = f"loss {float(loss):.4f}, input view {psnr:.1f} dB"
             if save is not None and time.monotonic() - saved > SAVE_SECONDS:
+                self.check_losses()
                 save()
                 saved = time.monotonic()
 
     def set_learning_rates(self, iteration: int) -> None:
-        """Exponential decay from the peak rates to `final_lr_fraction` of them after the last iteration."""
+        """Exponential decay from the peak rates to `final_lr_fraction` of them after the last iteration; 1: none."""
         fraction = self.config.final_lr_fraction ** (iteration / self.config.iterations)
         for group, peak in zip(self.optimizer.param_groups, self.peak_rates):
             group["lr"] = peak * fraction

@@ -1,27 +1,29 @@
-"""Evaluation: every sequence of a category, each against the baselines on views that were not given, and the means
-(Sec. 4).
+"""Evaluation: the sequences of some categories, each against the baselines on views that were not given (Sec. 4).
 
-    python evaluate.py --root DIR --category C --views 2 --weights F --out DIR
+    python evaluate.py --root DIR --category C D --views 2 --weights F --out DIR
+    torchrun --nproc-per-node N evaluate.py ...           the same, a share of the sequences for every process
 
-Each sequence has a folder of its own below --out. What is there already from the same settings and files is taken up,
-not made again.
+Each sequence has a folder of its own below --out; a finished one of the same settings is taken up, so an evaluation
+that was interrupted goes on. The list of sequences is written to `list.json`; `--list` reads one. A sequence that
+cannot be read is named, counted and left out.
 """
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+
+import torch
 
 import cli
+import co3d
 import distill
 import files
 import report
-from co3d import sequences
+from protocol import PROTOCOLS, Entry, read_list, save_list
 from runtime import Progress, map_processes
-
-HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "perceptual": False, "iou": True}
 
 
 @dataclass(frozen=True)
@@ -29,76 +31,157 @@ class Job:
     """One sequence of an evaluation, and where its results go."""
     instance: distill.Instance
     out: Path
+    strict: bool     # an error ends everything
+    overwrite: bool  # results of other settings may be replaced
 
 
-def evaluate_one(job: Job) -> dict:
-    """What `metrics.json` of one sequence holds: read where it was made from the same settings, else made."""
-    # Equal settings, files by their content, give equal results: they need not be made again.
+# ---------------------------------------------------------------------------------------------- one sequence
+
+def finished(job: Job) -> dict | None:
+    """What `metrics.json` of a sequence holds, if it was made from the same settings and files.
+
+    Raises `ValueError` for results of other settings, unless they may be replaced.
+    """
     earlier = job.out / "metrics.json"
-    if earlier.exists():
-        result = json.loads(earlier.read_text())
-        if result.get("settings") == json.loads(json.dumps(job.instance.settings())):
-            return result
-    return distill.run_instance(job.instance, job.out)
+    if not earlier.exists():
+        return None
+    result = json.loads(earlier.read_text())
+    wanted = json.loads(json.dumps(job.instance.settings()))
+    found = result.get("settings", {})
+    other = [name for name in wanted if found.get(name) != wanted[name]]
+    if other and not job.overwrite:
+        raise ValueError(f"{earlier}: results of other settings ({', '.join(other)} differ); choose another --out, "
+                         "or --overwrite")
+    return None if other else result
 
 
-def summarize(results: list[dict]) -> dict:
-    """Means of every method and metric, how often the method beats the EFT, and by how much in perceptual distance."""
-    # Means over sequences.
+def evaluate_one(job: Job) -> str | None:
+    """Make the results of one sequence, unless they are there. Returns what was wrong with it, in one line, if
+    anything.
+    """
+    try:
+        if finished(job) is None:
+            distill.run_instance(job.instance, job.out, job.overwrite)
+    except (OSError, ValueError, FloatingPointError) as e:
+        if job.strict:
+            raise
+        return f"{job.instance.entry.sequence}: {e}"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- all of them
+
+def choose_entries(args: argparse.Namespace) -> list[Entry]:
+    """The sequences to evaluate: those of a list file, or the first few of every category."""
+    # A list that was written before says it all.
+    if args.list:
+        return read_list(args.list)
+
+    # Otherwise the protocol does, category by category.
+    categories = co3d.categories(args.root) if args.category == ["all"] else args.category
+    entries = []
+    for category in categories:
+        entries += PROTOCOLS[args.protocol](args.root, category)[:args.instances or None]
+    return entries
+
+
+def choose_jobs(args: argparse.Namespace) -> list[Job]:
+    """What to do for each of them."""
+    # The same numbers for all of them.
+    config = distill.config_from_flags(args)
+    jobs = []
+    for entry in choose_entries(args):
+        instance = distill.instance_from_flags(args, entry, config)
+        jobs.append(Job(instance, args.out / entry.category / entry.sequence, args.strict, args.overwrite))
+    return jobs
+
+
+def my_share(jobs: list[Job]) -> list[Job]:
+    """Every n-th job where `torchrun` started n processes, else all of them."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return jobs[rank::world]
+
+
+def summarize(results: list[dict], jobs: int) -> dict:
+    """Means with standard errors, and paired differences to every other method."""
     rows = [result["methods"] for result in results]
     mean = {}
-    for method in rows[0]:
-        mean[method] = {}
-        for metric in HIGHER_IS_BETTER:
-            mean[method][metric] = fmean(row[method][metric] for row in rows)
+    for method, row in report.means(rows).items():
+        mean[method] = {metric: number._asdict() for metric, number in row.items()}
 
-    # On how many of them the method is better than the EFT.
-    wins = {}
-    for metric, higher in HIGHER_IS_BETTER.items():
-        pairs = [(row["sparsefusion"][metric], row["eft"][metric]) for row in rows]
-        wins[metric] = sum(ours > theirs if higher else ours < theirs for ours, theirs in pairs)
-    # What all of them share.
+    # The method against each of the others, on the same sequences.
+    differences = {}
+    for method in rows[0]:
+        pairs = report.paired(rows, "sparsefusion", method)
+        differences[method] = {}
+        for metric, pair in pairs.items():
+            differences[method][metric] = pair.difference._asdict() | {"wins": pair.wins}
+
+    # What all of them share, and the numbers of each.
     first = results[0]
-    shared = {name: x for name, x in first["settings"].items() if name not in ("sequence", "seed")}
-    ratio = mean["sparsefusion"]["perceptual"] / mean["eft"]["perceptual"]
+    shared = {name: x for name, x in first["settings"].items() if name not in ("entry", "pictures", "seed")}
+    sequences = {result["sequence"]: result["methods"] for result in results}
     return {
         "instances": len(results),
+        "missing": jobs - len(results),
         "mean": mean,
-        "sparsefusion_beats_eft": wins,
-        "perceptual_ratio": ratio,
+        "sparsefusion_minus": differences,
         "perceptual_name": first["perceptual_name"],
         "settings": shared,
+        "sequences": sequences,
         "seconds": [result["seconds"] for result in results],
     }
 
 
 def command(args: argparse.Namespace) -> None:
-    """Evaluate a category."""
-    # Each sequence has its own seed: its place in the list, as released [released: demo.py:63, 78-81].
-    names = sequences(args.root, args.category)[:args.instances]
-    jobs = []
-    for k, name in enumerate(names):
-        instance = distill.instance_from_flags(args, name, args.seed + k)
-        jobs.append(Job(instance, args.out / name))
-    results = list(Progress(map_processes(evaluate_one, jobs, args.workers), "instances", total=len(jobs)))
+    """Evaluate what was asked for."""
+    jobs = choose_jobs(args)
+    save_list([job.instance.entry for job in jobs], args.out / "list.json")
 
-    # What came of it.
-    summary = summarize(results)
-    files.save_json(summary, args.out / "evaluation.json")
-    print(f"{len(results)} instances, {args.views} input views each")
-    print(report.table(summary["mean"]))
-    wins = ", ".join(f"{metric} {n} of {len(results)}" for metric, n in summary["sparsefusion_beats_eft"].items())
-    print(f"SparseFusion better than EFT: {wins}; perceptual distance {summary['perceptual_ratio']:.2f} times EFT's")
+    # Results of other settings stop everything before anything is computed; those of the same are taken up.
+    mine = my_share(jobs)
+    there = sum(finished(job) is not None for job in mine)
+    if there:
+        print(f"{args.out}: {there} of {len(mine)} sequences are there already and taken up")
+    problems = []
+    for problem in Progress(map_processes(evaluate_one, mine, args.workers), "sequences", total=len(mine)):
+        if problem is not None:
+            print(f"left out: {problem}")
+            problems.append(problem)
+
+    # Everything that is there by now; of several processes the last one sees it all.
+    results = [result for result in map(finished, jobs) if result is not None]
+    if not results:
+        first = f"; the first: {problems[0]}" if problems else ""
+        raise ValueError(f"{args.out}: none of {len(jobs)} sequences is evaluated{first}")
+    rows = [result["methods"] for result in results]
+    text = report.markdown(rows, results[0]["perceptual_name"])
+    with files.write_atomically(args.out / "evaluation.md") as temporary:
+        temporary.write_text(text)
+    files.save_json(summarize(results, len(jobs)) | {"left_out": problems}, args.out / "evaluation.json")
+    print(f"{len(results)} of {len(jobs)} sequences, {args.views} input views each; {len(problems)} left out\n\n{text}")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = cli.Parser(description=__doc__.splitlines()[0], epilog="The same command again goes on where it stopped.")
-    distill.add_instance_flags(p)
+    distill.add_instance_flags(p, targets=0)
+
+    # Which sequences, and where results go.
+    p.add_argument("--category", nargs="+", default=["toys"], metavar="C", help="categories, or all (default: toys)")
+    p.add_argument("--instances", type=cli.views, default=10, metavar="N",
+                   help="the first N sequences of every category; 0 for all (default: 10)")
+    p.add_argument("--list", type=Path, metavar="F", help="the sequences of a list.json instead")
     p.add_argument("--out", type=Path, default=Path("output/evaluation"), metavar="DIR",
-                   help="results, a folder a sequence")
-    p.add_argument("--instances", type=cli.count, metavar="N", help="only the first N sequences")
+                   help="results, a folder a sequence (default: output/evaluation)")
+
+    # How.
     p.add_argument("--workers", type=cli.count, default=1, metavar="N", help="sequences at a time, a process each")
+    p.add_argument("--strict", action="store_true",
+                   help="stop at a sequence that cannot be read, instead of leaving it out")
     return p
 
 

@@ -44,9 +44,10 @@ def save_tensors(data: dict, path: str | Path) -> None:
 
 
 def save_json(data, path: str | Path) -> None:
-    """Write plain data as indented JSON."""
+    """Write plain data as indented JSON. Raises `ValueError` for a number that JSON does not have (infinity, NaN)."""
+    text = json.dumps(data, indent=1, allow_nan=False)
     with write_atomically(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=1) + "\n")
+        temporary.write_text(text + "\n")
 
 
 def read_tensors(path: str | Path, entry: str = "weights") -> dict:

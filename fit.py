@@ -136,12 +136,12 @@ class Fit:
 
     def run(self, title: str, minutes: float | None = None) -> None:
         """All steps that are left, or as many as fit into so many minutes."""
-        torch.backends.cudnn.benchmark = True
         progress = Progress(range(self.completed, self.config.steps), title, self.completed, self.config.steps)
         began = saved = time.monotonic()
         shown = {}
         for step in progress:
-            numbers = self.step(step)
+            with torch.backends.cudnn.flags(benchmark=True):  # the same shapes in every step
+                numbers = self.step(step)
             self.completed = step + 1
             for name, x in numbers.items():
                 shown[name] = 0.98 * shown.get(name, x) + 0.02 * x

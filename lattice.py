@@ -41,6 +41,7 @@ def random_lattice(size: int, full: int, rng: random.Random) -> Lattice:
     """`size` x `size` pixels of `full` x `full`, evenly spaced from a random first one. `full` is a multiple of
     `size`.
     """
+    # Else some pixels would never be cast.
     if full % size:
         raise ValueError(f"a rendering of {size} pixels a side does not divide an image of {full}")
     step = full // size

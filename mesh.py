@@ -214,15 +214,9 @@ def largest_component(mesh: Mesh) -> Mesh:
     if len(mesh.faces) == 0:
         return mesh
 
-    # Label the parts: every vertex takes the least label of its triangles, then that one's own, until nothing changes.
-    label = torch.arange(len(mesh.vertices), device=mesh.faces.device)
-    settled = False
-    while not settled:
-        least = label[mesh.faces].amin(-1, keepdim=True).expand(-1, 3)
-        lower = label.scatter_reduce(0, mesh.faces.flatten(), least.flatten(), "amin")
-        lower = lower[lower]
-        settled = torch.equal(lower, label)
-        label = lower
+    # Two edges of a triangle connect its corners.
+    edges = torch.cat([mesh.faces[:, :2], mesh.faces[:, 1:]])
+    label = connected_parts(edges, len(mesh.vertices))
 
     # Keep the faces of the most frequent label, and the vertices that they use.
     component = label[mesh.faces[:, 0]]  # (M,)
@@ -230,6 +224,31 @@ def largest_component(mesh: Mesh) -> Mesh:
     faces = mesh.faces[component == largest]
     used, faces = faces.unique(return_inverse=True)
     return Mesh(mesh.vertices[used], faces, mesh.colors[used])
+
+
+def connected_parts(edges: Tensor, count: int) -> Tensor:
+    """The least vertex that each of `count` vertices is connected to by edges (E, 2): (count,), equal in a part.
+
+    In each round every vertex hooks on to its least neighbor, and what hangs together becomes one vertex. Only vertices
+    below all their neighbors are left, at most half, so the rounds are few (Shiloach and Vishkin 1982).
+    """
+    vertices = torch.arange(count, device=edges.device)
+    label = vertices
+    while len(edges):
+        least = edges.amin(1, keepdim=True).expand(-1, 2)
+        parent = vertices.scatter_reduce(0, edges.flatten(), least.flatten(), "amin")
+
+        # Follow the hooks to their ends.
+        above = parent[parent]
+        while not torch.equal(above, parent):
+            parent = above
+            above = parent[parent]
+
+        # Edges inside a vertex are done.
+        label = parent[label]
+        edges = parent[edges]
+        edges = edges[edges[:, 0] != edges[:, 1]]
+    return label
 
 
 def write_ply(path: str | Path, mesh: Mesh) -> None:

@@ -5,9 +5,9 @@ small network turns its features into density and color. `volume.py` integrates 
 
 Differences from the released code, which runs two CUDA extensions:
 - the index of the encoding is Instant NGP's spatial hash, not a tiled one (`FieldConfig.hashed`);
-- a coarse grid of occupied cells (`Occupancy`), carved by the input masks, decides where to sample; theirs is off, and
-  every sample in the cube is evaluated [released: distillation.py:505; nerf/renderer_df.py:647-650];
-- the density itself is bounded, not its gradient alone (`_TruncatedExp`).
+- a coarse grid of occupied cells (`Occupancy`), carved by the input masks (`FieldConfig.carve`), decides where to
+  sample; theirs is off, and every sample in the cube is evaluated
+  [released: distillation.py:505; nerf/renderer_df.py:647-650].
 
 Letters: `N` points, `G` occupancy cells a side, `V` views, `H W` rows and columns.
 """
@@ -30,7 +30,8 @@ from runtime import rand
 class FieldConfig:
     """The numbers of one field and its renderer; those that do not fit together raise `ValueError`.
 
-    The defaults are the released numbers, where the released code has such a number at all, except for `hashed`.
+    The defaults are the released numbers, where the released code has such a number at all, except for `hashed`. It
+    carves nothing (`carve`).
     """
     levels: int = 16                # L, grids of the encoding [released: ngp_encoder.py:50-53]
     features_per_level: int = 2     # C, features of a grid's corner [released: ngp_encoder.py:50-53]
@@ -51,6 +52,7 @@ class FieldConfig:
     occupancy_cells: int = 128      # G, occupancy cells a side (Instant NGP, appendix E.2)
     occupancy_decay: float = 0.95   # factor of a cell's running maximum of density at an update (Instant NGP, E.2)
     occupancy_alpha: float = 0.01   # opacity of one cell's length below which the cell is empty (Instant NGP, E.2)
+    carve: bool = True              # whether cells that the input masks show to be empty are ruled out for good
     mask_threshold: float = 0.1     # value above which a mask's pixel may be object: low, for carving is for good
     forgiven_views: int = 6         # one view of so many may be wrong about a cell, for photographs' masks miss pieces
 
@@ -89,25 +91,27 @@ NANO = FieldConfig(levels=5, features_per_level=4, base_resolution=8, finest_res
                    blob_density=0.0, importance_samples=0, occupancy_cells=48, occupancy_decay=0.8)
 
 CHUNK = 2**18  # points evaluated at once where no gradient is needed
+DENSEST = math.exp(15)  # the largest density that is remembered of an occupancy cell
+MASK_GAP = 2  # pixels that a mask may end before the picture's border and still count as touching it
 
 
 # ---------------------------------------------------------------------------------------------- the field
 
 class _TruncatedExp(torch.autograd.Function):
-    """exp(x) whose value and gradient stop growing at x = 15, so that one wild logit cannot destroy the field.
+    """exp(x) with the gradient exp(clamp(x, -15, 15)), so that one wild logit cannot destroy the field.
 
-    The released value grows on; its gradient alone is exp(clamp(x, -15, 15)) [released: ngp_activation.py:13-21].
+    [released: ngp_activation.py:13-21]
     """
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        y = x.clamp(max=15).exp()
-        ctx.save_for_backward(y)
-        return y
+        ctx.save_for_backward(x)
+        return x.exp()
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        return grad * ctx.saved_tensors[0]
+        x, = ctx.saved_tensors
+        return grad * x.clamp(-15, 15).exp()
 
 
 class Field(nn.Module):
@@ -193,10 +197,13 @@ class Occupancy(nn.Module):
 
         masks (V, 1, H, W) in [0, 1] and the V cameras they belong to; valid (V, 1, H, W) is 1 where an image shows
         anything (default: everywhere). A view refuses a cell if no pixel of its footprint is in the mask. What lies
-        outside the image is unknown and not refused if the mask touches the image's border; where it does not touch,
-        the view shows the whole object, so nothing is there. Raises `ValueError` where no cell is left.
+        outside the image is unknown and not refused if the mask touches the image's border, or ends up to `MASK_GAP`
+        pixels before it; where it does not, the view shows the whole object, so nothing is there. Without
+        `config.carve` nothing is ruled out. Raises `ValueError` where no cell is left.
         """
         config = self.config
+        if not config.carve:
+            return
         valid = torch.ones_like(masks) if valid is None else valid
         axis = torch.linspace(-config.bound, config.bound, config.occupancy_cells + 1, device=masks.device)
         corners = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1)  # (G + 1, G + 1, G + 1, 3)
@@ -225,9 +232,10 @@ class Occupancy(nn.Module):
             jitter = rand(*cells.shape, generator=generator, device=cells.device)
         points = (cells + jitter) * self.cell - self.config.bound
 
-        # The running maximum forgets slowly what a cell once held.
+        # The running maximum forgets slowly what a cell once held, and would never forget an infinite density.
         faded = self.density[self.possible] * self.config.occupancy_decay
-        density = torch.maximum(faded, in_chunks(field.density, points))
+        found = in_chunks(field.density, points).clamp(max=DENSEST)
+        density = torch.maximum(faded, found)
         self.density[self.possible] = density
 
         # Half the mean as well (Instant NGP: the mean), so that a field that is thin everywhere stays visible.
@@ -248,11 +256,18 @@ def _possible_pixels(mask: Tensor, shown: Tensor) -> Tensor:
     unknown = F.pad(~shown, (1, 1, 1, 1), value=True)
     mask = F.pad(mask & shown, (1, 1, 1, 1))
 
+    # Masks of cut objects often end a pixel or two too early: those pixels may be object, too.
+    gap = _dilate(unknown, MASK_GAP) & _dilate(mask, MASK_GAP)
+
     # Where the mask touches what the view does not show, the object may go on there.
-    border = F.max_pool2d(unknown.float(), 3, stride=1, padding=1) > 0
-    if (mask & border).any():
-        mask = mask | unknown
+    if (mask & _dilate(unknown, MASK_GAP + 1)).any():
+        mask = mask | gap | unknown
     return mask[0]
+
+
+def _dilate(mask: Tensor, pixels: int) -> Tensor:
+    """A mask (1, H, W), boolean, grown by some pixels to all sides."""
+    return F.max_pool2d(mask.float(), 2 * pixels + 1, stride=1, padding=pixels) > 0
 
 
 def _footprint_hits(pixels: Tensor, corners: Tensor, camera: Cameras) -> Tensor:

@@ -38,6 +38,7 @@ def randn(*shape: int, generator: torch.Generator | None, device) -> Tensor:
 
 
 def _home(generator: torch.Generator | None) -> torch.device:
+    # Without a generator torch's own draws, on the CPU.
     return torch.device("cpu") if generator is None else generator.device
 
 
@@ -115,20 +116,20 @@ def map_processes(function: Callable, jobs: list, workers: int) -> Iterator:
 
 # ---------------------------------------------------------------------------------------------- the machine
 
-def peak_gb(device: str | torch.device) -> float:
+def peak_gb(device: str | torch.device) -> float | None:
     """The most memory used so far, in 10^9 bytes: of the GPU if it is one (torch's cache included), else of this
     process.
 
-    NaN where the system does not tell (Windows has no `resource`).
+    None where the system does not tell (Windows has no `resource`).
     """
     if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_reserved() / 1e9
+        return round(torch.cuda.max_memory_reserved() / 1e9, 2)
     if resource is None:
-        return float("nan")
+        return None
 
     # Kilobytes, but bytes on a Mac.
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
 
 
 def device_name(device: str | torch.device) -> str:

@@ -12,7 +12,8 @@ Letters: `V` input views, `Q` query views, `B` batch, `C` feature channels, `S` 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -36,8 +37,8 @@ from runtime import Progress, randn
 ROOT = Path(__file__).resolve().parent
 SHIPPED = ROOT / "sample" / "nano.pt"
 
-# Rays that go through the EFT at once: what fits a CPU's caches, what fills a GPU.
-EFT_CHUNK = {"cpu": 128, "cuda": 16384}
+# Rays times input views that go through the EFT at once: what fits a CPU's caches, what fills a GPU.
+EFT_CHUNK = {"cpu": 256, "cuda": 32768}
 
 
 # ---------------------------------------------------------------------------------------------- presets
@@ -51,6 +52,15 @@ class Preset:
     vae: vae.VAEConfig
     unet: unet.UNetConfig
     diffusion: vldm.DiffusionConfig
+
+    def __post_init__(self):
+        halvings = len(self.vae.widths) - 1
+        if self.image_size < 1 or self.image_size % 2**halvings:
+            raise ValueError(f"image_size {self.image_size} cannot be halved {halvings} times, once a stage of the VAE")
+        if self.vae.channels != self.unet.channels:
+            raise ValueError(f"vae.channels {self.vae.channels} are not the UNet's channels {self.unet.channels}")
+        if self.eft.width != self.unet.cond_channels:
+            raise ValueError(f"eft.width {self.eft.width} is not the UNet's cond_channels {self.unet.cond_channels}")
 
     @property
     def latent_size(self) -> int:
@@ -95,7 +105,7 @@ class SparseFusion(nn.Module):
     def __init__(self, preset: Preset):
         super().__init__()
         self.preset = preset
-        self.fingerprint = "not saved"  # of the file that the weights came from
+        self.fingerprint = None  # of the file that the weights came from
         self.eft = eft.EFT(preset.eft)
         self.vae = vae.VAE(preset.vae)
         self.vldm = vldm.VLDM(preset.unet, preset.diffusion)
@@ -121,22 +131,29 @@ class SparseFusion(nn.Module):
 
     @torch.no_grad()
     def condition(self, images: Tensor, inputs: Cameras, queries: Cameras, depth_range: tuple[float, float],
-                  size: int | None = None, train_mode: bool = False, title: str | None = None) -> Condition:
+                  size: int | None = None, train_mode: bool = False, title: str | None = None,
+                  seed: int = 0) -> Condition:
         """Features and EFT images of Q query viewpoints, one after the other.
 
         images (V, 3, S, S) in [0, 1] with black background, `inputs` (V,) their cameras, `queries` (Q,). `size` rays
-        a side (default: the preset's `map_size`). `train_mode` leaves dropout and batch statistics on. `title` shows
-        a progress bar.
+        a side (default: the preset's `map_size`). `train_mode` turns dropout and batch statistics on; a view's dropout
+        follows from `seed` and its place among the queries. `title` shows a progress bar.
         """
         size = size or self.preset.map_size
-        chunk = EFT_CHUNK[images.device.type]
-        self.eft.train(train_mode)
-
-        # The inputs are encoded once; every query viewpoint looks at the same maps.
-        maps = self.eft.encode(images)
+        chunk = max(1, EFT_CHUNK[images.device.type] // len(images))
+        gpus = [images.device] if images.is_cuda else []  # whose random numbers dropout takes
         views = []
-        for i in Progress(range(len(queries)), title):
-            views.append(self.eft.image(maps, images, inputs, queries[i], size, *depth_range, chunk))
+        with _training(self.eft, train_mode):
+            # The inputs are encoded once; every query viewpoint looks at the same maps.
+            maps = self.eft.encode(images)
+            for i in Progress(range(len(queries)), title):
+                # Dropout draws from torch's own generators, which are as they were afterwards.
+                with torch.random.fork_rng(gpus, enabled=train_mode):
+                    if train_mode:
+                        torch.manual_seed(seed * 1_000_003 + i)
+                    views.append(self.eft.image(maps, images, inputs, queries[i], size, *depth_range, chunk))
+
+        # Side by side.
         features = torch.stack([view.features for view in views])
         colors = torch.stack([view.color for view in views])
         return Condition(features, colors)
@@ -155,12 +172,17 @@ class SparseFusion(nn.Module):
         return self.decode(denoised)
 
     @torch.no_grad()
-    def sample_view(self, features: Tensor, generator: torch.Generator, sampler: vldm.SamplerConfig) -> Tensor:
-        """One novel view for each of (B, C, s, s) features, from pure noise (Sec. 3.1): (B, 3, S, S) in [0, 1]."""
-        # All views at once, from one generator.
+    def sample_view(self, features: Tensor, generators: list[torch.Generator], sampler: vldm.SamplerConfig) -> Tensor:
+        """One novel view for each of (B, C, s, s) features, from pure noise (Sec. 3.1): (B, 3, S, S) in [0, 1].
+
+        Every view draws from a generator of its own.
+        """
         side = self.preset.latent_size
-        shape = (len(features), self.preset.vae.channels, side, side)
-        draw = partial(randn, *shape, generator=generator, device=features.device)
+        shape = (self.preset.vae.channels, side, side)
+
+        def draw() -> Tensor:
+            return torch.stack([randn(*shape, generator=g, device=features.device) for g in generators])
+
         predict_noise = self.vldm.noise_predictor(features, sampler.guidance)
         return self.decode(vldm.ancestral_sampling(predict_noise, draw, sampler))
 
@@ -176,22 +198,48 @@ class SparseFusion(nn.Module):
         return metrics.feature_distance(features(2 * a - 1), features(2 * b - 1))
 
 
+@contextmanager
+def _training(module: nn.Module, enabled: bool) -> Iterator[None]:
+    """In training mode, if enabled, but without a trace: the running statistics stay, and evaluation mode returns."""
+    norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
+    module.train(enabled)
+    for norm in norms:
+        norm.track_running_stats = not enabled
+
+    # Whatever happens within.
+    try:
+        yield
+    finally:
+        module.eval()
+        for norm in norms:
+            norm.track_running_stats = True
+
+
 # ---------------------------------------------------------------------------------------------- files
 
-def save(model: SparseFusion, path: Path, half: bool = True) -> None:
-    """One file: the preset and the weights, floating point ones in half precision unless told otherwise."""
+def save(model: SparseFusion, path: Path, half: bool = True, stage: str = "prior") -> None:
+    """One file: the preset and the weights, floating point ones in half precision unless told otherwise.
+
+    `stage` is "vae" where only the autoencoder is trained yet.
+    """
     # Half precision is what the file is for; training goes on from full precision.
     weights = model.state_dict()
     if half:
         weights = {name: x.half() if x.is_floating_point() else x for name, x in weights.items()}
-    files.save_tensors({"preset": asdict(model.preset), "weights": weights}, path)
+    files.save_tensors({"preset": asdict(model.preset), "weights": weights, "stage": stage}, path)
 
 
-def load(path: Path, device: str = "cpu") -> SparseFusion:
-    """The model that `save` wrote, `ready`, in float32. Raises `FileNotFoundError` or `ValueError` with one line."""
+def load(path: Path, device: str = "cpu", stage: str = "prior") -> SparseFusion:
+    """The model that `save` wrote, `ready`, in float32. Raises `FileNotFoundError` or `ValueError` with one line.
+
+    A file of `train.py vae` has no prior yet, and is only taken where `stage` says "vae".
+    """
     # Preset and weights must be made for each other; a blank model takes either all of them or none.
     preset = read_preset(path)
-    weights = files.read_tensors(path)["weights"]
+    data = files.read_tensors(path)
+    weights = data["weights"]
+    if stage == "prior" and data.get("stage", "prior") != "prior":
+        raise ValueError(f"{path}: only its autoencoder is trained; `train.py prior --vae {path}` comes next")
     try:
         model = blank(preset)
         model.load_state_dict(_in_current_spelling(weights))

@@ -31,6 +31,7 @@ from cameras import Cameras, pixel_grid
 from co3d import load_packed
 from fit import Fit, FitConfig, Numbers
 from metrics import AttributeNet, pseudo_huber
+from protocol import TRAINING, available
 from runtime import rand, randn
 from scenes import PackedScenes
 from sparsefusion import PRESETS, Preset, SparseFusion
@@ -202,7 +203,7 @@ class VAETraining:
         psnr = -10 * torch.log10(((again - images) ** 2).mean())
 
         model.preset = replace(self.config.model, vae=replace(self.config.model.vae, scale=scale))
-        sparsefusion.save(model, out, half=False)
+        sparsefusion.save(model, out, half=False, stage="vae")
         print(f"VAE: {psnr:.2f} dB, latent scale {scale:.4f}")
 
 
@@ -297,13 +298,13 @@ def config_from_flags(args: argparse.Namespace) -> TrainConfig:
             raise ValueError("train prior: needs --vae, the file of `train.py vae`")
         preset = sparsefusion.read_preset(args.vae)
 
-    # Flags of their own are settings, too.
-    settings = list(args.settings)
+    # Flags of their own are settings, too; --set has the last word.
+    settings = []
     for name in ("steps", "frames", "min_views", "max_views"):
         value = getattr(args, name)
         if value is not None:
             settings.append(f"{name}={value}")
-    config = cli.apply_settings(TrainConfig(model=preset), settings)
+    config = cli.apply_settings(TrainConfig(model=preset), settings + args.settings)
 
     # What a prior's file fixes, and what a sequence must have.
     if args.what == "prior" and replace(config.model, diffusion=preset.diffusion) != preset:
@@ -315,9 +316,12 @@ def config_from_flags(args: argparse.Namespace) -> TrainConfig:
 
 def command(args: argparse.Namespace) -> None:
     """Train what was asked for."""
-    # The pictures of all sequences, in memory.
+    # The pictures of all sequences of the training split, in memory.
     config = config_from_flags(args)
-    data = load_packed(args.root, args.category, None, config.frames, config.model.image_size).to(args.device)
+    for root in args.root:
+        available(root, args.category, TRAINING)
+    size = config.model.image_size
+    data = load_packed(args.root, args.category, None, config.frames, size, split=TRAINING).to(args.device)
     print(f"{len(data)} sequences of {data.rgba.shape[1]} pictures")
 
     # A network to train.
@@ -325,7 +329,7 @@ def command(args: argparse.Namespace) -> None:
     if args.what == "vae":
         training = VAETraining(data, config, args.seed)
     elif args.what == "prior":
-        training = PriorTraining(data, config, sparsefusion.load(args.vae).to(args.device))
+        training = PriorTraining(data, config, sparsefusion.load(args.vae, stage="vae").to(args.device))
     else:
         training = PerceptualTraining(data, config, attributes(args.root, args.category, data.names))
 

@@ -13,7 +13,7 @@ and `NANO_SAMPLER` those for the sample categories.
 
 What differs from the released code, whose ways are fields of `SamplerConfig`: multi-step denoising is deterministic, as
 published (theirs: `ancestral`); it starts from the noised latent at every level (theirs: `unnoised_start`); its first
-step averages two clean estimates, not two noises (theirs: with `ancestral`); views are made in 250 steps, not in 500.
+step averages two clean estimates, not two noises (theirs: with `ancestral`).
 
 Letters: `B` batch, `h w` rows and columns of the latent, `C` channels and `s` side of the features, `n` steps.
 """
@@ -55,8 +55,8 @@ class DiffusionConfig:
 @dataclass(frozen=True)
 class SamplerConfig:
     """The numbers of both samplers."""
-    plms_steps: int = 50          # steps of multi-step denoising from a noise level of 1/2 or more
-    sample_steps: int = 250       # steps of ancestral sampling; released models: 500  [released: load_model.py:82]
+    plms_steps: int = 50          # steps of multi-step denoising from a noise level of 1/2 or more; 1: one-step
+    sample_steps: int = 500       # steps of ancestral sampling  [released: load_model.py:82]
     clip: float = 10.0            # largest absolute value of a clean estimate  [released: load_model.py:87-90]
     t_start: float = 1.0          # time at which sampling from noise starts; higher noise levels are lowered to it
     guidance: float = 1.0         # scale of classifier-free guidance; 1 is none
@@ -235,8 +235,9 @@ def plms(predict_noise: NoisePredictor, x0: Tensor | None, noise_level: float, r
          sampler: SamplerConfig) -> Tensor:
     """Noise a latent to a level and denoise it in several steps (Sec. 3.2; Liu et al. 2022): latents (B, 4, h, w).
 
-    `noise_level` is in [0, 1]; below 1 / (2 plms_steps) no step is taken, and the noised latent is the result. Without
-    `x0` the start is a draw. `randn()` is a standard normal draw like the latent.
+    `noise_level` is in [0, 1]; below 1 / (2 plms_steps) no step is taken, and the noised latent is the result. With
+    `plms_steps` = 1 it is one-step denoising, at every level: the network is called once, and what it takes for the
+    clean latent is the result. Without `x0` the start is a draw. `randn()` is a standard normal draw like the latent.
     """
     z = start_latent(x0, noise_level, randn, sampler)
     for step in plms_steps(predict_noise, z, noise_level, randn, sampler):
@@ -252,6 +253,13 @@ def plms_steps(predict_noise: NoisePredictor, z: Tensor, noise_level: float, ran
     log_snr_batch = one_per_image(log_snrs, z)
     steps = len(log_snrs) - 1
     history = []
+
+    # A single step needs no path: it ends at the clean estimate.
+    if sampler.plms_steps == 1:
+        eps = predict_noise(z, log_snr_batch[0])
+        x0 = clean_estimate(z, log_snrs[0], eps, sampler.clip)
+        yield PLMSStep(x0, x0, eps)
+        return
 
     for k in range(steps):
         log_snr_t = log_snrs[k]
@@ -316,10 +324,12 @@ def plms_times(noise_level: float, sampler: SamplerConfig) -> Tensor:
     """Times of multi-step denoising, (n + 1,), evenly spaced from the noise level to 0.
 
     Below a level of 1/2 the steps are 1 / (2 plms_steps) long; from there on there are `plms_steps` longer ones
-    [released: plms.py:87-93].
+    [released: plms.py:87-93]. One-step denoising has one at every level.
     """
     start = start_time(noise_level, sampler)
     steps = min(int(start * sampler.plms_steps * 2), sampler.plms_steps)
+    if sampler.plms_steps == 1:
+        steps = 1
     return torch.linspace(start, 0, steps + 1)
 
 

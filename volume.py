@@ -89,11 +89,17 @@ def sample_pdf(middle: Tensor, weights: Tensor, u: Tensor) -> Tensor:
 def compositing_weights(density: Tensor, t: Tensor, last: Tensor) -> Tensor:
     """Weights T_i (1 - exp(-density_i length_i)) of the samples in the integral along the ray (NeRF, Eq. 3).
 
-    density (R, D), increasing t (R, D), last (R, 1): length that the last sample stands for -> (R, D).
+    density (R, D), increasing t (R, D), last (R, 1): length that the last sample stands for -> (R, D). Density may be
+    infinite: such a sample hides what is behind it.
     """
+    # Optical depth. An infinite density times a length of 0 must be 0, so the largest finite number stands for it.
     length = torch.cat([t.diff(dim=-1), last], -1)
-    depth = density * length  # optical depth
-    transmittance = torch.exp(depth - depth.cumsum(-1))  # exponents summed rather than factors multiplied
+    largest = torch.finfo(density.dtype).max
+    depth = density.clamp(max=largest) * length
+
+    # How much gets through to a sample: exponents summed, rather than factors multiplied, of all samples before it.
+    before = depth.cumsum(-1)[:, :-1]
+    transmittance = torch.exp(-F.pad(before, (1, 0)))
     return transmittance * -torch.expm1(-depth)
 
 

@@ -244,7 +244,9 @@ def write_tree(root: Path, instances: int, seed: int, views: int, device):
     # The annotations come last: before them, the tree does not exist for a reader.
     folder = root / CATEGORY
     listed = [[frame["sequence_name"], frame["frame_number"], frame["image"]["path"]] for frame in frames]
-    _write_json({"train": listed, "val": [], "test": listed}, folder / "set_lists" / "set_lists_fewview_dev.json")
+    set_lists = folder / "set_lists"
+    _write_json({"train": listed, "val": [], "test": listed}, set_lists / "set_lists_fewview_dev.json")
+    _write_json({"train": listed, "val": [], "test": []}, set_lists / "set_lists_fewview_train.json")
     _write_json(sequences, folder / "sequence_annotations.jgz")
     _write_json(frames, folder / "frame_annotations.jgz")
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import frame_annotations
 from cameras import Cameras, look_at
-from co3d import choose_views, frame_numbers, load_packed, load_sequence, sequences
+from co3d import frame_numbers, load_packed, load_sequence, sequences
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "co3d_real"
 CLOSE = dict(rtol=1e-4, atol=1e-5)
@@ -179,13 +179,6 @@ def test_annotations_are_parsed_once_until_they_change(tree, cache, monkeypatch)
     shutil.rmtree(cache)
     cache.write_text("a file where the folder should be")  # a cache that cannot be written
     fresh(["c"])
-
-
-def test_choice_of_views():
-    """The first ones of a permutation that the seed and the number of frames alone determine."""
-    order = torch.randperm(32, generator=torch.Generator().manual_seed(5)).tolist()
-    assert choose_views(32, 2, 5) == order[:2] and choose_views(32, 5, 5) == order[:5]
-    assert choose_views(32, 5, 6) != order[:5] and sorted(choose_views(3, 5, 0)) == [0, 1, 2]
 
 
 def test_packed(tree):

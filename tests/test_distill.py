@@ -12,6 +12,7 @@ from PIL import Image
 import distill
 import metrics
 import parity
+import reconstruction
 import report
 import sparsefusion
 from cameras import Cameras, look_at, relative_to
@@ -50,12 +51,12 @@ def test_what_is_reconstructed_is_seen_in_the_world():
     assert 0.7 < radius.median() < 1.0
 
 
-def test_the_object_frame_is_the_first_inputs():
+def test_the_object_frame_is_the_scenes_first():
     scene = ball(6, 32)
     result = distill.reconstruct(scene, [3, 1], config=SHORT)
-    assert torch.equal(result.frame.R, scene.cameras.R[3])
-    inside = distill.object_frame(scene.cameras, result.frame)
-    parity.assert_close(inside.R[3], torch.eye(3), atol=1e-6)
+    assert torch.equal(result.frame.R, scene.cameras.R[0])
+    inside = reconstruction.object_frame(scene.cameras, result.frame)
+    parity.assert_close(inside.R[0], torch.eye(3), atol=1e-6)
     parity.assert_close(inside.centers().norm(dim=-1), scene.cameras.centers().norm(dim=-1), rtol=1e-6)
 
 
@@ -64,21 +65,56 @@ def test_a_checkpoint_is_for_one_set_of_settings(tmp_path, capsys):
     first = distill.reconstruct(scene, [0, 2], config=SHORT, checkpoint=file)
     again = distill.reconstruct(scene, [0, 2], config=SHORT, checkpoint=file)
     assert "going on at iteration 6" in capsys.readouterr().out and same(first.field, again.field)
-    other = distill.reconstruct(scene, [0, 2], config=SHORT, seed=1, checkpoint=file)
-    assert "going on" not in capsys.readouterr().out and not same(first.field, other.field)
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match="seed differ"):
+        distill.reconstruct(scene, [0, 2], config=SHORT, seed=1, checkpoint=file)
+    assert file.read_bytes() == before
+    # What changes nothing in the field.
+    shown = replace(SHORT, mesh_resolution=8, turntable_frames=3, metrics_on_inputs=True)
+    distill.reconstruct(scene, [0, 2], config=shown, checkpoint=file)
+    assert "going on at iteration 6" in capsys.readouterr().out
 
 
 def test_a_checkpoint_is_for_the_same_pictures_and_the_same_loss(tmp_path, capsys):
     scene, file = ball(4, 32), tmp_path / "field.pt"
     distill.reconstruct(scene, [0, 2], config=SHORT, checkpoint=file)
     darker = replace(scene, images=scene.images * 0.5)
-    distill.reconstruct(darker, [0, 2], config=SHORT, checkpoint=file)
-    distill.reconstruct(darker, [0, 2], config=SHORT, checkpoint=file, perceptual_loss=torch.nn.PairwiseDistance())
-    assert "going on" not in capsys.readouterr().out
-    other = scene.images * torch.tensor([0.5, 0.1, 0.5, 0.1])[:, None, None, None]  # as far as it is given the same
-    distill.reconstruct(replace(scene, images=other), [0, 2], config=SHORT, checkpoint=file,
-                        perceptual_loss=torch.nn.PairwiseDistance())
+    longer = replace(scene, cameras=replace(scene.cameras, focal=scene.cameras.focal * 1.1))
+    for other in (darker, longer):
+        with pytest.raises(ValueError, match="given differ"):
+            distill.reconstruct(other, [0, 2], config=SHORT, checkpoint=file)
+    for loss in (torch.nn.PairwiseDistance(), torch.nn.L1Loss(), metrics.psnr):
+        with pytest.raises(ValueError, match="perceptual_loss differ"):
+            distill.reconstruct(scene, [0, 2], config=SHORT, checkpoint=file, perceptual_loss=loss)
+    with pytest.raises(ValueError, match="a module or a named function"):
+        distill.reconstruct(scene, [0, 2], config=SHORT, checkpoint=file, perceptual_loss=lambda a, b: a - b)
+    losses = (torch.nn.PairwiseDistance(), torch.nn.L1Loss(), metrics.psnr)
+    assert len({reconstruction._identity(loss) for loss in losses}) == 3
+    other = scene.images * torch.tensor([1, 0.1, 1, 0.1])[:, None, None, None]  # as far as it is given the same
+    distill.reconstruct(replace(scene, images=other), [0, 2], config=SHORT, checkpoint=file)
     assert "going on at iteration 6" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_for_one_model(tmp_path, capsys):
+    """Also of models that no file knows; and a finished field asks no EFT any more."""
+    scene, file = ball(4, 32), tmp_path / "field.pt"
+    distill.reconstruct(scene, [0, 2], tiny_model(), SHORT, checkpoint=file)
+    with pytest.raises(ValueError, match="weights differ"):
+        distill.reconstruct(scene, [0, 2], tiny_model(seed=1), SHORT, checkpoint=file)
+    again = tiny_model()
+    again.condition = None
+    distill.reconstruct(scene, [0, 2], again, SHORT, checkpoint=file)
+    assert "going on at iteration 6" in capsys.readouterr().out
+
+
+def test_a_sampler_is_its_models(tiny_weights):
+    """Whatever preset the other numbers come from."""
+    argv = ["--weights", str(tiny_weights), "--preset", "plain"]
+    config = distill.config_from_flags(distill.parser().parse_args(argv))
+    assert config.sampler == PRESETS["nano"].sampler and config.footprint == PRESETS["plain"].footprint
+    assert 0 < config.bootstrap < config.iterations
+    config = distill.config_from_flags(distill.parser().parse_args([*argv, "--set", "clip=7"]))
+    assert config.sampler.clip == 7
 
 
 def test_presets_by_the_models_name(monkeypatch):
@@ -98,10 +134,10 @@ def test_the_turntable_has_the_object_in_the_middle(monkeypatch):
     result = distill.reconstruct(scene, [1], config=replace(SHORT, iterations=1, bootstrap=0, turntable_frames=5))
     result.occupancy.box.copy_(torch.tensor([[0.5, 1.0, 0.0], [1.5, 2.0, 1.0]]))
     seen = []
-    monkeypatch.setattr(distill.Reconstruction, "render", lambda self, path, size: (
+    monkeypatch.setattr(reconstruction.Reconstruction, "render", lambda self, path, size: (
         seen.append(path), report.Views(torch.zeros(len(path), 3, size, size), None))[1])
     assert result.turntable(cameras, 8).shape == (5, 3, 8, 8)
-    middle = torch.tensor([1.0, 1.5, 0.5]) @ cameras.R[1].T
+    middle = torch.tensor([1.0, 1.5, 0.5]) @ cameras.R[0].T
     xy, depth = seen[0].project(middle.expand(5, 1, 3))
     assert xy.abs().max() < 1e-5 and (depth > 0).all()
 
@@ -148,8 +184,13 @@ def check_outputs(out, result, methods, size, frames):
     assert promised <= set(result)
     assert set(result["methods"]) == set(methods)
     for row in result["methods"].values():
-        assert set(row) == {"psnr", "ssim", "perceptual", "iou"}
-        assert row["psnr"] > 3 and -1 <= row["ssim"] <= 1 and row["perceptual"] >= 0 and 0 <= row["iou"] <= 1
+        assert {"psnr", "ssim", "perceptual"} <= set(row)
+        assert row["psnr"] > 3 and -1 <= row["ssim"] <= 1 and row["perceptual"] >= 0 and 0 <= row.get("iou", 0) <= 1
+    assert all(("iou" in row) == (method not in ("eft", "vldm")) for method, row in result["methods"].items())
+    for method, row in result["per_view"].items():
+        for metric, values in row.items():
+            assert len(values) == len(result["target_frames"])
+            assert sum(values) / len(values) == pytest.approx(result["methods"][method][metric], abs=1e-4)
     with Image.open(out / "comparison.png") as sheet:
         sheet.load()
         assert sheet.width == size * max(len(result["input_frames"]), 1 + len(methods))
@@ -160,8 +201,10 @@ def check_outputs(out, result, methods, size, frames):
     assert {f"property uchar {name}" for name in ("red", "green", "blue")} <= set(lines)
     state = torch.load(out / "field.pt", weights_only=True)
     assert {"field", "settings", "completed"} <= set(state)
-    names = ["comparison.png", "field.pt", "mesh.ply", "metrics.json", "turntable.gif"]
+    names = ["comparison.png", "field.pt", "mesh.ply", "metrics.json", "turntable.gif", "views"]
     assert sorted(p.name for p in out.iterdir()) == names
+    shown = {f"{frame}_{method}.png" for frame in result["target_frames"] for method in ["truth", *methods]}
+    assert {p.name for p in (out / "views").iterdir()} == shown
 
 
 def test_the_shipped_sample(tmp_path, capsys):
@@ -170,7 +213,9 @@ def test_the_shipped_sample(tmp_path, capsys):
     result = command(out, "--iterations", 4, "--targets", 1, "--set", "viewpoints=2", "turntable_frames=3",
                      "mesh_resolution=48")
     check_outputs(out, result, METHODS, 128, 3)
-    assert result["sequence"] == "toy_1000_00000" and result["settings"]["seed"] == 0 and result["seconds"] > 0
+    settings = result["settings"]
+    assert settings["seed"] == settings["entry"]["index"] == 0 and result["seconds"] > 0
+    assert result["sequence"] == "toy_1000_00000" and result["input_frames"] == ["21", "6"]
     assert len(result["input_frames"]) == 2 and len(result["target_frames"]) == 1
     assert not set(result["input_frames"]) & set(result["target_frames"])
     row = result["methods"]
@@ -242,19 +287,23 @@ def test_no_prior_on_real_photographs(monkeypatch, tmp_path):
 
 
 def test_a_rerun_goes_on(fast, tiny_weights, tmp_path, capsys):
-    """The same command again finds its field; with other settings it starts afresh."""
+    """The same command again finds its field; with other settings it refuses to replace it, unless it is told to."""
     flags = ["--weights", tiny_weights, "--targets", 1]
     first = command(tmp_path, *flags)
     assert "going on" not in capsys.readouterr().out
     again = command(tmp_path, *flags)
     assert "going on at iteration 6" in capsys.readouterr().out and again["methods"] == first["methods"]
-    command(tmp_path, *flags, "--seed", 1)
-    assert "going on" not in capsys.readouterr().out
+    before = (tmp_path / "metrics.json").read_bytes()
+    with pytest.raises(SystemExit):
+        command(tmp_path, *flags, "--seed", 1)
+    assert "seed differ" in capsys.readouterr().err and (tmp_path / "metrics.json").read_bytes() == before
+    other = command(tmp_path, *flags, "--seed", 1, "--overwrite")
+    assert "going on" not in capsys.readouterr().out and other["settings"]["seed"] == 1
 
 
 @pytest.mark.parametrize("setting", ["sampler.ancestral=true", "unnoised_start=true", "eft_train_mode=true"])
 def test_another_sampler_does_not_go_on(setting, fast, tiny_weights, tmp_path, capsys):
-    for flags in ([], ["--set", setting]):
+    for flags in ([], ["--overwrite", "--set", setting]):
         command(tmp_path, "--weights", tiny_weights, "--targets", 1, *flags)
         assert "going on" not in capsys.readouterr().out
 
@@ -272,7 +321,9 @@ def refused(capsys, tmp_path, flags, *words):
 @pytest.mark.parametrize("flags, words", [
     (["--root", "nowhere"], ["nowhere"]),
     (["--category", "cats"], ["cats"]),
-    (["--sequence", "toy_0"], ["toy_0", "toy_1000_00000"]),
+    (["--sequence", "toy_0"], ["toy_0", "toy_1000_00000", "--protocol all"]),
+    (["--protocol", "some"], ["--protocol", "some"]),
+    (["--input-frames", "3, 5,3"], ["--input-frames", "3", "twice"]),
     (["--views", "25"], ["--views 25", "24 frames"]),
     (["--views", "-1"], ["--views", "-1"]),
     (["--views", "two"], ["--views", "two"]),
@@ -280,7 +331,7 @@ def refused(capsys, tmp_path, flags, *words):
     (["--input-frames", ""], ["--input-frames"]),
     (["--iterations", "0"], ["--iterations", "0"]),
     (["--iterations", "-5"], ["--iterations"]),
-    (["--targets", "0"], ["--targets"]),
+    (["--targets", "-1"], ["--targets"]),
     (["--seed", "x"], ["--seed", "x"]),
     (["--device", "tpu"], ["--device", "tpu", "cpu"]),
     (["--preset", "huge"], ["--preset", "huge", "paper"]),

@@ -11,9 +11,11 @@ from functools import partial
 import pytest
 import torch
 
+import cli
 import distillation
 import metrics
 import parity
+import vldm
 import volume
 from cameras import Cameras, circle_path
 from distillation import Distillation, DistillConfig, Prior
@@ -35,8 +37,32 @@ def test_numbers_that_do_not_fit(change, words):
 
 def test_fewer_iterations_shorten_the_bootstrap_only_where_they_must():
     paper = distillation.PRESETS["paper"]
-    assert paper.with_iterations(2000).bootstrap == 1000 and paper.with_iterations(900).bootstrap == 600
+    assert paper.with_iterations(2000).bootstrap == 1001 and paper.with_iterations(900).bootstrap == 600
     assert paper.with_iterations(1).bootstrap == 0
+
+
+def test_the_paper_preset_has_the_released_numbers():
+    paper = distillation.PRESETS["paper"]
+    assert paper == DistillConfig() and (paper.iterations, paper.bootstrap) == (3000, 1001)
+    assert (paper.betas, paper.eps, paper.final_lr_fraction) == ((0.9, 0.999), 1e-8, 1)
+    assert (paper.sampler.plms_steps, paper.sampler.sample_steps) == (50, 500)
+    for name, fraction in (("nano", 0.1), ("plain", 0.05)):
+        tuned = distillation.PRESETS[name]
+        assert (tuned.betas, tuned.eps, tuned.final_lr_fraction) == ((0.9, 0.99), 1e-15, fraction)
+
+
+@pytest.mark.parametrize("preset", distillation.PRESETS.values(), ids=distillation.PRESETS)
+def test_the_released_settings_fit_every_preset(preset):
+    """Whatever the preset, the same behavior comes out; only sizes, rates and the length of things are its own."""
+    config = cli.apply_settings(preset, distillation.RELEASED)
+    paper = cli.apply_settings(distillation.PRESETS["paper"], distillation.RELEASED)
+    same = ("betas", "eps", "final_lr_fraction", "min_noise_level", "eft_train_mode", "metrics_on_inputs", "footprint",
+            "lr_exposure", "weight_background", "weight_opacity", "weight_perceptual")
+    assert all(getattr(config, name) == getattr(paper, name) for name in same)
+    assert not config.field.hashed and not config.field.carve and config.eft_train_mode and config.metrics_on_inputs
+    assert config.sampler.ancestral and config.sampler.unnoised_start and config.sampler.sample_steps == 500
+    assert vldm.start_time(0.99, config.sampler) == 1
+    assert (config.iterations, config.lr_grid) == (preset.iterations, preset.lr_grid)
 
 
 # --- losses, released numbers ---
@@ -164,6 +190,49 @@ def test_learning_rates_fall_to_the_last_iteration():
     peaks = (SHORT.lr_grid, SHORT.lr_mlp, 0)
     expected = [[rate * SHORT.final_lr_fraction ** (i / 6) for rate in peaks] for i in range(6)]
     parity.assert_close(seen, expected, rtol=1e-6)
+
+
+def test_learning_rates_can_be_constant():
+    work = Distillation(ball(2, 32), replace(SHORT, final_lr_fraction=1.0), 7)
+    for iteration in (0, 3, 5):
+        work.set_learning_rates(iteration)
+        assert [group["lr"] for group in work.optimizer.param_groups] == work.peak_rates
+
+
+@pytest.mark.parametrize("term, broken", [("input", 2), ("query", 2), ("input", 3), ("query", 4), ("query", 0)])
+def test_a_loss_that_is_no_number_is_named(term, broken, monkeypatch):
+    """With its first iteration, although it is looked at only now and then; nothing broken is saved."""
+    work, clock, saved = Distillation(ball(2, 32), SHORT, 7, prior(Dummy())), itertools.count(0, 61), []
+    loss = getattr(work, f"{term}_loss")
+
+    def failing(*args):
+        return loss(*args) * (math.nan if work.completed == broken else 1)
+
+    monkeypatch.setattr(work, f"{term}_loss", failing)
+    monkeypatch.setattr(distillation, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+
+    def save():
+        assert all(p.isfinite().all() for p in work.field.parameters())
+        saved.append(work.completed)
+
+    with pytest.raises(FloatingPointError, match=f"the loss of the {term} view .* in iteration {broken};") as e:
+        work.run(save=save)
+    assert len(str(e.value).splitlines()) == 1 and saved == list(range(1, broken + 1))
+
+
+def test_losses_are_not_read_in_every_iteration(monkeypatch):
+    """Reading one waits for the GPU: once in ten, where space is looked at, and in the last."""
+    work, seen = Distillation(ball(2, 32), replace(SHORT, iterations=24, occupancy_every=16, bootstrap=3), 7), []
+    monkeypatch.setattr(work, "check_losses", lambda: seen.append(work.completed))
+    work.run()
+    assert seen == [0, 10, 15, 20, 23]
+
+
+def test_a_prior_that_overflows_is_found_out():
+    model = Dummy()
+    model.denoise = lambda image, *rest: image * math.inf
+    with pytest.raises(FloatingPointError, match="query view"):
+        Distillation(ball(2, 32), SHORT, 7, prior(model)).run()
 
 
 def at_query(model, seen):
@@ -307,9 +376,35 @@ def test_sides_of_different_color_do_not_pass_for_exposures():
 
 
 def test_footprint():
-    """Colors of the input views are means over squares, black outside the picture; their masks stay sharp."""
+    """Colors of the input views are means over squares of the object; their masks stay sharp."""
     scene = ball(2, 32)
     work, plain = (Distillation(scene, replace(SHORT, footprint=n), 0) for n in (5, 1))
-    parity.assert_close(work.colors[1, :, 10, 20], scene.images[1, :, 8:13, 18:23].mean((1, 2)), rtol=1e-5)
-    parity.assert_close(work.colors[0, :, 0, 16], scene.images[0, :, :3, 14:19].sum((1, 2)) / 25, rtol=1e-5)
+    assert scene.masks[1, 0, 11:16, 13:18].all()
+    parity.assert_close(work.colors[1, :, 13, 15], scene.images[1, :, 11:16, 13:18].mean((1, 2)), rtol=1e-5)
+    row = int(scene.masks[0, 0, :, 16].nonzero()[0])  # at the rim: those of the square that are object
+    square = (slice(row - 2, row + 3), slice(14, 19))
+    inside = scene.masks[0, 0][square]
+    assert 0 < inside.mean() < 1
+    parity.assert_close(work.colors[0, :, row, 16], scene.images[0][:, *square].sum((1, 2)) / inside.sum(), rtol=1e-5)
     assert torch.equal(plain.colors, scene.images) and torch.equal(work.inputs.masks, scene.masks)
+
+
+@pytest.mark.parametrize("footprint", [1, 3, 5])
+def test_a_footprint_makes_no_dark_rims(footprint):
+    """A white object stays as white as its soft mask says, at its rim and where the picture cuts it."""
+    masks = torch.zeros(2, 1, 16, 16)
+    masks[0, :, :9, 4:] = 1      # cut above and on the right
+    masks[0, :, 9, 4:] = 0.3     # a soft rim
+    masks[1, :, 8, 8] = 0.5      # a single pixel
+    images = masks.expand(2, 3, 16, 16)
+    parity.assert_close(distillation.footprint_colors(images, masks, footprint), images, atol=1e-6)
+    tinted = images * torch.tensor([0.2, 0.5, 0.9])[:, None, None]
+    parity.assert_close(distillation.footprint_colors(tinted, masks, footprint), tinted, atol=1e-6)
+
+
+def test_a_footprint_of_one_pixel_is_the_picture():
+    g = torch.Generator().manual_seed(0)
+    images, masks = torch.rand(2, 3, 8, 8, generator=g), torch.rand(2, 1, 8, 8, generator=g)
+    assert distillation.footprint_colors(images, masks * (masks > 0.5), 1) is images
+    black = distillation.footprint_colors(images * 0, masks * 0, 5)  # no object, no color, and no division by 0
+    assert not black.any()

@@ -1,34 +1,44 @@
-"""Evaluation over sequences: means, wins, and what is taken up from an earlier run."""
+"""Evaluation: the protocol whatever the workers and the order, what is taken up, what is left out, tables."""
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 import distill
 import evaluate
+import protocol
+import report
 import sparsefusion
+import trees
 from distillation import PRESETS
 from small import SHORT, tiny_model
 
 SAMPLE = Path(__file__).resolve().parent.parent / "sample" / "co3d"
-NAMES = ["toy_1000_00000", "toy_1000_00001"]
+METHODS = ["nearest", "ngp", "eft", "vldm", "sparsefusion"]
+QUICK = ["--set", "iterations=2", "bootstrap=1", "viewpoints=1", "render_size=16", "mesh_resolution=8",
+         "turntable_frames=1", "plms_steps=1", "sample_steps=1", "field.levels=2", "samples_per_ray=8",
+         "occupancy_cells=8", "log2_hashmap_size=8"]
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A function that evaluates two sequences: the summary, and the (sequence, seed) of what was made anew."""
+    """A function that evaluates the first toys of the sample: the summary, and the (sequence, seed) of what was
+    made.
+    """
     monkeypatch.setitem(PRESETS, "nano", SHORT)
     sparsefusion.save(tiny_model(), tmp_path / "tiny.pt")
     made, make = [], distill.run_instance
 
-    def noted(instance, out):
-        made.append((instance.sequence, instance.seed))
-        return make(instance, out)
+    def noted(instance, out, overwrite=False):
+        made.append((instance.entry.sequence, instance.seed))
+        return make(instance, out, overwrite)
 
     monkeypatch.setattr(distill, "run_instance", noted)
 
-    def evaluation(*flags):
-        argv = ["--root", SAMPLE, "--instances", 2, "--targets", 1, "--weights", tmp_path / "tiny.pt",
+    def evaluation(*flags, root=SAMPLE, category="toys", instances=2):
+        argv = ["--root", root, "--category", category, "--instances", instances, "--weights", tmp_path / "tiny.pt",
                 "--device", "cpu", "--out", tmp_path / "out", *flags]
         made.clear()
         evaluate.main([str(x) for x in argv])
@@ -36,34 +46,149 @@ def run(tmp_path, monkeypatch):
     return evaluation
 
 
-def test_means_and_wins(run, tmp_path, capsys):
-    summary, made = run()
-    assert made == [(NAMES[0], 0), (NAMES[1], 1)] and summary["instances"] == 2
-    assert f"perceptual distance {summary['perceptual_ratio']:.2f}" in capsys.readouterr().out
-    each = [json.loads((tmp_path / "out" / name / "metrics.json").read_text())["methods"] for name in NAMES]
-    assert set(summary["mean"]) == {"nearest", "ngp", "eft", "vldm", "sparsefusion"}
-    for method, row in summary["mean"].items():
-        for metric, value in row.items():
-            assert value == pytest.approx(sum(e[method][metric] for e in each) / 2)
-    wins = summary["sparsefusion_beats_eft"]
-    assert wins["psnr"] == sum(e["sparsefusion"]["psnr"] > e["eft"]["psnr"] for e in each)
-    assert wins["perceptual"] == sum(e["sparsefusion"]["perceptual"] < e["eft"]["perceptual"] for e in each)
+# --- the protocol ---
+
+def test_a_made_tree(run, tmp_path, capsys):
+    """40, 32 and 8 frames and a broken picture: inputs, targets and seeds by the rules; the broken one is named and
+    left out.
+    """
+    tree = trees.write(tmp_path / "co3d", {"a": 40, "b": 32, "c": 8, "d": 12, "e": 11})
+    (tree / "things" / "d" / "images" / "3.png").write_bytes(b"broken")
+    flags = dict(root=tree, category="things", instances=0)
+    summary, made = run(*QUICK, **flags)
+    assert made == [("a", 0), ("b", 1), ("d", 2), ("e", 3)] and summary["instances"] == 3 and summary["missing"] == 1
+    printed = capsys.readouterr().out
+    assert "left out: d" in printed and "3.png" in printed and len(summary["left_out"]) == 1
+    for entry in protocol.paper_list(tree, "things"):
+        file = tmp_path / "out" / "things" / entry.sequence / "metrics.json"
+        if entry.sequence != "d":
+            result = json.loads(file.read_text())
+            names = [str(number) for number in entry.frames]
+            inputs = [names[i] for i in protocol.choose_views(len(names), 2, entry.index)]
+            assert result["input_frames"] == inputs
+            assert result["target_frames"] == [name for name in names if name not in inputs]
+
+    # Alone, from its list, and by the main command a sequence gives what it gave among others.
+    protocol.save_list([protocol.paper_list(tree, "things")[3]], tmp_path / "one.json")
+    alone, made = run(*QUICK, "--list", tmp_path / "one.json", "--out", tmp_path / "alone", **flags)
+    assert made == [("e", 3)]
+    alone = json.loads((tmp_path / "alone" / "evaluation.json").read_text())
+    assert alone["sequences"]["e"] == summary["sequences"]["e"]
+    argv = ["--root", tree, "--category", "things", "--sequence", "e", "--targets", 0, "--device", "cpu",
+            "--weights", tmp_path / "tiny.pt", "--out", tmp_path / "main", *QUICK]
+    distill.main([str(x) for x in argv])
+    assert json.loads((tmp_path / "main" / "metrics.json").read_text())["methods"] == summary["sequences"]["e"]
+
+    # Killed after two and repeated, the same table; the repaired picture completes it.
+    (tmp_path / "out" / "things" / "b" / "metrics.json").unlink()
+    again, made = run(*QUICK, **flags)
+    assert [name for name, _ in made] == ["b", "d"] and again["mean"] == summary["mean"]
+    (tree / "things" / "d" / "images" / "3.png").write_bytes((tree / "things" / "d" / "images" / "4.png").read_bytes())
+    whole, made = run(*QUICK, **flags)
+    assert [name for name, _ in made] == ["d"] and whole["instances"] == 4 and not whole["left_out"]
 
 
-def test_only_results_of_the_same_settings_are_taken_up(run, tmp_path):
-    fresh, _ = run()
-    again, made = run()
-    assert again == fresh and not made
-    assert run("--seed", 1)[1] == [(NAMES[0], 1), (NAMES[1], 2)]
-    assert len(run("--seed", 1, "--set", "weight_opacity=0.01")[1]) == 2
-    assert not run("--seed", 1, "--set", "weight_opacity=0.01")[1]
+def test_workers_and_shares_change_nothing(tmp_path, monkeypatch):
+    tree = trees.write(tmp_path / "co3d", {"a": 12, "b": 11, "c": 12})
+    sparsefusion.save(tiny_model(), tmp_path / "tiny.pt")
+
+    def evaluation(out, *flags):
+        argv = ["--root", tree, "--category", "all", "--weights", tmp_path / "tiny.pt", "--device", "cpu",
+                "--targets", 2, "--out", tmp_path / out, *flags, *QUICK]
+        evaluate.main([str(x) for x in argv])
+        return json.loads((tmp_path / out / "evaluation.json").read_text())["sequences"]
+
+    # As many threads as each of two processes gets: sums are added in another order by more.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+    one = evaluation("one")
+    assert evaluation("two", "--workers", 2) == one
+    for rank in (1, 0):  # as torchrun sets them
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        shares = evaluation("shares")
+    assert shares == one
+    torch.set_num_threads(threads)
+
+
+def test_strict_stops_at_a_bad_sequence(run, tmp_path, capsys):
+    tree = trees.write(tmp_path / "co3d", {"a": 12, "b": 12})
+    (tree / "things" / "a" / "masks" / "1.png").unlink()
+    with pytest.raises(SystemExit):
+        run(*QUICK, "--strict", "--targets", 1, root=tree, category="things")
+    assert "1.png" in capsys.readouterr().err and not (tmp_path / "out" / "things" / "b").exists()
+
+
+def test_a_samples_noise_is_the_views_own(run, tmp_path):
+    """One target or three, the VLDM's sample of a view is the same picture."""
+    run("--targets", 1, instances=1)
+    run("--targets", 3, "--out", tmp_path / "three", instances=1)
+    folder = Path("toys") / "toy_1000_00000" / "views"
+    one = {p.name: p.read_bytes() for p in (tmp_path / "out" / folder).glob("*_vldm.png")}
+    three = {p.name: p.read_bytes() for p in (tmp_path / "three" / folder).glob("*_vldm.png")}
+    shared = one.keys() & three.keys()
+    assert len(one) == 1 and len(three) == 3 and shared and len(set(three.values())) == 3
+    assert all(one[name] == three[name] for name in shared)
+
+
+# --- what is taken up ---
+
+def test_only_results_of_the_same_settings_are_taken_up(run, tmp_path, capsys, monkeypatch):
+    names = ["toy_1000_00000", "toy_1000_00001"]
+    fresh, made = run("--targets", 1)
+    assert made == [(names[0], 0), (names[1], 1)] and fresh["instances"] == 2
+    capsys.readouterr()
+    again, made = run("--targets", 1)
+    assert again == fresh and not made and "2 of 2 sequences are there already" in capsys.readouterr().out
     (tmp_path / "tiny.pt").touch()
-    assert not run("--seed", 1, "--set", "weight_opacity=0.01")[1]  # the same weights
+    assert not run("--targets", 1)[1]  # the same weights
+
+    # Other settings, other weights or an edited preset: refused in one line, or replaced where that is asked for.
+    for flags, word in ((["--seed", 1], "seed"), (["--set", "weight_opacity=0.01"], "config")):
+        with pytest.raises(SystemExit):
+            run("--targets", 1, *flags)
+        assert f"{word} differ" in capsys.readouterr().err
+    assert run("--targets", 1, "--seed", 1, "--overwrite")[1] == [(names[0], 1), (names[1], 2)]
     sparsefusion.save(tiny_model(seed=5), tmp_path / "tiny.pt")
-    assert len(run("--seed", 1, "--set", "weight_opacity=0.01")[1]) == 2
-
-
-def test_an_edited_preset_is_another_setting(run, monkeypatch):
-    run()
+    assert len(run("--targets", 1, "--seed", 1, "--overwrite")[1]) == 2
     monkeypatch.setitem(PRESETS, "nano", SHORT.with_iterations(5))
-    assert len(run()[1]) == 2
+    assert len(run("--targets", 1, "--seed", 1, "--overwrite")[1]) == 2
+
+
+def test_files_that_changed_are_read_again(run, tmp_path):
+    tree = trees.write(tmp_path / "co3d", {"a": 12})
+    flags = dict(root=tree, category="things")
+    run(*QUICK, "--targets", 1, **flags)
+    assert not run(*QUICK, "--targets", 1, **flags)[1]
+    image = tree / "things" / "a" / "images" / "3.png"
+    image.write_bytes((tree / "things" / "a" / "images" / "4.png").read_bytes() + b" ")
+    assert len(run(*QUICK, "--targets", 1, "--overwrite", **flags)[1]) == 1
+
+
+# --- tables ---
+
+def rows(*psnrs):
+    """A method and the EFT on some sequences."""
+    return [{"eft": {"psnr": theirs, "perceptual": 1.0}, "sparsefusion": {"psnr": ours, "perceptual": 0.5, "iou": 0.9}}
+            for ours, theirs in psnrs]
+
+
+def test_means_errors_and_pairs_by_hand():
+    some = rows((24.0, 22.0), (26.0, 25.0), (21.0, 21.5))
+    mean = report.means(some)["sparsefusion"]["psnr"]
+    assert mean.mean == pytest.approx(71 / 3) and mean.error == pytest.approx((19 / 3 / 3) ** 0.5)
+    pair = report.paired(some, "sparsefusion", "eft")
+    assert pair["psnr"].wins == 2 and pair["psnr"].difference.mean == pytest.approx(2.5 / 3)
+    assert pair["psnr"].difference.error == pytest.approx(((7 / 6) ** 2 + (1 / 6) ** 2 + (8 / 6) ** 2) ** 0.5 / 6**0.5)
+    assert pair["perceptual"].wins == 3 and "iou" not in pair
+    assert report.mean_and_error([2.0]) == (2.0, 0.0)
+
+
+def test_markdown_and_text():
+    text = report.markdown(rows((24.0, 22.0), (26.0, 25.0)), "a network")
+    assert "| EFT | 23.50 ± 1.50 | - | 1.000 ± 0.000 | - |" in text
+    assert "| EFT | +1.50 ± 0.50 (2 of 2) | - | -0.500 ± 0.000 (2 of 2) | - |" in text
+    assert report.table(rows((24.0, 22.0))[0]).splitlines()[1].split() == ["EFT", "22.00", "-", "1.000", "-"]
+    field = report.markdown([{"ngp": {"psnr": 20.0}}], "a network")
+    assert "SparseFusion" not in field

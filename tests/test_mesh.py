@@ -11,7 +11,7 @@ import ngp
 import parity
 import volume
 from fields import Analytic, around, ball, centers, images, seeded
-from mesh import TETRAHEDRA, Mesh, extract_mesh, largest_component, triangle_table, write_ply
+from mesh import TETRAHEDRA, Mesh, connected_parts, extract_mesh, largest_component, triangle_table, write_ply
 
 
 def edges_of(mesh: Mesh) -> torch.Tensor:
@@ -119,6 +119,27 @@ def test_empty_field_has_an_empty_surface(tmp_path):
     assert len(largest_component(mesh).faces) == 0
     write_ply(tmp_path / "empty.ply", mesh)
     assert b"element vertex 0" in (tmp_path / "empty.ply").read_bytes()
+
+
+def test_connected_parts_are_those_of_a_search():
+    """Random graphs, a long path in random order, single vertices: the least vertex that a search reaches."""
+    g = seeded(3)
+    path = torch.randperm(500, generator=g)
+    graphs = [(torch.stack([path[:-1], path[1:]], 1), 500), (torch.zeros(0, 2, dtype=torch.int64), 4)]
+    graphs += [(torch.randint(60, (edges, 2), generator=g), 60) for edges in (10, 25, 40, 80)]
+    for edges, count in graphs:
+        neighbors = {v: set() for v in range(count)}
+        for a, b in edges.tolist():
+            neighbors[a].add(b), neighbors[b].add(a)
+        expected = [-1] * count
+        for start in range(count):
+            reached = [start] if expected[start] < 0 else []
+            while reached:
+                vertex = reached.pop()
+                if expected[vertex] < 0:
+                    expected[vertex] = start
+                    reached += neighbors[vertex]
+        assert connected_parts(edges, count).tolist() == expected
 
 
 def test_largest_component_drops_floaters():

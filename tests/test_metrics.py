@@ -78,23 +78,30 @@ def test_feature_distance_by_hand():
 def test_ssim_against_a_loop_over_windows():
     a, b = images(2, 14, 0, 2).double(), images(2, 14, 1, 2).double()
     b = 0.6 * a + 0.4 * b
-    t = np.arange(-5, 6)
-    w = np.exp(-(t[:, None] ** 2 + t[None] ** 2) / (2 * 1.5 ** 2))
-    w /= w.sum()
     expected = np.zeros(2)
     for n in range(2):
         values = []
         for c in range(2):
-            for i in range(4):
-                for j in range(4):
-                    x, y = a[n, c, i:i + 11, j:j + 11].numpy(), b[n, c, i:i + 11, j:j + 11].numpy()
-                    mx, my = (w * x).sum(), (w * y).sum()
-                    vx, vy, cxy = (w * (x - mx) ** 2).sum(), (w * (y - my) ** 2).sum(), (w * (x - mx) * (y - my)).sum()
+            for i in range(14 - 6):
+                for j in range(14 - 6):
+                    x, y = a[n, c, i:i + 7, j:j + 7].numpy(), b[n, c, i:i + 7, j:j + 7].numpy()
+                    mx, my = x.mean(), y.mean()
+                    (vx, cxy), (_, vy) = np.cov(x.ravel(), y.ravel())  # of a sample: divided by n - 1
                     luminance = (2 * mx * my + 1e-4) / (mx ** 2 + my ** 2 + 1e-4)
                     values.append(luminance * (2 * cxy + 9e-4) / (vx + vy + 9e-4))
         expected[n] = np.mean(values)
     assert_close(ssim(a, b), expected, atol=1e-10)
     assert_close(ssim(a.float(), b.float()), expected, atol=1e-4)
+
+
+def test_ssim_does_not_care_how_a_picture_is_held():
+    """Turned, mirrored, with its channels in another order: the same number."""
+    a, b = images(2, 20, 0).double(), images(2, 20, 1).double()
+    b = 0.5 * (a + b)
+    for move in (lambda x: x.flip(-1), lambda x: x.rot90(1, (-2, -1)), lambda x: x.flip(1), lambda x: x[:, :, 0:20]):
+        assert_close(ssim(move(a), move(b)), ssim(a, b), atol=1e-12)
+    channels = torch.stack([ssim(a[:, c:c + 1], b[:, c:c + 1]) for c in range(3)])
+    assert_close(ssim(a, b), channels.mean(0), atol=1e-12)
 
 
 @pytest.fixture(scope="module")
@@ -197,8 +204,9 @@ def refused(error, *words):
 
 def test_small_images_are_refused_by_ssim():
     with pytest.raises(ValueError) as error:
-        ssim(torch.zeros(1, 3, 8, 20), torch.zeros(1, 3, 8, 20))
-    refused(error, "8 x 20", "11 x 11")
+        ssim(torch.zeros(1, 3, 6, 20), torch.zeros(1, 3, 6, 20))
+    refused(error, "6 x 20", "7 x 7")
+    assert ssim(torch.ones(1, 3, 7, 7), torch.ones(1, 3, 7, 7)) == 1
 
 
 # --- the file of the attribute network ---

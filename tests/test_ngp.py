@@ -7,6 +7,7 @@ import torch
 import ngp
 import parity
 import volume
+from cameras import pixel_grid
 from fields import TINY, Analytic, around, ball, centers, images, random_rays, released_field, seeded
 
 
@@ -54,12 +55,12 @@ def test_field_agrees_with_the_released_one():
 
 # ---------------------------------------------------------------------------------------------- field, by hand
 
-def test_density_stops_growing_and_keeps_a_finite_gradient():
-    x = torch.tensor([-30.0, 0.0, 3.0, 15.0, 100.0], requires_grad=True)
+def test_density_is_an_exponential_with_a_bounded_gradient():
+    x = torch.tensor([-30.0, -15.0, 0.0, 3.0, 15.0, 20.0, 100.0], requires_grad=True)
     y = ngp._TruncatedExp.apply(x)
     y.sum().backward()
-    expected = torch.tensor([-30.0, 0, 3, 15, 15]).exp()
-    assert torch.equal(y, expected) and torch.equal(x.grad, expected)
+    assert torch.equal(y, x.exp()) and y[-1].isinf()
+    assert torch.equal(x.grad, torch.tensor([-15.0, -15, 0, 3, 15, 15, 15]).exp())
 
 
 def test_field_depends_on_its_generator_only():
@@ -96,6 +97,62 @@ def test_update_empties_cells_slowly_and_keeps_a_thin_field():
     for step in range(60):
         occupancy.update(thin)
     assert torch.equal(occupancy.occupied, centers(thin.config)[..., 0] > 0)
+
+
+def test_a_cell_that_was_infinitely_dense_can_be_forgotten():
+    dense = Analytic(lambda x: torch.full_like(x[:, 0], torch.inf), occupancy_decay=0.5)
+    occupancy = ngp.Occupancy(dense.config)
+    occupancy.update(dense)
+    assert occupancy.occupied.all() and occupancy.density.isfinite().all()
+    half = Analytic(lambda x: 1.0 * (x[:, 0] > 0))
+    for _ in range(40):
+        occupancy.update(half)
+    assert torch.equal(occupancy.occupied, centers(half.config)[..., 0] > 0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 7])
+@pytest.mark.parametrize("gap, kept", [(0, True), (1, True), (2, True), (3, False)])
+def test_a_mask_may_end_two_pixels_before_the_border(count, gap, kept):
+    """A ball of radius 1.5, cut by the border of every picture: no cell of it is lost, unless the mask ends earlier.
+
+    Then the views claim that they show the whole ball.
+    """
+    config = ngp.NANO
+    views, size = around(count, focal=1.7, center=(0.6, 0.0), seed=2), 128
+    rays_o, rays_d = views.rays(pixel_grid(size, size).expand(count, -1, 2))
+    along = (rays_o * torch.nn.functional.normalize(rays_d, dim=-1)).sum(-1)
+    masks = (rays_o.square().sum(-1) - along**2 < 1.5**2).float().reshape(count, 1, size, size)
+    assert masks[..., 0].any()
+    if gap:
+        inner = masks[..., gap:-gap, gap:-gap]
+        masks = torch.nn.functional.pad(inner, (gap, gap, gap, gap))
+    occupancy = ngp.Occupancy(config)
+    occupancy.carve(masks, views)
+    share = occupancy.occupied[centers(config).norm(dim=-1) < 1.5].float().mean()
+    assert share == 1 if kept else share < 0.95
+
+
+def test_a_mask_may_end_two_pixels_before_the_valid_region():
+    """What is outside of it is unknown, like what is outside of the picture."""
+    config = dataclasses.replace(TINY, occupancy_cells=16)
+    shares = []
+    for last in (27, 26, 25, 24):  # the valid region's last column, and up to three before it
+        masks, valid = torch.zeros(1, 1, 32, 32), torch.zeros(1, 1, 32, 32)
+        valid[..., :28] = 1
+        masks[..., 10:22, 10:last + 1] = 1
+        occupancy = ngp.Occupancy(config)
+        occupancy.carve(masks, around(1, focal=1.7), valid)
+        shares.append(occupancy.occupied.float().mean())
+    assert shares[0] == shares[1] == shares[2] > 1.1 * shares[3]
+
+
+def test_carving_can_be_switched_off():
+    views = around(2)
+    masks = torch.zeros(2, 1, 16, 16)
+    occupancy = ngp.Occupancy(dataclasses.replace(TINY, carve=False))
+    occupancy.carve(masks, views)  # not even empty masks matter
+    assert occupancy.possible.all() and occupancy.occupied.all()
+    assert torch.equal(occupancy.box, ngp.cube(TINY))
 
 
 def test_carving_forgives_one_view_of_six():
@@ -154,10 +211,10 @@ def test_carving_is_conservative(touching):
     masks = (torch.rand(3, 1, 5, 5, generator=seeded()) < 0.5).float()
     masks = torch.nn.functional.pad(masks.repeat_interleave(6, -1).repeat_interleave(6, -2), (5, 5, 5, 5))
     valid = torch.ones_like(masks)
-    valid[..., 36:, :] = 0
+    valid[..., 38:, :] = 0
     masks[..., 38, 10] = 1  # says nothing: it is outside the valid region
     if touching:
-        masks[..., 35, 20] = 1  # at the edge of the valid region
+        masks[..., 37, 20] = 1  # at the edge of the valid region
     occupancy = ngp.Occupancy(config)
     occupancy.carve(masks, views, valid)
     x = torch.rand(200_000, 3, generator=seeded(1)) * 8 - 4

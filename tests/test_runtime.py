@@ -1,5 +1,4 @@
 """Seeded draws, signs of life, several processes."""
-import math
 import os
 import sys
 from concurrent.futures.process import BrokenProcessPool
@@ -131,5 +130,6 @@ def test_a_process_that_dies_is_noticed():
 def test_memory_and_name_of_the_cpu():
     before = runtime.peak_gb("cpu")
     ballast = torch.ones(50_000_000)  # 0.2 GB
-    assert math.isnan(before) or 0.05 < before <= runtime.peak_gb(torch.device("cpu")) < 1000
+    if before is not None:  # some systems do not tell
+        assert 0.05 < before < 1000 and runtime.peak_gb(torch.device("cpu")) >= 0.2
     assert ballast.sum() > 0 and runtime.device_name("cpu") == f"cpu, {torch.get_num_threads()} threads"

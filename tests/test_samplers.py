@@ -181,6 +181,31 @@ def test_number_of_plms_steps(gaussian, noise, level, n):
     assert torch.equal(vldm.plms(gaussian(0, 1), x0, level, noise(1, 4, 2, 2), PAPER_SAMPLER), last)
 
 
+@pytest.mark.parametrize("level", [0.0, 0.005, 0.2, 0.49, 0.5, 0.97, 0.98, 1.0])
+@pytest.mark.parametrize("ancestral", [False, True])
+def test_one_step_is_one_call_and_its_clean_estimate(gaussian, noise, level, ancestral):
+    sampler, calls = SamplerConfig(plms_steps=1, t_start=0.98, clip=5.0, ancestral=ancestral), []
+    best = gaussian(0.3, 0.7)
+
+    def predict_noise(z, log_snr):
+        calls.append((z, log_snr))
+        return best(z, log_snr)
+
+    x0 = 0.3 + 0.7 * noise(3, 4, 2, 2, seed=1)()
+    draws = replay([noise(3, 4, 2, 2)()])
+    result = vldm.plms(predict_noise, x0, level, draws, sampler)
+    log_snr = cosine_log_snr(torch.tensor(min(level, 0.98)))
+    z = q_sample(x0, log_snr, noise(3, 4, 2, 2)())
+    assert len(calls) == 1 and torch.equal(calls[0][0], z) and torch.equal(calls[0][1], log_snr.expand(3))
+    assert torch.equal(result, x0_from_eps(z, log_snr, best(z, log_snr)).clamp(-5, 5)) and not draws.left
+    # Which is the mean of what is possible, and near t = 0 the latent itself.
+    alpha, sigma = alpha_sigma(log_snr)
+    mean = 0.3 + alpha * 0.7**2 / (alpha**2 * 0.7**2 + sigma**2) * (z - alpha * 0.3)
+    parity.assert_close(result, mean, atol=1e-4)
+    if level < 0.01:
+        parity.assert_close(result, x0, atol=0.1)
+
+
 def test_higher_levels_are_lowered_to_where_sampling_starts(gaussian, noise):
     x0, sampler = torch.full((1, 4, 2, 2), 0.5), SamplerConfig(plms_steps=10, t_start=0.98)
     below, at, above, highest = (vldm.plms(gaussian(0, 1), x0, level, noise(1, 4, 2, 2), sampler)

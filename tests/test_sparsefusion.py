@@ -86,7 +86,8 @@ def test_shapes_and_ranges():
     depth_range = model.depth_range(scene.cameras)
     features, images = model.condition(scene.images[:2], scene.cameras[:2], scene.cameras[2:], depth_range)
     assert features.shape == (2, 16, 8, 8) and images.shape == (2, 3, 8, 8) and 0 <= images.min() and images.max() <= 1
-    sampled = model.sample_view(features, g, replace(SHORT.sampler, sample_steps=3))
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    sampled = model.sample_view(features, generators, replace(SHORT.sampler, sample_steps=3))
     assert sampled.shape == (2, 3, 32, 32) and 0 <= sampled.min() and sampled.max() <= 1
     for noise_level in (0.0, 0.3, 1.0):
         shown = model.denoise(scene.images[2:], features, noise_level, g.manual_seed(1), SHORT.sampler)
@@ -104,15 +105,75 @@ def test_guidance_reaches_the_sampler():
     assert not torch.equal(plain, guided)
 
 
-def test_training_mode_of_the_eft():
-    """Batch statistics are those of the inputs then; afterwards the model is what it was told to be."""
+def shaky_model():
+    """A model whose EFT drops out, and arguments of `condition` for two query views."""
+    torch.manual_seed(0)
+    model = sparsefusion.SparseFusion(replace(TINY, eft=replace(TINY.eft, dropout=0.3)))
+    model = sparsefusion.ready(model, "cpu")
+    scene = load_packed([SAMPLE], "toys", ["toy_1000_00000"], 4, TINY.image_size, workers=1)[0]
+    given = (scene.images[:2], scene.cameras[:2])
+    return model, given, scene.cameras[2:], model.depth_range(scene.cameras)
+
+
+def test_training_mode_of_the_eft_leaves_no_trace():
+    """Batch statistics are those of the inputs then; afterwards the model is what it was, and so is all else."""
+    model, given, queries, depth_range = shaky_model()
+    clean = model.condition(*given, queries, depth_range)
+    state, numbers = {k: x.clone() for k, x in model.state_dict().items()}, torch.get_rng_state()
+    modules = {name: dict(vars(part)) for name, part in model.named_modules()}
+    shaken = model.condition(*given, queries, depth_range, train_mode=True)
+    assert not torch.allclose(shaken.features, clean.features)
+    assert not any(part.training for part in model.modules())
+    assert all(torch.equal(x, state[k]) for k, x in model.state_dict().items())
+    assert all(vars(part).keys() == modules[name].keys() for name, part in model.named_modules())
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert torch.equal(model.condition(*given, queries, depth_range).features, clean.features)
+    with pytest.raises(RuntimeError):  # even where it fails
+        model.condition(given[0][:, :2], given[1], queries, depth_range, train_mode=True)
+    assert not any(part.training for part in model.modules())
+    assert torch.equal(model.condition(*given, queries, depth_range).features, clean.features)
+
+
+def test_training_mode_without_dropout_is_batch_statistics():
     model = tiny_model()
     scene = load_packed([SAMPLE], "toys", ["toy_1000_00000"], 4, TINY.image_size, workers=1)[0]
     given = (scene.images[:2], scene.cameras[:2], scene.cameras[2:3], model.depth_range(scene.cameras))
-    clean = model.condition(*given).features
-    assert not torch.equal(model.condition(*given, train_mode=True).features, clean) and model.eft.training
-    model.condition(*given)
-    assert not model.eft.training
+    shaken = model.condition(*given, train_mode=True).features
+    other = replace(TINY, eft=replace(TINY.eft, dropout=0.0))
+    model.eft.train()
+    assert other == TINY
+    view = model.eft.image(model.eft.encode(given[0]), given[0], given[1], given[2][0], TINY.map_size, *given[3])
+    assert torch.equal(shaken[0], view.features)
+
+
+def test_dropout_follows_from_the_seed_and_the_view():
+    model, given, queries, depth_range = shaky_model()
+
+    def features(queries, **numbers):
+        return model.condition(*given, queries, depth_range, train_mode=True, **numbers).features
+
+    both = features(queries)
+    torch.manual_seed(99)
+    assert torch.equal(features(queries), both) and torch.equal(features(queries, seed=0), both)
+    assert torch.equal(features(queries[:1])[0], both[0])  # however many others there are
+    twice = features(queries[[0, 0]], seed=1)
+    assert not torch.equal(twice[0], twice[1]) and not torch.equal(twice[0], both[0])
+    clean = model.condition(*given, queries, depth_range)
+    again = model.condition(*given, queries, depth_range, seed=5)
+    assert torch.equal(clean.features, again.features)
+
+
+def test_fewer_rays_at_once_where_there_are_more_input_views(monkeypatch):
+    """Memory grows with rays times views; the numbers stay the same."""
+    model, given, queries, depth_range = shaky_model()
+    whole = model.condition(*given, queries, depth_range)
+    chunks, image = [], model.eft.image
+    monkeypatch.setattr(model.eft, "image", lambda *args: chunks.append(args[-1]) or image(*args))
+    monkeypatch.setattr(sparsefusion, "EFT_CHUNK", {"cpu": 40})
+    parts = model.condition(*given, queries, depth_range)
+    model.condition(given[0][[0] * 50], given[1][[0] * 50], queries, depth_range)
+    assert chunks == [20, 20, 1, 1]
+    parity.assert_close(parts.features, whole.features, std=1e-4)
 
 
 def test_feature_distance():

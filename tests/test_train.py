@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import distill
 import files
 import fit
 import metrics
@@ -20,6 +21,7 @@ from co3d import load_packed
 from helpers import one_line, same
 from small import TINY, tiny_model
 
+load = functools.partial(sparsefusion.load, stage="vae")  # a model of either stage
 SAMPLE = Path(__file__).resolve().parent.parent / "sample" / "co3d"
 
 
@@ -84,20 +86,20 @@ def training(tmp_path, monkeypatch):
 
 def test_training_and_resuming(training, tmp_path, capsys):
     vae, again = training("vae", "vae.pt"), training("vae", "vae2.pt", "--minutes", 1e-9)
-    assert "stopped" in capsys.readouterr().out and not same(sparsefusion.load(vae), sparsefusion.load(again))
+    assert "stopped" in capsys.readouterr().out and not same(load(vae), load(again))
     training("vae", "vae2.pt")
     assert "resuming vae2.pt at step 1" in capsys.readouterr().out
-    assert same(sparsefusion.load(vae), sparsefusion.load(again))
-    assert sparsefusion.load(vae).preset == sparsefusion.load(again).preset
-    assert sparsefusion.load(vae).preset.vae.scale != TINY.vae.scale
+    assert same(load(vae), load(again))
+    assert load(vae).preset == load(again).preset
+    assert load(vae).preset.vae.scale != TINY.vae.scale
 
     prior = training("prior", "prior.pt", "--vae", vae)
     other = training("prior", "prior2.pt", "--vae", vae, "--minutes", 1e-9)
-    half_way = sparsefusion.load(other)
+    half_way = load(other)
     training("prior", "prior2.pt", "--vae", vae)
-    assert same(sparsefusion.load(prior), sparsefusion.load(other)) and not same(half_way, sparsefusion.load(other))
-    assert same(sparsefusion.load(prior).vae, sparsefusion.load(vae).half().float().vae)  # frozen
-    assert not same(sparsefusion.load(prior).eft, tiny_model().eft)
+    assert same(load(prior), load(other)) and not same(half_way, load(other))
+    assert same(load(prior).vae, load(vae).half().float().vae)  # frozen
+    assert not same(load(prior).eft, tiny_model().eft)
 
     one, two = training("perceptual", "p.pt"), training("perceptual", "p2.pt", "--minutes", 1e-9)
     training("perceptual", "p2.pt")
@@ -120,11 +122,11 @@ def test_a_killed_training_goes_on_from_what_it_saved_by_itself(training, tmp_pa
     assert "resuming" not in capsys.readouterr().out
     killed = training("vae", "killed.pt")
     assert "resuming killed.pt at step 1" in capsys.readouterr().out
-    assert same(sparsefusion.load(whole), sparsefusion.load(killed))
+    assert same(load(whole), load(killed))
 
 
 def test_another_seed_trains_another_model(training):
-    assert not same(sparsefusion.load(training("vae", "a.pt")), sparsefusion.load(training("vae", "b.pt", "--seed", 1)))
+    assert not same(load(training("vae", "a.pt")), load(training("vae", "b.pt", "--seed", 1)))
 
 
 def test_state_of_another_training(training, tmp_path, capsys):
@@ -161,7 +163,7 @@ def test_numbers_of_a_prior(training, tmp_path, capsys):
     """The diffusion's may be set, the architecture's may not: the --vae file fixes it, the pictures' size included."""
     vae = training("vae", "vae.pt", "--set", "image_size=64")
     prior = training("prior", "prior.pt", "--vae", vae, "--set", "noisings=1", "drop=0.5")
-    preset = sparsefusion.load(prior).preset
+    preset = load(prior).preset
     assert preset.image_size == 64 and preset.diffusion.noisings == 1 and preset.diffusion.drop == 0.5
     argv = ["prior", "--root", SAMPLE, "--frames", 5, "--out", tmp_path / "x.pt", "--vae", vae]
     one_line(capsys, train.main, [*argv, "--set", "model.unet.heads=4"], "architecture")
@@ -200,6 +202,12 @@ def test_the_learning_rate_warms_up_and_falls():
     (["--root", "nowhere"], "nowhere")])
 def test_bad_values(flags, words, tmp_path, capsys):
     one_line(capsys, train.main, ["vae", "--root", SAMPLE, "--out", tmp_path / "x", *flags], words)
+
+
+def test_an_autoencoder_is_no_prior(training, tmp_path, capsys):
+    vae = training("vae", "vae.pt")
+    capsys.readouterr()
+    one_line(capsys, distill.main, ["--weights", vae, "--out", tmp_path / "x"], vae, "only its autoencoder is trained")
 
 
 def test_prior_needs(training, tmp_path, capsys):

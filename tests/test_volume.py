@@ -1,4 +1,6 @@
 """Volume rendering: released numbers, absorption laws, gradients, and empty space that changes nothing."""
+import math
+
 import pytest
 import torch
 
@@ -115,6 +117,38 @@ def test_gradient_of_the_renderer_is_that_of_finite_differences(skip):
         return tuple(volume.render(proxy, rays_o, rays_d, seeded(3), occupancy))
     parameters = tuple(p.detach().clone().requires_grad_() for p in field.parameters())
     assert torch.autograd.gradcheck(f, parameters, rtol=1e-5)
+
+
+@pytest.mark.parametrize("huge", [1e30, 3e38, float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_survive_huge_densities(huge, dtype):
+    """The first such sample hides all others, also where it has no length; no value and no gradient is lost."""
+    density = torch.tensor([[0.5, huge, 1.0, huge, 2.0], [huge] * 5, [0, 0, 0, 0, huge], [0.5, 1, huge, 0, 2]],
+                           dtype=dtype, requires_grad=True)
+    t = torch.tensor([[1.0, 2, 3, 4, 5]] * 3 + [[1.0, 2, 3, 3, 4]], dtype=dtype, requires_grad=True)
+    weights = volume.compositing_weights(density, t, torch.ones(4, 1, dtype=dtype))
+    a, b = 1 - math.exp(-0.5), math.exp(-0.5)
+    c = math.exp(-1.5)  # of the last ray: its infinite sample has no length
+    expected = [[a, b, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 1], [a, b - c, 0, 0, c * (1 - math.exp(-2))]]
+    parity.assert_close(weights, torch.tensor(expected, dtype=dtype), atol=1e-6)
+    weights.square().sum().backward()
+    assert density.grad.isfinite().all() and density.grad[:, 0].any() and t.grad.isfinite().all()
+
+
+def test_a_dense_sample_keeps_the_digits_of_what_is_before_it():
+    """Nothing is subtracted from a sum with a large term in it."""
+    density = torch.tensor([[0.1, 0.2, 4e5, 1.0]])
+    weights = volume.compositing_weights(density, torch.tensor([[0.0, 1, 2, 3]]), torch.ones(1, 1))
+    parity.assert_close(weights[0, 2], math.exp(-0.3), rtol=1e-6)
+
+
+def test_a_field_of_infinite_density_can_still_learn():
+    field = ngp.Field(TINY, seeded())
+    field.mlp[-1].bias.data[0] = 200.0  # a logit whose exponential is infinite
+    rendering = volume.render(field, *random_rays(20), seeded())
+    assert all(part.isfinite().all() for part in rendering) and (rendering.opacity > 0.999).any()
+    (rendering.color.sum() + rendering.opacity.sum() + rendering.depth.sum()).backward()
+    assert all(p.grad.isfinite().all() for p in field.parameters()) and field.encoding.table.grad.any()
 
 
 def test_importance_samples_follow_the_weights():

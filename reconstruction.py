@@ -1,0 +1,190 @@
+"""One scene, from Python: `reconstruct` fits a field to a few views of it (Sec. 3.2), with a model's help or without.
+
+The algorithm is in `distillation.py`. Here a scene is turned to the object frame, an interrupted run is taken up, and
+the finished field is seen and measured in the scene's own world.
+
+Letters: `V` input views, `Q` query viewpoints, `T` cameras to look from, `B` cameras.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import files
+import volume
+from cameras import Cameras, circle_path, relative_to
+from distillation import PRESETS, DistillConfig, Distillation, Prior
+from mesh import Mesh, extract_mesh, largest_component
+from ngp import Field, Occupancy
+from report import Views
+from scenes import Scene
+from sparsefusion import SparseFusion
+
+# Fields of the config that change nothing in the field, only what is shown of it and measured.
+OUTPUT_FIELDS = ("mesh_resolution", "turntable_frames", "metrics_on_inputs")
+
+Distance = Callable[[Tensor, Tensor], Tensor]  # images (B, 3, S, S) twice, in [0, 1] -> (B,)
+
+
+class Reconstruction(NamedTuple):
+    """A finished field. It lives in the object frame; its pictures and its mesh are asked for in the scene's world."""
+    field: Field
+    occupancy: Occupancy
+    frame: Cameras           # () the camera whose axes the object frame has; the world's origin is its origin, too
+    config: DistillConfig
+    seconds: float           # of the optimization, earlier processes included
+    earlier_seconds: float   # of them, in earlier processes
+
+    @torch.no_grad()
+    def render(self, cameras: Cameras, size: int) -> Views:
+        """What cameras (T,) of the world see: pictures of `size` pixels a side, in [0, 1] on black."""
+        cameras = object_frame(cameras, self.frame)
+        views = []
+        for i in range(len(cameras)):
+            views.append(volume.render_image(self.field, cameras[i], size, size, None, self.occupancy))
+        images = torch.stack([view.color for view in views])
+        silhouettes = torch.stack([view.opacity for view in views])
+        return Views(images, silhouettes)
+
+    def turntable(self, cameras: Cameras, size: int) -> Tensor:
+        """Once around, on the circle that fits the scene's cameras (V,): pictures (frames, 3, size, size).
+
+        The box around the occupied cells stays in the middle of the picture, since crops of photographs may look past
+        the object.
+        """
+        frames = self.config.turntable_frames
+        path = circle_path(cameras.to("cpu"), frames + 1)[:-1].to(cameras.T.device)
+        middle = self.occupancy.box.mean(0) @ self.frame.R.T  # of the world
+        shift, _ = path.project(middle.expand(frames, 1, 3))
+        path = replace(path, principal=path.principal - shift[:, 0])
+        return self.render(path, size).images
+
+    def mesh(self) -> Mesh:
+        """The largest connected part of the surface, in the scene's world."""
+        surface = extract_mesh(self.field, self.config.mesh_resolution, occupancy=self.occupancy)
+        surface = largest_component(surface)
+        return surface._replace(vertices=surface.vertices @ self.frame.R.T)
+
+
+def object_frame(cameras: Cameras, frame: Cameras) -> Cameras:
+    """Cameras in a world turned to the axes of the camera `frame`, whose origin stays (Sec. 3.2)."""
+    return relative_to(cameras, frame.unsqueeze(0), move_origin=False)
+
+
+def reconstruct(scene: Scene, inputs: list[int], model: SparseFusion | None = None, config: DistillConfig | None = None,
+                seed: int = 0, perceptual_loss: Distance | None = None, checkpoint: Path | None = None,
+                title: str | None = None) -> Reconstruction:
+    """Fit a field to the views of a scene at the positions `inputs`, with a model's help for what they do not show
+    (Sec. 3.2).
+
+    Without a `model` the field fits the input views alone. Of the other views only the cameras are used. `config`: by
+    default the preset of the model's name, or `plain`. `perceptual_loss`: by default the distance in the VAE
+    encoder's features. With a `checkpoint` file an interrupted run of the same settings goes on where it stopped.
+    `title` shows progress. The scene's tensors and the model's are on one device. Raises `ValueError` where no part
+    of space lies in every mask.
+    """
+    # The numbers of the model's kind, unless others are given.
+    if config is None:
+        config = PRESETS["plain" if model is None else model.preset.name]
+
+    # The field lives in the object frame: the axes of the scene's first camera, the world's origin (Sec. 3.2)
+    # [released: camera_utils.py:116-118; distillation.py:66-76].
+    frame = scene.cameras[0]
+    turned = replace(scene, cameras=object_frame(scene.cameras, frame))
+    wanted = None
+    if checkpoint is not None:
+        wanted = reconstruction_settings(scene, inputs, model, config, seed, perceptual_loss)
+    state = read_state(checkpoint, wanted)
+
+    # What the EFT sees from every query viewpoint, unless no iteration is left to ask.
+    prior = None
+    if model is not None and (state is None or state["completed"] < config.iterations):
+        viewpoints = query_viewpoints(turned.cameras, config, seed)
+        given = turned[inputs]
+        condition = model.condition(given.images, given.cameras, viewpoints, model.depth_range(scene.cameras),
+                                    train_mode=config.eft_train_mode, title=title and f"{title}: EFT", seed=seed)
+        prior = Prior(model, viewpoints, condition, perceptual_loss or model.feature_distance)
+
+    # Optimize, from where an earlier run of the same settings stopped.
+    distillation = Distillation(turned[inputs], config, seed, prior)
+    if state is not None:
+        distillation.load_state_dict(state)
+        print(f"{checkpoint}: going on at iteration {distillation.completed}")
+    earlier = distillation.seconds
+
+    def save() -> None:
+        files.save_tensors(distillation.state_dict() | {"settings": wanted, "frame": frame.R}, checkpoint)
+
+    distillation.run(title, save if checkpoint else None)
+    if checkpoint:
+        save()
+    return Reconstruction(distillation.field, distillation.occupancy, frame, config, distillation.seconds, earlier)
+
+
+def query_viewpoints(cameras: Cameras, config: DistillConfig, seed: int) -> Cameras:
+    """Where to imagine: on the circle through a scene's cameras (B,), and at all of them [released:
+    distillation.py:73-76]. (Q,)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    circle = circle_path(cameras.to("cpu"), config.viewpoints, config.jitter, generator)
+    return Cameras.cat([circle.to(cameras.T.device), cameras])
+
+
+def reconstruction_settings(scene: Scene, inputs: list[int], model: SparseFusion | None, config: DistillConfig,
+                            seed: int, perceptual_loss: Distance | None) -> dict:
+    """Everything that decides a reconstruction, as plain data: two runs with equal settings are the same run."""
+    # The pictures that are given, by their content; of the other views only the cameras matter.
+    given = scene[inputs]
+    cameras = scene.cameras
+    numbers = [given.images, given.masks, given.valid, cameras.R, cameras.T, cameras.focal, cameras.principal]
+
+    # A model is known by its file, or by its weights if it has none.
+    weights = None
+    if model is not None:
+        weights = model.fingerprint or files.digest(*model.state_dict().values())
+    return {
+        "sequence": scene.sequence,
+        "inputs": given.names,
+        "given": files.digest(*numbers),
+        "seed": seed,
+        "weights": weights,
+        "perceptual_loss": _identity(perceptual_loss),
+        "device": given.images.device.type,
+        "config": {name: x for name, x in asdict(config).items() if name not in OUTPUT_FIELDS},
+    }
+
+
+def _identity(function: Distance | None) -> str | None:
+    """What tells a loss from others: a module's class and weights, or a function's name.
+
+    Raises `ValueError` for one without: of two lambdas nobody can say whether they are the same.
+    """
+    if function is None:
+        return None
+    if isinstance(function, torch.nn.Module):
+        return f"{type(function).__qualname__} {files.digest(*function.state_dict().values())}"
+    name = getattr(function, "__qualname__", "<lambda>")
+    if "<lambda>" in name:
+        raise ValueError("perceptual_loss: a checkpoint needs a module or a named function, to tell it from others")
+    return f"{function.__module__}.{name}"
+
+
+def read_state(checkpoint: Path | None, wanted: dict | None) -> dict | None:
+    """The state of an earlier run in a checkpoint file, if there is one.
+
+    Raises `ValueError` where that run had other settings: its field would be lost.
+    """
+    if checkpoint is None or not checkpoint.exists():
+        return None
+    state = files.read_tensors(checkpoint, "field")
+    found = state.get("settings", {})
+    other = [name for name in wanted if found.get(name) != wanted[name]]
+    if other:
+        raise ValueError(f"{checkpoint}: a field of other settings ({', '.join(other)} differ); choose another --out, "
+                         "or --overwrite")
+    return state
