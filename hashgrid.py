@@ -5,25 +5,40 @@ features in a table; the rows of the cell's eight corners are interpolated trili
 stand side by side. A grid with more corners than it may have rows lets corners share them: by a spatial hash, or else
 by a tiled index that leaves out axes.
 
-Differences from the released code, which is a CUDA extension: this is plain torch, on any device, and all levels are
-one gather. The arithmetic is the kernel's, float32 and wrapping 32-bit integers, so that its tables can be used.
+Differences from the released code, which is a CUDA extension: plain torch, on any device, in which all levels are one
+gather, is the reference; on a GPU the kernels of `hashgrid.cu` take its place, compiled at run time by what torch
+itself carries. The arithmetic of both is the released kernel's, float32 and wrapping 32-bit integers, so that its
+tables can be used.
 
 Letters: `N` points, `L` levels, `C` features a level.
 """
 from __future__ import annotations
 
+import functools
+import importlib
 import itertools
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 PRIMES = (1, 2654435761, 805459861)  # factors of the spatial hash (Instant NGP, Eq. 4)
 
+KERNEL_SOURCE = Path(__file__).with_name("hashgrid.cu")
+KERNEL_CHANNELS = (1, 2, 4, 8)  # C, features a level, that the kernels are written for
+KERNEL_THREADS = 256            # threads of a block
+KERNEL_RUN = 8                  # points, one behind the other, of a thread in the gradient
+
+
+# ---------------------------------------------------------------------------------------------- grids and corners
 
 class Levels(NamedTuple):
     """The grids, coarse to fine, and where their corners are in the one table of features."""
@@ -32,6 +47,7 @@ class Levels(NamedTuple):
     rows: Tensor      # (L, 1) int32: number of the level's rows in the table
     offset: Tensor    # (L, 1) int32: first of these rows
     hashed_from: int  # first level with the spatial hash; the coarser ones have a running index
+    full_from: int    # first level with the most rows that one can have, a power of two
 
 
 def level_table(levels: int, log2_hashmap_size: int, base_resolution: int, finest_resolution: int,
@@ -67,9 +83,10 @@ def level_table(levels: int, log2_hashmap_size: int, base_resolution: int, fines
 
     # The kernel's integers have no sign; sums and products with these are the same 32 bits.
     stride = np.array(strides, dtype=np.uint32).astype(np.int32)
+    full_from = sum(size < 2**log2_hashmap_size for size in rows)
     rows = torch.tensor(rows, dtype=torch.int32)[:, None]
     offset = rows.cumsum(0, dtype=torch.int32) - rows
-    return Levels(torch.tensor(scale)[:, None], torch.tensor(stride), rows, offset, hashed_from)
+    return Levels(torch.tensor(scale)[:, None], torch.tensor(stride), rows, offset, hashed_from, full_from)
 
 
 def corners(x: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
@@ -94,6 +111,12 @@ def corners(x: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
     index = lower.new_empty(weights.shape)
     _over_corners(index[:, dense], lower[:, dense], upper[:, dense], torch.add)
     _over_corners(index[:, hashed], lower[:, hashed], upper[:, hashed], torch.bitwise_xor)
+
+    # A remainder by a power of two does not mind the sign that a hash has here; by another number, it must be undone.
+    signed = slice(levels.hashed_from, levels.full_from)
+    if levels.hashed_from < levels.full_from:
+        hashes = index[:, signed].long() % 2**32
+        index[:, signed] = hashes % levels.rows[signed]
     return index.remainder_(levels.rows).add_(levels.offset), weights
 
 
@@ -110,16 +133,22 @@ def _over_corners(out: Tensor, lower: Tensor, upper: Tensor, combine: Callable) 
             combine(xy, z[k], out=out[..., 4 * i + 2 * j + k])
 
 
+# ---------------------------------------------------------------------------------------------- the encoding
+
 def encode(x: Tensor, table: Tensor, levels: Levels) -> Tensor:
     """Points (N, 3) of the unit cube -> features (N, L * C), level by level; 0 outside of it.
 
-    Differentiable in the table (rows, C), not in the points.
+    Differentiable in the table (rows, C), not in the points. On a GPU a first call compiles the kernels; a CUDA graph
+    can capture any later one.
     """
-    return _Encode.apply(x, table, levels)
+    kernels = kernels_for(x, table)
+    if kernels is None:
+        return _Encode.apply(x, table, levels)
+    return _EncodeByKernels.apply(x, table, levels, kernels)
 
 
 class _Encode(torch.autograd.Function):
-    """`encode` and its gradient."""
+    """`encode` and its gradient in plain torch."""
 
     @staticmethod
     def forward(ctx, x: Tensor, table: Tensor, levels: Levels) -> Tensor:
@@ -145,6 +174,125 @@ class _Encode(torch.autograd.Function):
         return None, columns.t(), None
 
 
+# ---------------------------------------------------------------------------------------------- CUDA kernels
+
+class Kernels(NamedTuple):
+    """The kernels of `hashgrid.cu`, compiled for one number of features a level."""
+    forward: Callable
+    backward: Callable
+
+
+def kernels_for(x: Tensor, table: Tensor) -> Kernels | None:
+    """The kernels that encode points x by a table; None where plain torch does, as on CPUs and for other types."""
+    if not x.is_cuda or x.device != table.device:
+        return None
+    if x.dtype != torch.float32 or table.dtype != torch.float32:
+        return None
+
+    # A kernel counts points in 32 bits.
+    channels = table.shape[1]
+    if channels not in KERNEL_CHANNELS or len(x) >= 2**31:
+        return None
+    return compile_kernels(channels, x.device.index)
+
+
+def kernel_options(channels: int) -> list[str]:
+    """What the compiler is told about tables of `channels` features a level."""
+    return [f"-DCHANNELS={channels}", f"-DTHREADS={KERNEL_THREADS}", f"-DRUN={KERNEL_RUN}"]
+
+
+@functools.cache
+def compile_kernels(channels: int, device: int) -> Kernels | None:
+    """The kernels for `channels` features a level on a GPU; None where they cannot be had, which is said once."""
+    try:
+        source = KERNEL_SOURCE.read_text()
+        options = kernel_options(channels)
+        with torch.cuda.device(device), without_toolkit():
+            forward = torch.cuda._compile_kernel(source, "encode_forward", nvcc_options=options)
+            backward = torch.cuda._compile_kernel(source, "encode_backward", nvcc_options=options)
+
+    # The compiler is private to torch: another version may lack it or fail in any way.
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        _say_plain_torch_serves(reason[:200])
+        return None
+    return Kernels(forward, backward)
+
+
+@functools.cache
+def _say_plain_torch_serves(reason: str) -> None:
+    """Say, once, why a GPU encodes slowly."""
+    print(f"hash encoding: by plain torch, many times slower than by hashgrid.cu ({reason})", file=sys.stderr)
+
+
+@contextmanager
+def without_toolkit() -> Iterator[None]:
+    """Let torch compile kernels on a machine without a CUDA toolkit.
+
+    It asks for the toolkit's folder of headers, which these kernels do not need, and fails where it knows of none. For
+    now it knows of "".
+    """
+    # Imported no earlier, since it takes long, fails without setuptools, and is of use to a GPU alone.
+    extension = importlib.import_module("torch.utils.cpp_extension")
+    home = extension.CUDA_HOME
+    extension.CUDA_HOME = home or ""
+    try:
+        yield
+    finally:
+        extension.CUDA_HOME = home
+
+
+class _EncodeByKernels(torch.autograd.Function):
+    """`encode` and its gradient by `hashgrid.cu`. Nothing but the points is kept for the gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, table: Tensor, levels: Levels, kernels: Kernels) -> Tensor:
+        x = _readable(x)
+        ctx.save_for_backward(x)
+        ctx.table_shape = table.shape
+        ctx.levels = levels
+        ctx.kernels = kernels
+
+        features = x.new_empty(len(x), len(levels.scale) * table.shape[1])
+        _launch(kernels.forward, 1, x, _readable(table), levels, features)
+        return features
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, None, None]:
+        x, = ctx.saved_tensors
+        table_grad = grad.new_zeros(ctx.table_shape)
+        _launch(ctx.kernels.backward, KERNEL_RUN, x, table_grad, ctx.levels, _readable(grad))
+        return None, table_grad, None, None
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """The same numbers as a kernel can read them: one behind the other, from an address for reads of 16 bytes."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+def _launch(kernel: Callable, run: int, x: Tensor, table: Tensor, levels: Levels, features: Tensor) -> None:
+    """Run a kernel for points x (N, 3), `run` of them a thread. The table and features, or the gradients of both.
+
+    Nothing compares these arguments with the kernel's: a tensor becomes a pointer and an integer an `int`.
+    """
+    points = len(x)
+    if points == 0:
+        return
+
+    # A block's levels have 32 bytes of features a point.
+    count = len(levels.scale)
+    width = 8 // table.shape[1]
+    height = KERNEL_THREADS // width
+    grid = (math.ceil(points / (height * run)), math.ceil(count / width), 1)
+    numbers = [levels.scale, levels.stride, levels.rows, levels.offset, levels.hashed_from, points, count]
+    with torch.cuda.device(x.device):
+        kernel(grid=grid, block=(width, height, 1), args=[x, table, *numbers, features])
+
+
+# ---------------------------------------------------------------------------------------------- the module
+
 class HashGrid(nn.Module):
     """The encoding of points in the cube [-bound, bound]^3, with its table; `level_table` explains the numbers."""
 
@@ -160,6 +308,7 @@ class HashGrid(nn.Module):
         self.register_buffer("rows", grids.rows, persistent=False)
         self.register_buffer("offset", grids.offset, persistent=False)
         self.hashed_from = grids.hashed_from
+        self.full_from = grids.full_from
 
         table = torch.empty(int(grids.rows.sum()), features_per_level)
         table.uniform_(-1e-4, 1e-4, generator=generator)           # [released: gridencoder/grid.py:131-133]
@@ -168,7 +317,7 @@ class HashGrid(nn.Module):
     @property
     def levels(self) -> Levels:
         """The grids, on the device of the table."""
-        return Levels(self.scale, self.stride, self.rows, self.offset, self.hashed_from)
+        return Levels(self.scale, self.stride, self.rows, self.offset, self.hashed_from, self.full_from)
 
     def forward(self, x: Tensor) -> Tensor:
         """Points (N, 3) -> features (N, L * C); 0 outside the cube."""
