@@ -187,6 +187,16 @@ def mean_rows(per_view: dict[str, dict[str, list[float]]]) -> report.Rows:
     return rows
 
 
+def write_outputs(scene: Scene, inputs: list[int], targets: list[int], pictures: dict[str, Views],
+                  ours: Reconstruction, out: Path) -> None:
+    """Something to look at: the sheet that compares methods, every picture in it, the turntable, the mesh."""
+    names = [scene.names[i] for i in targets]
+    report.save_picture(report.comparison(scene, inputs, targets, pictures), out / "comparison.png")
+    report.save_views(pictures, scene.images[targets], names, out / "views")
+    report.save_animation(ours.turntable(scene.cameras, scene.images.shape[-1]), out / "turntable.gif")
+    write_ply(out / "mesh.ply", ours.mesh())
+
+
 def run_instance(instance: Instance, out: Path, overwrite: bool = False) -> dict:
     """Reconstruct, compare, measure, and write everything into the folder `out`; returns what `metrics.json` holds.
 
@@ -218,17 +228,11 @@ def run_instance(instance: Instance, out: Path, overwrite: bool = False) -> dict
     for method, views in pictures.items():
         per_view[method] = measure(views, scene.images[targets], scene.masks[targets], distances.metric)
 
-    # Something to look at.
-    names = [scene.names[i] for i in targets]
-    report.save_picture(report.comparison(scene, inputs, targets, pictures), out / "comparison.png")
-    report.save_views(pictures, scene.images[targets], names, out / "views")
-    report.save_animation(ours.turntable(scene.cameras, size), out / "turntable.gif")
-    write_ply(out / "mesh.ply", ours.mesh())
-
+    write_outputs(scene, inputs, targets, pictures, ours, out)
     result = {
         "sequence": entry.sequence,
         "input_frames": [scene.names[i] for i in inputs],
-        "target_frames": names,
+        "target_frames": [scene.names[i] for i in targets],
         "methods": mean_rows(per_view),
         "per_view": per_view,
         "perceptual_name": distances.metric_name,

@@ -131,12 +131,14 @@ class Fit:
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         self.optimizer.step()
-        update_average(self.average, self.module, min(self.config.ema, (step + 1) / (step + 10)))
+        decay = min(self.config.ema, (step + 1) / (step + 10))
+        update_average(self.average, self.module, decay)
         return {name: x.detach() for name, x in numbers.items()}
 
     def run(self, title: str, minutes: float | None = None) -> None:
         """All steps that are left, or as many as fit into so many minutes."""
-        progress = Progress(range(self.completed, self.config.steps), title, self.completed, self.config.steps)
+        total = self.config.steps
+        progress = Progress(range(self.completed, total), title, self.completed, total)
         began = saved = time.monotonic()
         shown = {}
         for step in progress:
@@ -153,7 +155,8 @@ class Fit:
             now = time.monotonic()
             progress.note = ", ".join(f"{name} {x:.4f}" for name, x in shown.items())
             if step % 500 == 0 or last:
-                progress.say(f"step {self.completed} of {self.config.steps}, {now - began:.0f} s: {progress.note}")
+                seconds = now - began
+                progress.say(f"step {self.completed} of {total}, {seconds:.0f} s: {progress.note}")
             if minutes and now - began > 60 * minutes:
                 progress.say(f"stopped after {minutes} minutes at step {self.completed}; "
                              "the same command goes on from there")
@@ -177,6 +180,7 @@ def update_average(average: dict[str, Tensor], module: nn.Module, decay: float) 
     # Floating point numbers in one call: there are hundreds of tensors.
     weights = module.state_dict()
     names = [name for name, x in weights.items() if x.is_floating_point()]
-    torch._foreach_lerp_([average[name] for name in names], [weights[name] for name in names], 1 - decay)
+    averages = [average[name] for name in names]
+    torch._foreach_lerp_(averages, [weights[name] for name in names], 1 - decay)
     for name in weights.keys() - set(names):
         average[name].copy_(weights[name])

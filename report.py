@@ -54,7 +54,8 @@ def comparison(scene: Scene, inputs: list[int], targets: list[int], pictures: di
     size = scene.images.shape[-1]
     shown = evenly_spaced(len(targets), rows)
     columns = max(len(inputs), 1 + len(pictures))
-    sheet = Image.new("RGB", (columns * size, (size + TEXT) * (1 + len(shown))), BACKDROP)
+    height = (size + TEXT) * (1 + len(shown))
+    sheet = Image.new("RGB", (columns * size, height), BACKDROP)
     draw = ImageDraw.Draw(sheet)
 
     def place(row: int, column: int, label: str, image: Tensor) -> None:
@@ -106,8 +107,11 @@ def table(methods: Rows) -> str:
     """Metrics as text, a method a line; a dash where a method has no such number."""
     lines = [f"{'':<16}{'PSNR':>8}{'SSIM':>8}{'perceptual':>12}{'IoU':>8}"]
     for method, row in methods.items():
-        cells = [f"{row[metric]:.{DIGITS[metric]}f}" if metric in row else "-" for metric in METRICS]
-        lines.append(f"{LABELS[method]:<16}{cells[0]:>8}{cells[1]:>8}{cells[2]:>12}{cells[3]:>8}")
+        line = f"{LABELS[method]:<16}"
+        for metric in METRICS:
+            cell = f"{row[metric]:.{DIGITS[metric]}f}" if metric in row else "-"
+            line += cell.rjust(12 if metric == "perceptual" else 8)
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -129,7 +133,8 @@ def means(rows: list[Rows]) -> dict[str, dict[str, Mean]]:
     for method, metrics in rows[0].items():
         result[method] = {}
         for metric in metrics:
-            result[method][metric] = mean_and_error([row[method][metric] for row in rows])
+            values = [row[method][metric] for row in rows]
+            result[method][metric] = mean_and_error(values)
     return result
 
 
@@ -164,7 +169,8 @@ def markdown(rows: list[Rows], perceptual_name: str) -> str:
     lines = [f"Means over {count} sequences, with standard errors. Perceptual: {perceptual_name}.", ""]
     lines += [_line(["", *METRICS.values()]), _line(["---"] * 5)]
     for method, row in means(rows).items():
-        lines.append(_line([LABELS[method], *[_mean_cell(row, metric) for metric in METRICS]]))
+        cells = [_mean_cell(row, metric) for metric in METRICS]
+        lines.append(_line([LABELS[method], *cells]))
     if "sparsefusion" not in rows[0]:
         return "\n".join(lines) + "\n"
 
@@ -174,7 +180,8 @@ def markdown(rows: list[Rows], perceptual_name: str) -> str:
     for method in rows[0]:
         if method != "sparsefusion":
             row = paired(rows, "sparsefusion", method)
-            lines.append(_line([LABELS[method], *[_paired_cell(row, metric, count) for metric in METRICS]]))
+            cells = [_paired_cell(row, metric, count) for metric in METRICS]
+            lines.append(_line([LABELS[method], *cells]))
     return "\n".join(lines) + "\n"
 
 

@@ -139,6 +139,7 @@ class SparseFusion(nn.Module):
         a side (default: the preset's `map_size`). `train_mode` turns dropout and batch statistics on; a view's dropout
         follows from `seed` and its place among the queries. `title` shows a progress bar.
         """
+        # As many rays at once as suit the machine; more input views, fewer rays.
         size = size or self.preset.map_size
         chunk = max(1, EFT_CHUNK[images.device.type] // len(images))
         gpus = [images.device] if images.is_cuda else []  # whose random numbers dropout takes

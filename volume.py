@@ -57,7 +57,8 @@ def uniform_draws(config: FieldConfig, rays: int, generator: torch.Generator | N
     if generator is None:
         u = like.new_full((rays, config.samples_per_ray), 0.5)
         centers = torch.arange(config.importance_samples).to(like) + 0.5
-        return u, (centers / max(config.importance_samples, 1)).expand(rays, -1)
+        centers = centers / max(config.importance_samples, 1)
+    return u, centers.expand(rays, -1)
     u = rand(rays, config.samples_per_ray, generator=generator, device=like.device)
     u_importance = rand(rays, config.importance_samples, generator=generator, device=like.device)
     return u.to(like), u_importance.to(like)
@@ -135,7 +136,8 @@ def render(field: Field, rays_o: Tensor, rays_d: Tensor, generator: torch.Genera
     box = sampled_box(field, occupancy).to(rays_o)
     near, far = ray_box_intersection(rays_o, rays_d, box, config.near)
     hit = (far > near).nonzero().squeeze(-1)
-    near, far = near[hit, None], far[hit, None]  # (hits, 1)
+    near = near[hit, None]  # (hits, 1)
+    far = far[hit, None]
     o, d = rays_o[hit], rays_d[hit]
     if draws is None:
         u, u_importance = uniform_draws(config, len(hit), generator, rays_o)
@@ -166,7 +168,8 @@ def render(field: Field, rays_o: Tensor, rays_d: Tensor, generator: torch.Genera
     # The other rays are black.
     seen = torch.cat([color, opacity, depth], -1)  # (hits, 5)
     seen = seen.new_zeros(len(rays_o), 5).index_copy(0, hit, seen)
-    return Rendering(seen[:, :3], seen[:, 3], seen[:, 4])
+    color, opacity, depth = seen[:, :3], seen[:, 3], seen[:, 4]
+    return Rendering(color, opacity, depth)
 
 
 def render_image(field: Field, camera: Cameras, size: int, full: int, generator: torch.Generator | None = None,
@@ -182,4 +185,5 @@ def render_image(field: Field, camera: Cameras, size: int, full: int, generator:
         parts.append(render(field, o, d, generator, occupancy))
     color = torch.cat([part.color for part in parts])  # (size * size, 3)
     opacity = torch.cat([part.opacity for part in parts])
-    return Image(color.t().reshape(3, size, size), opacity.reshape(1, size, size))
+    color = color.t().reshape(3, size, size)
+    return Image(color, opacity.reshape(1, size, size))
