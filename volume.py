@@ -58,7 +58,8 @@ def uniform_draws(config: FieldConfig, rays: int, generator: torch.Generator | N
         u = like.new_full((rays, config.samples_per_ray), 0.5)
         centers = torch.arange(config.importance_samples).to(like) + 0.5
         centers = centers / max(config.importance_samples, 1)
-    return u, centers.expand(rays, -1)
+        return u, centers.expand(rays, -1)
+
     u = rand(rays, config.samples_per_ray, generator=generator, device=like.device)
     u_importance = rand(rays, config.importance_samples, generator=generator, device=like.device)
     return u.to(like), u_importance.to(like)
