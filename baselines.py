@@ -13,9 +13,10 @@ import zlib
 import torch
 import torch.nn.functional as F
 
-from distillation import DistillConfig
 from report import Views
+from runtime import Progress
 from scenes import Scene
+from settings import DistillConfig
 from sparsefusion import Condition, SparseFusion
 
 VIEWS_AT_ONCE = 8  # in a batch of the VLDM
@@ -39,7 +40,7 @@ def eft_images(scene: Scene, inputs: list[int], targets: list[int], model: Spars
 
 
 def vldm_samples(scene: Scene, inputs: list[int], targets: list[int], model: SparseFusion, config: DistillConfig,
-                 seed: int) -> Views:
+                 seed: int, title: str | None = None) -> Views:
     """One ancestral sample a view (Sec. 3.1): sharp, but every view imagines for itself.
 
     A view's random numbers follow from the seed and its frame alone, whichever other views there are.
@@ -53,7 +54,7 @@ def vldm_samples(scene: Scene, inputs: list[int], targets: list[int], model: Spa
 
     # A few views at a time: the decoder takes much memory at full size.
     images = []
-    for start in range(0, len(targets), VIEWS_AT_ONCE):
+    for start in Progress(range(0, len(targets), VIEWS_AT_ONCE), title):
         part = slice(start, start + VIEWS_AT_ONCE)
         images.append(model.sample_view(condition.features[part], generators[part], config.sampler))
     return Views(torch.cat(images), None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
@@ -17,11 +18,25 @@ from typing import get_args, get_origin, get_type_hints
 
 import torch
 
+from runtime import Interrupted, stoppable
+
 
 # ---------------------------------------------------------------------------------------------- errors
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line; exit code 2."""
+    """An argument parser whose errors are one line, exit code 2. What it returns says under `given` which flags stood
+    there.
+    """
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_args(self, args: list[str] | None = None, namespace=None) -> argparse.Namespace:
+        """The values of all flags."""
+        words = sys.argv[1:] if args is None else args
+        parsed = super().parse_args(words, namespace)
+        parsed.given = {word.partition("=")[0] for word in words if word.startswith("--")}
+        return parsed
 
     def error(self, message: str):
         """Without the usage, which --help prints."""
@@ -29,12 +44,31 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(command: Callable, args: argparse.Namespace) -> None:
-    """Call a command; bad input ends in one line and exit code 2."""
+    """Call a command. Bad input ends in one line and exit code 2; Ctrl-C and SIGTERM in one that says how to go on,
+    and 130 or 143.
+    """
+    # A log shows every line at once, and any name in it.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+
     try:
-        command(args)
+        with stoppable():
+            command(args)
     except (OSError, ValueError, FloatingPointError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        print("error:", " ".join(str(e).splitlines()), file=sys.stderr)
         sys.exit(2)
+    except Interrupted as e:
+        name = "Ctrl-C" if e.number == signal.SIGINT else signal.Signals(e.number).name
+        saved = "".join(f"; {note}" for note in getattr(e, "__notes__", []))
+        print(f"stopped by {name}{saved}; the same command goes on from what is saved", file=sys.stderr)
+        sys.exit(128 + e.number)
+
+
+def note_useless(args: argparse.Namespace, flags: list[str], why: str) -> None:
+    """One line on those of some flags that were given, though they have no effect."""
+    useless = [flag for flag in flags if flag in args.given]
+    if useless:
+        print(f"note: {', '.join(useless)}: no effect {why}")
 
 
 # ---------------------------------------------------------------------------------------------- types of arguments
@@ -50,6 +84,13 @@ def count(text: str) -> int:
     """A whole number of at least 1, for argparse."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """A seed, for argparse: small enough that numbers of iterations can be mixed in."""
+    if not text.isdecimal() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**31 - 1}")
     return int(text)
 
 
@@ -123,6 +164,19 @@ def field_types(config: type, prefix: str = "") -> dict[str, type]:
         else:
             types[prefix + name] = kind
     return types
+
+
+def note_useless_settings(config, settings: list[str], useless: tuple[str, ...], why: str) -> None:
+    """One line on those of some settings that have no effect: fields by their paths, or all fields of a nested one."""
+    types = field_types(type(config))
+    found = []
+    for setting in settings:
+        name = setting.partition("=")[0]
+        path = name if name in types else next((path for path in types if path.endswith(f".{name}")), "")
+        if path.partition(".")[0] in useless:
+            found.append(path)
+    if found:
+        print(f"note: --set {' '.join(found)}: no effect {why}")
 
 
 def _find(name: str, types: dict[str, type], fixed) -> str:

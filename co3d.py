@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,13 +29,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from cameras import Cameras
 from frame_annotations import ANNOTATIONS_FILE, Annotations, Frame
 from runtime import Progress, map_processes
-from scenes import Crop, PackedScenes, Scene, crop_and_resize, evenly_spaced, pixel_camera
+from scenes import Crop, PackedScenes, Scene, crop_and_resize, evenly_spaced, open_picture, pixel_camera
 
 LISTED = 5  # names that an error message lists
 NO_ROOT = "{}: no such folder; the root of a dataset is the one with a folder for each category"
@@ -245,7 +245,9 @@ class _Tree:
 
 
 def _parse_camera(viewpoint: dict) -> Cameras | None:
-    """One camera in the photograph's NDC, float64; None where a key is missing, misshapen or not finite."""
+    """One camera in the photograph's NDC, float64; None where a key is missing, misshapen or not finite, or a focal
+    length 0.
+    """
     try:
         R = torch.tensor(viewpoint["R"], dtype=torch.float64).reshape(3, 3)
         T = torch.tensor(viewpoint["T"], dtype=torch.float64).reshape(3)
@@ -254,19 +256,21 @@ def _parse_camera(viewpoint: dict) -> Cameras | None:
     except (KeyError, TypeError, ValueError, RuntimeError):
         return None
     numbers = torch.cat([R.flatten(), T, focal, principal])
-    return Cameras(R, T, focal, principal) if numbers.isfinite().all() else None
+    usable = numbers.isfinite().all() and (focal != 0).all()
+    return Cameras(R, T, focal, principal) if usable else None
 
 
 def _decode(file: Path, mode: str) -> np.ndarray:
     """Pixels of an image file, uint8: (H, W, 3) for mode "RGB", (H, W) for "L"."""
     try:
-        with Image.open(file) as image:
+        with warnings.catch_warnings(action="ignore"), open_picture(file) as image:
             return np.array(image.convert(mode))
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: no such file, though {ANNOTATIONS_FILE} lists it") from None
     # On broken bytes the decoders raise nearly anything.
     except Exception as e:
-        raise ValueError(f"{file}: not a readable image ({e})") from None
+        reason = str(e).removeprefix(f"{file}: ")
+        raise ValueError(f"{file}: not a readable image ({reason})") from None
 
 
 # ---------------------------------------------------------------------------------------------- the released toy data

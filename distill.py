@@ -2,9 +2,11 @@
 
     python distill.py                                  the shipped synthetic sample, two input views
     python distill.py --root DIR --category C --sequence S --weights F
+    python distill.py --capture DIR                    own photographs (docs/photographs.md)
 
-The command makes a field (`reconstruction.py`; the algorithm is in `distillation.py`), makes what it is compared with,
-measures everything on views that were not given, and writes pictures, mesh and numbers.
+The command asks whether masks and cameras fit (`check.py`), makes a field (`reconstruction.py`; the algorithm is in
+`distillation.py`), makes what it is compared with, measures everything on views that were not given, and writes
+pictures, mesh and numbers.
 
 Letters: `T` target views, `S` side of the image.
 """
@@ -14,7 +16,7 @@ import argparse
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -29,61 +31,33 @@ import files
 import metrics
 import released
 import report
+import results
 import sparsefusion
-from co3d import load_sequence, stamp
-from distillation import PRESETS, RELEASED, DistillConfig
+from capture import Similarity
+from instance import (CO3DSequence, Instance, Loaded, OwnPhotographs, Source, check_inputs, choose_targets,
+                      find_sequence, find_views, random_views)
 from mesh import write_ply
-from protocol import PROTOCOLS, Entry, choose_views
+from photographs import read_capture
+from protocol import PROTOCOLS
 from reconstruction import Distance, Reconstruction, reconstruct
 from report import Views
-from runtime import device_name, peak_gb
-from scenes import Scene, evenly_spaced
+from runtime import begin, device_name, peak_gb, planned
+from scenes import Scene
+from settings import PRESETS, RELEASED, DistillConfig
 from sparsefusion import SparseFusion
 
 ROOT = Path(__file__).resolve().parent
 SAMPLE = ROOT / "sample" / "co3d"
 SHIPPED_FEATURE_NET = ROOT / "sample" / "perceptual.pt"
 
+ENOUGH = 8   # own photographs as inputs, from which on the field alone is the default
+LISTED = 12  # input views that are named one by one
+
+# Fields of the config that mean nothing without a prior.
+PRIORS_OWN = ("viewpoints", "jitter", "bootstrap", "min_noise_level", "weight_perceptual", "eft_train_mode", "sampler")
+
 
 # ---------------------------------------------------------------------------------------------- against the baselines
-
-@dataclass(frozen=True)
-class Instance:
-    """One sequence to reconstruct and to measure: everything that decides the result."""
-    root: Path
-    entry: Entry                     # the sequence and its frames
-    config: DistillConfig
-    weights: Path | None             # of the prior; None: the field alone
-    views: int                       # random input views; 0: all
-    input_frames: tuple[str, ...]    # numbers of the input frames instead; (): random ones
-    targets: int                     # views to compare, evenly spaced among the others; 0: all of them
-    seed: int                        # of input views, noise and initial weights
-    feature_net: Path                # network of the perceptual metric, without `lpips`
-    lpips: tuple[Path, Path] | None  # VGG16 and LPIPS' linear layers, as loss and as metric
-    device: str
-
-    def settings(self) -> dict:
-        """The same as plain data, files by their content, pictures by their dates: equal settings give equal
-        results.
-        """
-        # Networks by what is in their files, pictures by dates and sizes: there may be gigabytes of them.
-        networks = {}
-        if self.weights is not None:
-            networks["prior"] = files.fingerprint(self.weights)
-        for path in self.lpips or (self.feature_net,):
-            networks[path.name] = files.fingerprint(path)
-        return {
-            "entry": asdict(self.entry),
-            "pictures": stamp(self.root, self.entry.category, self.entry.sequence, self.entry.frames),
-            "networks": networks,
-            "views": self.views,
-            "input_frames": self.input_frames,
-            "targets": self.targets,
-            "seed": self.seed,
-            "device": self.device,
-            "config": asdict(self.config),
-        }
-
 
 class Distances(NamedTuple):
     """How far apart pictures look: what the loss asks and what the tables show."""
@@ -105,39 +79,20 @@ def load_distances(instance: Instance) -> Distances:
     return Distances(None, partial(metrics.perceptual_distance, network.layers), "attribute network (not LPIPS)")
 
 
-def choose_inputs(scene: Scene, instance: Instance) -> list[int]:
-    """Positions of the input views: the frames that were asked for, or random ones."""
-    # The first of a random permutation, all of them for 0.
-    if not instance.input_frames:
-        count = instance.views or len(scene)
-        if count > len(scene):
-            raise ValueError(f"--views {count}: {scene.sequence} has {len(scene)} frames")
-        return choose_views(len(scene), count, instance.seed)
-
-    # By the numbers that the dataset gives to frames.
-    position = {name: i for i, name in enumerate(scene.names)}
-    for frame in instance.input_frames:
-        if frame not in position:
-            some = ", ".join(scene.names[:8])
-            raise ValueError(f"--input-frames: {scene.sequence} has no frame {frame}; it has {some}, ...")
-        if instance.input_frames.count(frame) > 1:
-            raise ValueError(f"--input-frames: frame {frame} stands there twice")
-    return [position[frame] for frame in instance.input_frames]
-
-
-def choose_targets(scene: Scene, inputs: list[int], count: int, on_inputs: bool) -> list[int]:
-    """Positions of `count` views to measure, evenly spaced, or of all for 0: of those that are no inputs, if any."""
-    # What was given is not predicted.
-    candidates = [i for i in range(len(scene)) if i not in inputs]
-    if not candidates:
-        print(f"{scene.sequence}: all views are inputs, so the inputs themselves are measured")
-    if on_inputs or not candidates:
-        candidates = list(range(len(scene)))
-    return [candidates[i] for i in evenly_spaced(len(candidates), count or len(candidates))]
+def load_views(instance: Instance, model: SparseFusion | None) -> Loaded:
+    """All views of an instance in the model's size, or without one in the config's. Raises `ValueError` where
+    renderings of the config do not fit that size.
+    """
+    size = instance.config.image_size if model is None else model.preset.image_size
+    loaded = instance.source.load(size)
+    side = instance.config.render_size
+    if size % side and not (model is None and instance.config.input_pixels):
+        raise ValueError(f"render_size {side} does not divide the {size} pixels of a picture's side")
+    return loaded._replace(scene=loaded.scene.to(instance.device))
 
 
 def show_all(scene: Scene, inputs: list[int], targets: list[int], model: SparseFusion | None, instance: Instance,
-             ours: Reconstruction) -> dict[str, Views]:
+             ours: Reconstruction, out: Path) -> dict[str, Views]:
     """What every method shows from the target cameras, in the order of the tables (Sec. 4)."""
     config = instance.config
     cameras = scene.cameras[targets]
@@ -148,12 +103,14 @@ def show_all(scene: Scene, inputs: list[int], targets: list[int], model: SparseF
         return pictures
 
     # The field alone is the same fit without a prior: as many updates from input views.
-    alone = reconstruct(scene, inputs, None, config, instance.seed, title="field without prior")
+    alone = reconstruct(scene, inputs, None, config, instance.seed, checkpoint=out / "field_alone.pt",
+                        title="field without prior", extend=bool(ours.gone_on_from))
     pictures["ngp"] = alone.render(cameras, size)
 
     # The parts of the prior, each for itself.
     pictures["eft"] = baselines.eft_images(scene, inputs, targets, model, config, instance.seed,
                                            "EFT, a ray a pixel")
+    begin("VLDM samples")
     pictures["vldm"] = baselines.vldm_samples(scene, inputs, targets, model, config, instance.seed)
     pictures["sparsefusion"] = ours.render(cameras, size)
     return pictures
@@ -188,56 +145,78 @@ def mean_rows(per_view: dict[str, dict[str, list[float]]]) -> report.Rows:
 
 
 def write_outputs(scene: Scene, inputs: list[int], targets: list[int], pictures: dict[str, Views],
-                  ours: Reconstruction, out: Path) -> None:
-    """Something to look at: the sheet that compares methods, every picture in it, the turntable, the mesh."""
+                  ours: Reconstruction, world: Similarity | None, out: Path) -> None:
+    """Something to look at: the sheet that compares methods, every picture in it, the turntable, the mesh. `world`
+    leads to the coordinates that the mesh gets.
+    """
     names = [scene.names[i] for i in targets]
     report.save_picture(report.comparison(scene, inputs, targets, pictures), out / "comparison.png")
     report.save_views(pictures, scene.images[targets], names, out / "views")
-    report.save_animation(ours.turntable(scene.cameras, scene.images.shape[-1]), out / "turntable.gif")
-    write_ply(out / "mesh.ply", ours.mesh())
+    turntable = ours.turntable(scene.cameras, scene.images.shape[-1], "turntable")
+    report.save_animation(turntable, out / "turntable.gif")
+
+    begin("mesh")
+    mesh = ours.mesh()
+    if world is not None:
+        mesh = mesh._replace(vertices=world.points(mesh.vertices))
+    write_ply(out / "mesh.ply", mesh)
 
 
-def run_instance(instance: Instance, out: Path, overwrite: bool = False) -> dict:
+def run_instance(instance: Instance, out: Path, overwrite: bool = False, extend: bool = False) -> dict:
     """Reconstruct, compare, measure, and write everything into the folder `out`; returns what `metrics.json` holds.
 
-    An earlier run of the same settings is taken up. Raises `ValueError` for one of other settings, unless told to
-    `overwrite` it, and for input that is missing or broken.
+    An earlier run of the same settings is taken up; with `extend` one of fewer iterations, too. Raises `ValueError`
+    for one of other settings, unless told to `overwrite` it, and for input that is missing or broken.
     """
+    with planned(instance.expected_costs()):
+        return _run_instance(instance, out, overwrite, extend)
+
+
+def _run_instance(instance: Instance, out: Path, overwrite: bool, extend: bool) -> dict:
     began = time.monotonic()
+    begin("loading")
     config = instance.config
-    entry = instance.entry
+    settings = instance.settings()
+    other = results.conflict(out, settings, extend)
+    if other and not overwrite:
+        raise ValueError(f"{out}: results of other settings ({other}); choose another --out, or --overwrite")
 
     # What is given.
+    inputs = instance.inputs()
+    targets = choose_targets(instance.source, inputs, instance.targets, config.metrics_on_inputs)
     model = None if instance.weights is None else sparsefusion.load(instance.weights, instance.device)
     distances = load_distances(instance)
-    size = config.image_size if model is None else model.preset.image_size
-    scene = load_sequence(instance.root, entry.category, entry.sequence, size, entry.frames).to(instance.device)
-    inputs = choose_inputs(scene, instance)
-    targets = choose_targets(scene, inputs, instance.targets, config.metrics_on_inputs)
-    if size % config.render_size:
-        raise ValueError(f"render_size {config.render_size} does not divide the {size} pixels of a picture's side")
+    loaded = load_views(instance, model)
+    scene = loaded.scene
+    world = loaded.world_as_data()
+
+    # From here on the folder is this run's.
+    if other:
+        results.clear(out)
+    files.save_json(settings, out / "settings.json")
 
     # The method, and what it is compared with.
-    checkpoint = out / "field.pt"
-    if overwrite:
-        checkpoint.unlink(missing_ok=True)
     title = "field fit" if model is None else "distillation"
-    ours = reconstruct(scene, inputs, model, config, instance.seed, distances.loss, checkpoint, title)
-    pictures = show_all(scene, inputs, targets, model, instance, ours)
+    ours = reconstruct(scene, inputs, model, config, instance.seed, distances.loss, out / "field.pt", title,
+                       out / "previews.png", extend, {"world": world})
+    pictures = show_all(scene, inputs, targets, model, instance, ours, out)
     per_view = {}
     for method, views in pictures.items():
         per_view[method] = measure(views, scene.images[targets], scene.masks[targets], distances.metric)
 
-    write_outputs(scene, inputs, targets, pictures, ours, out)
+    # Pictures, mesh, numbers.
+    write_outputs(scene, inputs, targets, pictures, ours, loaded.world, out)
     result = {
-        "sequence": entry.sequence,
+        "sequence": instance.source.name,
         "input_frames": [scene.names[i] for i in inputs],
         "target_frames": [scene.names[i] for i in targets],
         "methods": mean_rows(per_view),
         "per_view": per_view,
         "perceptual_name": distances.metric_name,
+        "world": world,
         "command": " ".join(sys.argv),
-        "settings": instance.settings(),
+        "settings": settings,
+        "gone_on_from": ours.gone_on_from,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -248,6 +227,7 @@ def run_instance(instance: Instance, out: Path, overwrite: bool = False) -> dict
         "peak_gb": peak_gb(instance.device),
     }
     files.save_json(result, out / "metrics.json")
+    (out / "field_alone.pt").unlink(missing_ok=True)
     return result
 
 
@@ -262,7 +242,7 @@ def add_instance_flags(p: argparse.ArgumentParser, targets: int) -> None:
                    help="paper: fewview_dev/test, 32 evenly spaced frames of a sequence; all: every frame there is")
     p.add_argument("--weights", type=Path, default=sparsefusion.SHIPPED,
                    help="the prior (default: the shipped nano weights)")
-    p.add_argument("--seed", type=int, default=0,
+    p.add_argument("--seed", type=cli.seed, default=0,
                    help="of input views, noise and initial weights, plus the sequence's place in its list (default: 0)")
 
     # The numbers of the distillation.
@@ -300,39 +280,68 @@ def config_from_flags(args: argparse.Namespace, no_prior: bool = False) -> Disti
     if args.released:
         print(f"--released stands for --set {' '.join(RELEASED)}")
         settings = [*RELEASED, *settings]
+    useless = PRIORS_OWN if model is None else ("image_size",)
+    cli.note_useless_settings(config, args.settings, useless, "without a prior" if model is None else "with a prior")
     return cli.apply_settings(config, settings, fixed=model)
 
 
-def instance_from_flags(args: argparse.Namespace, entry: Entry, config: DistillConfig,
+def note_useless_flags(args: argparse.Namespace) -> None:
+    """One line on flags that have no effect beside others."""
+    if args.lpips:
+        cli.note_useless(args, ["--feature-net"], "with --lpips")
+    if getattr(args, "input_frames", ()):
+        cli.note_useless(args, ["--views"], "with --input-frames")
+    if getattr(args, "no_prior", False):
+        cli.note_useless(args, ["--weights"], "with --no-prior")
+
+
+def trained_categories(weights: Path) -> list[str]:
+    """What a prior knows, as far as its file says."""
+    return sorted({x["category"] for x in sparsefusion.read_trained_on(weights) if x.get("what") == "prior"})
+
+
+def note_new_categories(weights: Path, categories: list[str]) -> None:
+    """One line on data of categories that a prior has never seen."""
+    known = trained_categories(weights)
+    new = sorted(set(categories) - set(known))
+    old = ", ".join(known)
+    if known and new:
+        print(f"note: the prior in {weights.name} was trained on {old}; {', '.join(new)}: new to it, so it will see "
+              f"{old} in them (--no-prior fits the photographs alone)")
+
+
+def instance_from_flags(args: argparse.Namespace, source: Source, config: DistillConfig,
                         input_frames: tuple[str, ...] = (), no_prior: bool = False) -> Instance:
-    """What the shared flags say about one sequence of a list."""
+    """What the shared flags say about one source."""
+    # The sequences of a list have different inputs and different noise.
+    seed = args.seed + source.index
+    lpips = tuple(args.lpips) if args.lpips else None
     return Instance(
-        root=args.root,
-        entry=entry,
+        source=source,
         config=config,
         weights=None if no_prior else args.weights,
         views=args.views,
         input_frames=input_frames,
         targets=args.targets,
-        seed=args.seed + entry.index,
+        seed=seed,
         feature_net=args.feature_net,
-        lpips=tuple(args.lpips) if args.lpips else None,
+        lpips=lpips,
         device=args.device,
     )
 
 
-def find_entry(args: argparse.Namespace) -> Entry:
-    """The sequence that --sequence names, or the first of the protocol's list."""
-    # In the protocol's list a sequence has its place, which seeds it.
-    entries = PROTOCOLS[args.protocol](args.root, args.category)
-    if args.sequence is None:
-        return entries[0]
-    for entry in entries:
-        if entry.sequence == args.sequence:
-            return entry
-    names = ", ".join(entry.sequence for entry in entries[:5])
-    raise ValueError(f"--sequence {args.sequence}: not in the list of --protocol {args.protocol}, which begins "
-                     f"{names}; --protocol all lists every sequence")
+def find_source(args: argparse.Namespace) -> Source:
+    """The folder of --capture, or the sequence of a CO3D tree."""
+    if args.capture is None:
+        return find_sequence(args.root, args.protocol, args.category, args.sequence)
+
+    # One or the other.
+    others = [flag for flag in ("--root", "--category", "--sequence", "--protocol") if flag in args.given]
+    if others:
+        raise ValueError(f"--capture: own photographs are no CO3D tree and have no {', '.join(others)}")
+    source = OwnPhotographs(read_capture(args.capture))
+    print(f"{args.capture}: {source.photographs.source}")
+    return source
 
 
 def parser() -> argparse.ArgumentParser:
@@ -340,29 +349,91 @@ def parser() -> argparse.ArgumentParser:
     p = cli.Parser(description=__doc__.splitlines()[0],
                    epilog="Run without flags: two views of a synthetic toy, on a CPU in minutes.")
     add_instance_flags(p, targets=8)
+
+    # One source, and what is to be done with it.
+    p.add_argument("--capture", type=Path, metavar="DIR",
+                   help="a folder of own photographs with masks and poses, instead of --root, --category, --sequence")
     p.add_argument("--category", default="toys", help="category in the root folder (default: toys)")
     p.add_argument("--sequence", metavar="S", help="default: the first of the category's list")
     p.add_argument("--input-frames", type=cli.words, default=(), metavar="I,J,...",
-                   help="frame numbers of the input views, instead of --views")
+                   help="frame numbers, or file names of own photographs, of the input views, instead of --views")
     p.add_argument("--no-prior", action="store_true", help="fit the field to the input views alone")
-    p.add_argument("--out", type=Path, metavar="DIR", help="default: output/<sequence>")
+    p.add_argument("--force", action="store_true", help="go on where masks and cameras do not fit")
+    p.add_argument("--out", type=Path, metavar="DIR", help="default: output/<sequence>; if taken, a folder beside it")
     return p
+
+
+def choose_photographs(source: OwnPhotographs, args: argparse.Namespace) -> tuple[str, ...]:
+    """Names of the input photographs: those asked for, so many random ones, or all that are not held out."""
+    # Whatever somebody asks for goes first.
+    if args.input_frames:
+        chosen = find_views(source, args.input_frames)
+    elif "--views" in args.given:
+        chosen = random_views(source, args.views, args.seed)
+    else:
+        targets = args.targets if "--targets" in args.given else None
+        chosen = source.default_inputs(targets)
+    return tuple(source.names[i] for i in chosen)
+
+
+def without_prior(args: argparse.Namespace, photographs: int) -> bool:
+    """Whether so many own photographs do without a prior. One line says which and why."""
+    # Somebody's choice, or by their number.
+    if args.no_prior:
+        return True
+    if photographs >= ENOUGH and "--weights" not in args.given:
+        print(f"{photographs} input photographs are enough for a field alone, without a prior (--weights F takes one)")
+        return True
+
+    # What a prior has learned, it sees in everything.
+    known = ", ".join(trained_categories(args.weights))
+    limit = f", which knows {known} and sees them in everything" if known else ""
+    print(f"{photographs} input photographs, with the prior {args.weights.name}{limit} (--no-prior fits them alone)")
+    return False
+
+
+def instance_of_command(args: argparse.Namespace) -> Instance:
+    """What all flags say."""
+    # Of own photographs their number decides about a prior.
+    source = find_source(args)
+    if isinstance(source, CO3DSequence):
+        config = config_from_flags(args, args.no_prior)
+        instance = instance_from_flags(args, source, config, args.input_frames, args.no_prior)
+        if instance.weights:
+            note_new_categories(args.weights, [source.entry.category])
+    else:
+        input_frames = choose_photographs(source, args)
+        no_prior = without_prior(args, len(input_frames))
+        config = config_from_flags(args, no_prior)
+        instance = instance_from_flags(args, source, config, input_frames, no_prior)
+
+    # What will not do what somebody may hope.
+    note_useless_flags(args)
+    if instance.weights and args.device == "cpu" and sparsefusion.read_preset(args.weights).name == "paper":
+        print("note: the paper's size takes minutes an iteration on a CPU; it is meant for --device cuda")
+    return instance
 
 
 def command(args: argparse.Namespace) -> None:
     """The main command."""
-    # What is asked for.
-    config = config_from_flags(args, args.no_prior)
-    entry = find_entry(args)
-    instance = instance_from_flags(args, entry, config, args.input_frames, args.no_prior)
-    out = args.out or Path("output") / entry.sequence
-    if instance.weights and args.device == "cpu" and sparsefusion.read_preset(args.weights).name == "paper":
-        print("note: the paper's size takes minutes an iteration on a CPU; it is meant for --device cuda")
+    # What is asked for, and where it goes.
+    instance = instance_of_command(args)
+    name = instance.source.name
+    settings = instance.settings()
+    out = args.out or results.choose_folder(Path("output"), name, settings, args.overwrite)
 
-    # What came of it.
-    result = run_instance(instance, out, args.overwrite)
-    inputs = ", ".join(result["input_frames"])
-    print(f"\n{entry.sequence}: inputs {inputs}; means over {len(result['target_frames'])} target views; "
+    # What came of it, now or earlier.
+    result = results.finished(out, settings)
+    if result is None:
+        check_inputs(instance.source, instance.inputs(), args.force)
+        result = run_instance(instance, out, args.overwrite, extend=not args.overwrite)
+    else:
+        print(f"{out} has the results of these settings already; delete it to make them anew")
+
+    # In a table.
+    inputs = result["input_frames"]
+    shown = ", ".join(inputs) if len(inputs) <= LISTED else f"{inputs[0]}, {inputs[1]}, ... ({len(inputs)} views)"
+    print(f"\n{name}: inputs {shown}; means over {len(result['target_frames'])} target views; "
           f"perceptual: {result['perceptual_name']}")
     print(report.table(result["methods"]))
     print(f"{result['seconds']:.0f} s; results in {out}")

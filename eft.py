@@ -11,13 +11,14 @@ The three-stage layout is that of GPNR (Suhail et al., ECCV 2022). All geometry 
 camera, so for a given depth range the result does not depend on the world's origin, nor on the order of the inputs.
 
 Differences from the released code (its `sparsefusion/eft.py`): the trunk ends after its third stage; the linear layer
-that opens a transformer is applied to each part of its input, before the parts are sampled, broadcast and added, which
-gives the same numbers for less work; in evaluation mode dropout is off and the batch norms use their running
+that opens a transformer is applied to each part of its input, before the parts are sampled, broadcast and added, and
+the linear layers of an attention that meet only as products are multiplied beforehand (`attention.py`), which gives
+the same numbers for less work; in evaluation mode dropout is off and the batch norms use their running
 statistics, while the released demo stays in training mode [released: load_model.py:33-45, 179; distillation.py:97-109].
 
 Letters: `*` optional batch of query viewpoints, `V` input views, `R` rays, `D` points a ray, `B` images, `C` channels
-of the trunk, `N` width of the transformers, `L` tokens that attend to each other, `n` numbers in a part of a token,
-`H W` image rows and columns, `h w` those of a map.
+of the trunk, `N` width of the transformers, `L` tokens that attend to each other, `T` others beside them, `n` numbers
+in a part of a token, `H W` image rows and columns, `h w` those of a map.
 """
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attention import EncoderLayer, SplitLinear
 from cameras import Cameras, pixel_grid, relative_to
+from runtime import map_threads
 
 
 @dataclass(frozen=True)
@@ -150,109 +153,62 @@ def plucker(origins: Tensor, directions: Tensor) -> Tensor:
 def sample_maps(maps: Tensor, xy: Tensor) -> Tensor:
     """Bilinear samples of maps (*, V, C, h, w) at NDC positions (*, V, R, D, 2): (*, V, R, D, C).
 
-    NDC +-1 is the center of a border pixel; outside, the border's values go on [released: eft.py:251-257, 289-296].
+    The leading axes of the maps broadcast, so that many query views share the same maps. NDC +-1 is the center of a
+    border pixel; outside, the border's values go on [released: eft.py:251-257, 289-296]. A sample is the weighted sum
+    of four rows of a table, a row a pixel: on a CPU an eighth of `grid_sample`'s time, which goes channel by channel.
     """
-    # NDC run left and up, images right and down: both signs flip.
-    flat_maps = maps.flatten(0, -4).float()  # (* V, C, h, w)
-    flat_xy = -xy.flatten(0, -4)             # (* V, R, D, 2)
-    samples = F.grid_sample(flat_maps, flat_xy, mode="bilinear", padding_mode="border", align_corners=True)
-    samples = samples.permute(0, 2, 3, 1).to(maps.dtype)
-    return samples.unflatten(0, maps.shape[:-3])
+    # NDC run left and up, columns and rows right and down. A point in a camera's plane has no place; it gets pixel 0.
+    height, width = maps.shape[-2:]
+    last = xy.new_tensor([width - 1, height - 1])
+    place = ((1 - xy) * (last / 2)).nan_to_num(0).clamp(xy.new_zeros(2), last)  # (*, V, R, D, 2) column, row
+
+    # The pixel to the upper left, of those that have neighbors to the right and below, and how far beyond it.
+    corner = place.floor().clamp(max=(last - 1).clamp(min=0))
+    column, row = (place - corner).unbind(-1)
+    weights = torch.stack([(1 - row) * (1 - column), (1 - row) * column, row * (1 - column), row * column], -1)
+
+    # The four pixels by their rows in the table.
+    table = maps.movedim(-3, -1)  # (*, V, h, w, C)
+    tables = table.shape[:-3]
+    first = torch.arange(tables.numel(), device=xy.device).view(*tables, 1, 1) * (height * width)
+    column, row = corner.long().unbind(-1)
+    right = min(1, width - 1)
+    below = width * min(1, height - 1)
+    pixels = first + row * width + column  # (*, V, R, D)
+    pixels = pixels.unsqueeze(-1) + torch.tensor([0, right, below, below + right], device=xy.device)
+
+    rows = table.reshape(-1, table.shape[-1]).float()
+    samples = F.embedding_bag(pixels.view(-1, 4), rows, mode="sum", per_sample_weights=weights.view(-1, 4))
+    return samples.to(maps.dtype).view(*pixels.shape[:-1], -1)
 
 
 # ---------------------------------------------------------------------------------------------- transformers
 
-class SplitLinear(nn.Linear):
-    """A linear layer on a concatenation that is never built: W [a, b] = W_a a + W_b b.
-
-    Every part is multiplied at its own shape and then broadcast: a query ray once, not once a view and point. Called
-    with a concatenation, it is the ordinary layer.
-    """
-
-    def __init__(self, width: int, **sizes: int):
-        """A name and a number of components for every part, in the order of the concatenation."""
-        super().__init__(sum(sizes.values()), width)
-        self.sizes = sizes
-
-    def columns(self) -> dict[str, Tensor]:
-        """The columns of the weight that multiply each part, (N, n)."""
-        blocks = self.weight.split(list(self.sizes.values()), dim=1)
-        return dict(zip(self.sizes, blocks))
-
-    def multiply(self, **parts: Tensor) -> Tensor:
-        """What the given parts (..., n) add to the result (..., N), without the bias; their leading axes broadcast."""
-        columns = self.columns()
-        products = [F.linear(x, columns[name]) for name, x in parts.items()]
-        return sum(products[1:], start=products[0])
-
-
-class EncoderLayer(nn.TransformerEncoderLayer):
-    """PyTorch's post-norm encoder layer (Vaswani et al., 2017) with its attention written out.
-
-    Here sequences are short (V views, D points) and there are up to a million of them: fused attention kernels waste
-    most of a tile on them, and on a GPU the one for float32 refuses more than 65,535 sequences when dropout is on.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens (..., L, N) -> (..., L, N)."""
-        x = normalize(self.norm1, x + self.dropout1(self.attend(x)))
-        hidden = self.dropout(F.relu(self.linear1(x)))
-        return normalize(self.norm2, x + self.dropout2(self.linear2(hidden)))
-
-    def attend(self, x: Tensor) -> Tensor:
-        """Self-attention along L: (..., L, N) -> (..., L, N)."""
-        attention = self.self_attn
-
-        # Project the tokens to queries, keys and values of every head.
-        projected = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
-        query, key, value = projected.chunk(3, dim=-1)
-        query = split_heads(query, attention.num_heads)  # (..., heads, L, N / heads)
-        key = split_heads(key, attention.num_heads)
-        value = split_heads(value, attention.num_heads)
-
-        # Every token takes the mean of the values, weighted by how well its query fits their keys.
-        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-        weights = F.dropout(scores.softmax(-1), attention.dropout, self.training)  # (..., heads, L, L)
-        mixed = weights @ value
-        return attention.out_proj(mixed.transpose(-2, -3).flatten(-2))
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(..., L, N) -> (..., heads, L, N / heads)."""
-    return x.unflatten(-1, (heads, -1)).transpose(-2, -3)
-
-
-def normalize(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """Layer normalization (Ba et al., 2016) of tokens (..., N) in their own precision, the statistics in float32.
-
-    Autocast would return float32, and every later addition would read and write twice the bytes, which is what a layer
-    on a million short tokens spends its time on.
-    """
-    with torch.autocast(x.device.type, enabled=False):
-        return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
-
-
 class Transformer(nn.Module):
     """Linear layer and GELU, then encoder layers; no positional encoding. A token is a concatenation of parts."""
 
-    def __init__(self, config: EFTConfig, **sizes: int):
+    def __init__(self, config: EFTConfig, axis: int, **sizes: int):
+        """axis: along which tokens attend to each other, -2 or -3."""
         super().__init__()
+        self.axis = axis
         self.input = SplitLinear(config.width, **sizes)
-        self.encoder = nn.Sequential()
+        self.encoder = nn.ModuleList()
         for _ in range(config.layers):
             layer = EncoderLayer(config.width, config.heads, config.feedforward, config.dropout, batch_first=True)
             self.encoder.append(layer)
 
     def forward(self, products: Tensor) -> Tensor:
-        """Tokens that attend to each other along L: (..., L, N), as `input.multiply` left them -> (..., L, N)."""
-        tokens = products + self.input.bias.to(products.dtype)
-        return self.encoder(F.gelu(tokens))
+        """Tokens (..., L, N) or (..., L, T, N), as `input.multiply` left them: what the others told them, as many."""
+        tokens = F.gelu(products + self.input.bias.to(products.dtype))
+        for layer in self.encoder:
+            tokens = layer(tokens, self.axis)
+        return tokens
 
 
-def weighted_sum(tokens: Tensor, logit: nn.Linear) -> Tensor:
-    """Tokens (..., L, N) -> their mean over L, (..., N), weighted by the softmax of what `logit` says of each."""
-    weights = logit(tokens).softmax(-2)  # (..., L, 1)
-    return (weights * tokens).sum(-2)
+def weighted_sum(tokens: Tensor, logit: nn.Linear, axis: int) -> Tensor:
+    """The mean of tokens along an axis, which goes, weighted by the softmax of what `logit` says of each."""
+    weights = logit(tokens).softmax(axis)
+    return (weights * tokens).sum(axis)
 
 
 # ---------------------------------------------------------------------------------------------- the whole
@@ -276,13 +232,18 @@ class EFT(nn.Module):
         ray_size = 6 * depth_size
         channels = self.trunk.channels
         width = config.width
-        self.visual = Transformer(config, reference_ray=ray_size, depth=depth_size, features=channels, color=3)
-        self.epipolar = Transformer(config, query_ray=ray_size, reference_ray=ray_size, depth=depth_size, visual=width)
-        self.views = Transformer(config, query_ray=ray_size, reference_ray=ray_size, epipolar=width)
+        self.visual = Transformer(config, -3, reference_ray=ray_size, depth=depth_size, features=channels, color=3)
+        self.epipolar = Transformer(config, -2, query_ray=ray_size, reference_ray=ray_size, depth=depth_size,
+                                    visual=width)
+        self.views = Transformer(config, -3, query_ray=ray_size, reference_ray=ray_size, epipolar=width)
 
         self.depth_logit = nn.Linear(width, 1)
         self.view_logit = nn.Linear(width, 1)
         self.color = nn.Linear(width, 3)
+
+    def ray_bytes(self, views: int) -> int:
+        """Bytes of all tokens of a ray in float32: how much memory goes with a ray, and with every input view."""
+        return 4 * views * self.config.depths * self.config.width
 
     def encode(self, images: Tensor) -> Tensor:
         """Feature maps of the input images (*, V, 3, H, W) in [0, 1], black background: (*, V, N, H/2, W/2).
@@ -310,28 +271,24 @@ class EFT(nn.Module):
         sampled_features = sample_maps(maps, geometry.xy_views)  # (*, V, R, D, N)
         sampled_colors = sample_maps(images, geometry.xy_views)  # (*, V, R, D, 3)
 
-        # T1, across the views of a point: tokens (*, R, D, V, .). `encode` has multiplied the features already.
-        reference_ray = geometry.reference_rays.movedim(-4, -2)
-        depth = geometry.depths.unsqueeze(-2)
-        color = sampled_colors.movedim(-4, -2)
-        products = self.visual.input.multiply(reference_ray=reference_ray, depth=depth, color=color)
-        visual = self.visual(sampled_features.movedim(-4, -2) + products)
+        # T1, across the views of a point: tokens (*, V, R D, .). `encode` has multiplied the features already.
+        grid = sampled_features.shape[-3:-1]             # (R, D)
+        depth = geometry.depths.unsqueeze(-3)            # (*, 1, 1, D, n)
+        products = self.visual.input.multiply(depth=depth, color=sampled_colors, reference_ray=geometry.reference_rays)
+        visual = self.visual((sampled_features + products).flatten(-3, -2)).unflatten(-2, grid)
 
-        # T2, along the points of a ray in a view: tokens (*, R, V, D, .), of which (*, R, V, N) remains.
-        query_ray = geometry.query_rays[..., None, None, :]
-        reference_ray = geometry.reference_rays.movedim(-4, -3)
-        depth = geometry.depths.unsqueeze(-3)
-        visual = visual.transpose(-2, -3)
-        products = self.epipolar.input.multiply(query_ray=query_ray, reference_ray=reference_ray, depth=depth,
-                                                visual=visual)
-        epipolar = weighted_sum(self.epipolar(products), self.depth_logit)
+        # T2, along the points of a ray in a view: tokens (*, V, R, D, .), of which (*, V, R, N) remains.
+        query_ray = geometry.query_rays[..., None, :, None, :]
+        products = self.epipolar.input.multiply(query_ray=query_ray, depth=depth,
+                                                reference_ray=geometry.reference_rays, visual=visual)
+        epipolar = weighted_sum(self.epipolar(products), self.depth_logit, axis=-2)
 
-        # T3, across the views of a ray: tokens (*, R, V, .), of which (*, R, N) remains. The reference ray of the
+        # T3, across the views of a ray: tokens (*, V, R, .), of which (*, R, N) remains. The reference ray of the
         # middle point stands for those of all [released: eft.py:445-448].
-        query_ray = geometry.query_rays.unsqueeze(-2)
-        reference_ray = geometry.reference_rays[..., self.config.depths // 2, :].transpose(-2, -3)
+        query_ray = geometry.query_rays.unsqueeze(-3)
+        reference_ray = geometry.reference_rays[..., self.config.depths // 2, :]
         products = self.views.input.multiply(query_ray=query_ray, reference_ray=reference_ray, epipolar=epipolar)
-        features = weighted_sum(self.views(products), self.view_logit)
+        features = weighted_sum(self.views(products), self.view_logit, axis=-3)
 
         color = self.color(features).float().sigmoid()
         return Prediction(features.float(), color)
@@ -368,13 +325,22 @@ class EFT(nn.Module):
 
     def image(self, maps: Tensor, images: Tensor, cameras: Cameras, query: Cameras, size: int, near: float | Tensor,
               far: float | Tensor, chunk: int = 128) -> Prediction:
-        """Feature map (*, N, size, size) and color image (*, 3, size, size) of a whole query view.
+        """Feature map (*, N, size, size) and color image (*, 3, size, size) of whole query views.
 
         `size` is the conditioning map's (H / 8) or the image's own, H; the outer rays pass through the outermost pixels
-        of the full image. `chunk` rays go at a time: 128 fit a CPU's caches, a GPU wants thousands.
+        of the full image. `chunk` rays of every view go at a time: 128 fit a CPU's caches, a GPU wants thousands.
         """
         grid = pixel_grid(size, size, full=images.shape[-1], device=images.device)
-        parts = [self(maps, images, cameras, query, xy, near, far) for xy in grid.split(chunk)]
+
+        def ask(xy: Tensor) -> Prediction:
+            return self(maps, images, cameras, query, xy, near, far)
+
+        # Dropout draws from one stream of random numbers, so its chunks have an order.
+        chunks = grid.split(chunk)
+        if self.training or images.is_cuda:
+            parts = [ask(xy) for xy in chunks]
+        else:
+            parts = map_threads(ask, chunks)
         features = torch.cat([part.features for part in parts], dim=-2)  # (*, size^2, N)
         color = torch.cat([part.color for part in parts], dim=-2)        # (*, size^2, 3)
         return Prediction(as_map(features, size), as_map(color, size))

@@ -10,7 +10,6 @@ cannot be read is named, counted and left out.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import co3d
 import distill
 import files
 import report
+from instance import CO3DSequence, Instance
 from protocol import PROTOCOLS, Entry, read_list, save_list
 from runtime import Progress, map_processes
 
@@ -29,7 +29,7 @@ from runtime import Progress, map_processes
 @dataclass(frozen=True)
 class Job:
     """One sequence of an evaluation, and where its results go."""
-    instance: distill.Instance
+    instance: Instance
     out: Path
     strict: bool     # an error ends everything
     overwrite: bool  # results of other settings may be replaced
@@ -45,13 +45,10 @@ def finished(job: Job) -> dict | None:
     earlier = job.out / "metrics.json"
     if not earlier.exists():
         return None
-    result = json.loads(earlier.read_text())
-    wanted = json.loads(json.dumps(job.instance.settings()))
-    found = result.get("settings", {})
-    other = [name for name in wanted if found.get(name) != wanted[name]]
+    result = files.read_json(earlier)
+    other = files.differences(result.get("settings"), job.instance.settings())
     if other and not job.overwrite:
-        raise ValueError(f"{earlier}: results of other settings ({', '.join(other)} differ); choose another --out, "
-                         "or --overwrite")
+        raise ValueError(f"{earlier}: results of other settings ({other}); choose another --out, or --overwrite")
     return None if other else result
 
 
@@ -65,7 +62,7 @@ def evaluate_one(job: Job) -> str | None:
     except (OSError, ValueError, FloatingPointError) as e:
         if job.strict:
             raise
-        return f"{job.instance.entry.sequence}: {e}"
+        return f"{job.instance.source.name}: {e}"
     return None
 
 
@@ -91,8 +88,11 @@ def choose_jobs(args: argparse.Namespace) -> list[Job]:
     config = distill.config_from_flags(args)
     jobs = []
     for entry in choose_entries(args):
-        instance = distill.instance_from_flags(args, entry, config)
-        jobs.append(Job(instance, args.out / entry.category / entry.sequence, args.strict, args.overwrite))
+        instance = distill.instance_from_flags(args, CO3DSequence(args.root, entry), config)
+        folder = args.out / files.safe_name(entry.category) / files.safe_name(entry.sequence)
+        if (folder.parent.name, folder.name) != (entry.category, entry.sequence):
+            print(f"{entry.category!r}, {entry.sequence!r}: no names for folders; their results go to {folder}")
+        jobs.append(Job(instance, folder, args.strict, args.overwrite))
     return jobs
 
 
@@ -138,8 +138,12 @@ def summarize(results: list[dict], jobs: int) -> dict:
 
 def command(args: argparse.Namespace) -> None:
     """Evaluate what was asked for."""
+    distill.note_useless_flags(args)
+    if args.list:
+        cli.note_useless(args, ["--category", "--instances", "--protocol"], "with --list")
     jobs = choose_jobs(args)
-    save_list([job.instance.entry for job in jobs], args.out / "list.json")
+    distill.note_new_categories(args.weights, [job.instance.source.entry.category for job in jobs])
+    save_list([job.instance.source.entry for job in jobs], args.out / "list.json")
 
     # Results of other settings stop everything before anything is computed; those of the same are taken up.
     mine = my_share(jobs)
@@ -160,7 +164,7 @@ def command(args: argparse.Namespace) -> None:
     rows = [result["methods"] for result in results]
     text = report.markdown(rows, results[0]["perceptual_name"])
     with files.write_atomically(args.out / "evaluation.md") as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
     files.save_json(summarize(results, len(jobs)) | {"left_out": problems}, args.out / "evaluation.json")
     print(f"{len(results)} of {len(jobs)} sequences, {args.views} input views each; {len(problems)} left out\n\n{text}")
 

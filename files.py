@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -47,7 +49,18 @@ def save_json(data, path: str | Path) -> None:
     """Write plain data as indented JSON. Raises `ValueError` for a number that JSON does not have (infinity, NaN)."""
     text = json.dumps(data, indent=1, allow_nan=False)
     with write_atomically(path) as temporary:
-        temporary.write_text(text + "\n")
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> dict:
+    """The object in a JSON file. Raises `ValueError` with one line for anything else."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: not a JSON file; delete it or choose another folder") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: not a JSON object; delete it or choose another folder")
+    return data
 
 
 def read_tensors(path: str | Path, entry: str = "weights") -> dict:
@@ -61,8 +74,9 @@ def read_tensors(path: str | Path, entry: str = "weights") -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    mapped = os.name != "nt"  # what is mapped cannot be replaced on Windows
     try:
-        data = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+        data = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as e:  # broken bytes raise nearly anything
         raise ValueError(f"{path}: not a checkpoint that can be read safely ({type(e).__name__})") from None
 
@@ -75,6 +89,15 @@ def read_tensors(path: str | Path, entry: str = "weights") -> dict:
 
 def fingerprint(path: str | Path) -> str:
     """Sixteen hexadecimal digits that tell this file's content from any other's (SHA-256)."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    status = os.stat(path)
+    return _fingerprint(str(path), status.st_mtime_ns, status.st_size)
+
+
+@lru_cache
+def _fingerprint(path: str, date: int, size: int) -> str:
+    """Gigabytes are read once, as long as date and size stay."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
@@ -85,3 +108,69 @@ def digest(*tensors: torch.Tensor) -> str:
     for tensor in tensors:
         total.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return total.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------- names and settings
+
+DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}  # of Windows
+LONGEST_NAME = 70  # characters
+
+
+def safe_name(name: str) -> str:
+    """A name that came with data as a name of one file or folder on any system, whatever it was.
+
+    Most are so already. Any other, such as "", ".." or "a/b", is spelled otherwise, with a digest that keeps different
+    names different.
+    """
+    spelled = re.sub(r"[^\w.+@=, ()\[\]-]", "_", name)
+    spelled = spelled.strip(". ")[:LONGEST_NAME]
+    device = spelled.partition(".")[0].strip().lower() in DEVICES
+    if spelled == name and name and not device:
+        return name
+
+    # Windows looks at what stands before the first dot.
+    digits = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
+    spelled = spelled.replace(".", "_")
+    return f"{spelled}_{digits}"
+
+
+def differences(found, wanted, most: int = 3) -> str:
+    """What differs between two settings, plain data, in words: "seed differ: 0 there, 1 here"; "" for nothing."""
+    # By name, as JSON has them, which knows no tuples.
+    found = _flat(json.loads(json.dumps(found, default=str)))
+    wanted = _flat(json.loads(json.dumps(wanted, default=str)))
+    paths = list(dict.fromkeys([*wanted, *found]))
+    paths = [path for path in paths if found.get(path) != wanted.get(path)]
+    if not paths:
+        return ""
+
+    # The names of the parts first.
+    parts = dict.fromkeys(path.partition(".")[0] for path in paths)
+    names = ", ".join(parts)
+
+    # Then some of the values.
+    values = []
+    for path in paths[:most]:
+        there = _short(found.get(path))
+        here = _short(wanted.get(path))
+        values.append(f"{path} is {there} there, {here} here")
+    if len(paths) > most:
+        values.append("...")
+    return f"{names} differ: {', '.join(values)}"
+
+
+def _flat(data, path: str = "") -> dict:
+    """Nested dictionaries as one: dotted path -> value."""
+    # Whatever is no dictionary is a value.
+    if not isinstance(data, dict):
+        return {path: data}
+    flat = {}
+    for name, value in data.items():
+        flat.update(_flat(value, f"{path}.{name}" if path else name))
+    return flat
+
+
+def _short(value) -> str:
+    """A value for one line."""
+    text = json.dumps(value)
+    return text if len(text) <= 24 else f"{text[:20]}..."

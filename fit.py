@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import files
-from runtime import Progress
+from runtime import Interrupted, Progress, whole
 
 Numbers = dict[str, Tensor]  # what a step shows: name -> scalar
 
@@ -88,19 +88,21 @@ class Fit:
         if not self.state_file.exists():
             return
         state = files.read_tensors(self.state_file, "module")
-        found = state.get("settings")
-        found = found if isinstance(found, dict) else {}
-        other = [name for name in self.settings if found.get(name) != self.settings[name]]
+        other = files.differences(state.get("settings", {}), self.settings)
         if other:
-            raise ValueError(f"{self.state_file}: the state of another training ({', '.join(other)} differ); "
-                             "delete it or choose another --out")
+            raise ValueError(f"{self.state_file}: the state of another training ({other}); delete it or choose "
+                             "another --out")
 
         # All that a step changes.
-        self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for name, x in self.average.items():
-            x.copy_(state["average"][name])
-        self.completed = state["completed"]
+        try:
+            self.module.load_state_dict(state["module"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            for name, x in self.average.items():
+                x.copy_(state["average"][name])
+            self.completed = int(state["completed"])
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+            raise ValueError(f"{self.state_file}: not a whole state ({type(e).__name__}); delete it to start again"
+                             ) from None
         print(f"resuming {self.out.name} at step {self.completed}")
 
     def save(self) -> None:
@@ -136,7 +138,17 @@ class Fit:
         return {name: x.detach() for name, x in numbers.items()}
 
     def run(self, title: str, minutes: float | None = None) -> None:
-        """All steps that are left, or as many as fit into so many minutes."""
+        """All steps that are left, or as many as fit into so many minutes. An interrupted run is saved."""
+        with whole():
+            try:
+                self._run(title, minutes)
+            except Interrupted as e:
+                e.add_note(f"{self.state_file} has {self.completed} of {self.config.steps} steps")
+                self.save()
+                raise
+            self.save()
+
+    def _run(self, title: str, minutes: float | None) -> None:
         total = self.config.steps
         progress = Progress(range(self.completed, total), title, self.completed, total)
         began = saved = time.monotonic()
@@ -164,7 +176,6 @@ class Fit:
             if now - saved > self.config.save_seconds:
                 self.save()
                 saved = now
-        self.save()
 
 
 def learning_rate(step: int, config: FitConfig) -> float:

@@ -154,7 +154,7 @@ def _records(file: Path) -> Iterator[dict]:
             record, position = decoder.raw_decode(text, position)
             yield record
             position = separator.match(text, position).end()
-    except (OSError, EOFError, ValueError, IndexError, zlib.error):
+    except (OSError, EOFError, ValueError, IndexError, RecursionError, zlib.error):
         raise ValueError(f"{file}: not a complete gzipped JSON list; download it again") from None
 
 
@@ -171,12 +171,20 @@ def _usable_frame(record: dict, splits: dict[str, list[str]]) -> Frame | None:
     if area is not None and area <= 1:
         return None
 
-    # The camera stays JSON, which only the frames that somebody decodes need parsed.
+    # What a frame is found by. The name has a place in a zip file.
     sequence = str(record["sequence_name"])
+    number = record["frame_number"]
     time = record.get("frame_timestamp") or 0.0
     image = record["image"]["path"]
-    viewpoint = json.dumps(viewpoint)
-    return Frame(sequence, record["frame_number"], time, image, mask["path"], viewpoint, splits.get(image, []))
+    if type(number) is not int or not isinstance(time, (int, float)):
+        raise TypeError("not a number")
+    if not isinstance(image, str) or not isinstance(mask["path"], str):
+        raise TypeError("not a path")
+    if not sequence or "\0" in sequence or not sequence.isprintable():
+        raise TypeError("not a name")
+
+    # The camera stays JSON, which only the frames that somebody decodes need parsed.
+    return Frame(sequence, number, time, image, mask["path"], json.dumps(viewpoint), splits.get(image, []))
 
 
 def _read_set_lists(set_lists: list[Path]) -> dict[str, list[str]]:

@@ -15,12 +15,10 @@ Letters: `N` points, `L` levels, `C` features a level.
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from kernels import without_toolkit
+from runtime import map_threads
 
 PRIMES = (1, 2654435761, 805459861)  # factors of the spatial hash (Instant NGP, Eq. 4)
 
@@ -46,6 +47,7 @@ class Levels(NamedTuple):
     stride: Tensor    # (L, 3) int32: what one cell along each axis adds to a corner's index; its factor in the hash
     rows: Tensor      # (L, 1) int32: number of the level's rows in the table
     offset: Tensor    # (L, 1) int32: first of these rows
+    dense_to: int     # first level whose corners share rows; the coarser ones have one for each
     hashed_from: int  # first level with the spatial hash; the coarser ones have a running index
     full_from: int    # first level with the most rows that one can have, a power of two
 
@@ -66,7 +68,7 @@ def level_table(levels: int, log2_hashmap_size: int, base_resolution: int, fines
     scale = growth * np.float32(base_resolution) - np.float32(1)
 
     rows, strides = [], []
-    hashed_from = levels
+    dense_to = hashed_from = levels
     for level in range(levels):
         # A row for every corner where there is room, and a multiple of eight [released: gridencoder/grid.py:96-119].
         cells = math.ceil(base_resolution * np.exp2(log2_growth) ** level)
@@ -78,6 +80,8 @@ def level_table(levels: int, log2_hashmap_size: int, base_resolution: int, fines
         side = math.ceil(scale[level]) + 2
         if hashed and side**3 > size:
             hashed_from = min(hashed_from, level)
+        if side**3 > size:
+            dense_to = min(dense_to, level)
         running = [side**axis if side**axis <= size else 0 for axis in range(3)]
         strides.append(running if level < hashed_from else PRIMES)
 
@@ -86,7 +90,7 @@ def level_table(levels: int, log2_hashmap_size: int, base_resolution: int, fines
     full_from = sum(size < 2**log2_hashmap_size for size in rows)
     rows = torch.tensor(rows, dtype=torch.int32)[:, None]
     offset = rows.cumsum(0, dtype=torch.int32) - rows
-    return Levels(torch.tensor(scale)[:, None], torch.tensor(stride), rows, offset, hashed_from, full_from)
+    return Levels(torch.tensor(scale)[:, None], torch.tensor(stride), rows, offset, dense_to, hashed_from, full_from)
 
 
 def corners(x: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
@@ -94,10 +98,11 @@ def corners(x: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
 
     Rows are int32. Outside the unit cube all weights are 0 [released: gridencoder/src/gridencoder.cu:98-137].
     """
-    position = x[:, None] * levels.scale + 0.5                     # (N, L, 3)
+    inside = ((x >= 0) & (x <= 1)).all(-1)[:, None, None]          # (N, 1, 1)
+    x = torch.where(inside, x[:, None], 0)                         # (N, 1, 3)
+    position = x * levels.scale + 0.5                              # (N, L, 3)
     cell = position.floor()
     fraction = position - cell                                     # of the way from the lower to the upper corner
-    inside = ((x >= 0) & (x <= 1)).all(-1)[:, None, None]          # (N, 1, 1)
 
     # Trilinear interpolation: a weight is the product of one factor an axis.
     weights = fraction.new_empty(*fraction.shape[:2], 8)
@@ -112,12 +117,16 @@ def corners(x: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
     _over_corners(index[:, dense], lower[:, dense], upper[:, dense], torch.add)
     _over_corners(index[:, hashed], lower[:, hashed], upper[:, hashed], torch.bitwise_xor)
 
-    # A remainder by a power of two does not mind the sign that a hash has here; by another number, it must be undone.
-    signed = slice(levels.hashed_from, levels.full_from)
-    if levels.hashed_from < levels.full_from:
-        hashes = index[:, signed].long() % 2**32
-        index[:, signed] = hashes % levels.rows[signed]
-    return index.remainder_(levels.rows).add_(levels.offset), weights
+    # Where corners share rows, the index wraps around: in a remainder by a power of two some bits are left out, and by
+    # another number the sign must be undone that a hash has here.
+    tiled = slice(levels.dense_to, levels.hashed_from)
+    signed = slice(levels.hashed_from, max(levels.hashed_from, levels.full_from))
+    full = slice(signed.stop, None)
+    index[:, tiled].remainder_(levels.rows[tiled])
+    if signed.start < signed.stop:
+        index[:, signed] = (index[:, signed].long() % 2**32) % levels.rows[signed]
+    index[:, full].bitwise_and_(levels.rows[full] - 1)
+    return index.add_(levels.offset), weights
 
 
 def _over_corners(out: Tensor, lower: Tensor, upper: Tensor, combine: Callable) -> None:
@@ -161,16 +170,20 @@ class _Encode(torch.autograd.Function):
         return features.reshape(len(x), len(levels.scale) * table.shape[1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[None, Tensor, None]:
         index, weights = ctx.saved_tensors
         rows, channels = ctx.table_shape
-
-        # torch's own backward of embedding_bag sorts the indices; adding column by column takes half the time.
-        grad = grad.reshape(-1, channels)                          # (N * L, C)
         columns = grad.new_zeros(channels, rows)
-        for channel, column in enumerate(columns):
+        grad = grad.reshape(-1, channels)                          # (N * L, C)
+
+        def add(channel: int) -> None:
+            # torch's own backward of embedding_bag sorts the indices; adding column by column takes half the time.
             shares = weights * grad[:, channel, None]              # (N * L, 8)
-            column.index_add_(0, index.flatten(), shares.flatten())
+            columns[channel].index_add_(0, index.flatten(), shares.flatten())
+
+        # One core adds a column.
+        map_threads(add, range(channels))
         return None, columns.t(), None
 
 
@@ -223,23 +236,6 @@ def compile_kernels(channels: int, device: int) -> Kernels | None:
 def _say_plain_torch_serves(reason: str) -> None:
     """Say, once, why a GPU encodes slowly."""
     print(f"hash encoding: by plain torch, many times slower than by hashgrid.cu ({reason})", file=sys.stderr)
-
-
-@contextmanager
-def without_toolkit() -> Iterator[None]:
-    """Let torch compile kernels on a machine without a CUDA toolkit.
-
-    It asks for the toolkit's folder of headers, which these kernels do not need, and fails where it knows of none. For
-    now it knows of "".
-    """
-    # Imported no earlier, since it takes long, fails without setuptools, and is of use to a GPU alone.
-    extension = importlib.import_module("torch.utils.cpp_extension")
-    home = extension.CUDA_HOME
-    extension.CUDA_HOME = home or ""
-    try:
-        yield
-    finally:
-        extension.CUDA_HOME = home
 
 
 class _EncodeByKernels(torch.autograd.Function):
@@ -307,6 +303,7 @@ class HashGrid(nn.Module):
         self.register_buffer("stride", grids.stride, persistent=False)
         self.register_buffer("rows", grids.rows, persistent=False)
         self.register_buffer("offset", grids.offset, persistent=False)
+        self.dense_to = grids.dense_to
         self.hashed_from = grids.hashed_from
         self.full_from = grids.full_from
 
@@ -317,7 +314,8 @@ class HashGrid(nn.Module):
     @property
     def levels(self) -> Levels:
         """The grids, on the device of the table."""
-        return Levels(self.scale, self.stride, self.rows, self.offset, self.hashed_from, self.full_from)
+        return Levels(self.scale, self.stride, self.rows, self.offset, self.dense_to, self.hashed_from,
+                      self.full_from)
 
     def forward(self, x: Tensor) -> Tensor:
         """Points (N, 3) -> features (N, L * C); 0 outside the cube."""

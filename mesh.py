@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from files import write_atomically
-from ngp import CHUNK, Field, Occupancy, cell_bounds, in_chunks
+from ngp import Field, Occupancy, cell_bounds, in_chunks
 from volume import compositing_weights, evaluate_samples, sampled_box
 
 # Kuhn's six tetrahedra of a cube, whose corner 4 i + 2 j + k lies at (x, y, z) = (i, j, k). All have the diagonal from
@@ -56,6 +56,9 @@ CASES = (
     "20 10 30",            # 1 2 3
     "",                    # all inside
 )
+
+# Points that the field is asked at once: what fits a CPU's caches, what fills a GPU.
+POINTS = {"cpu": 2**13, "cuda": 2**18}
 
 PLY_HEADER = """\
 ply
@@ -122,7 +125,7 @@ def extract_mesh(field: Field, resolution: int = 128, threshold: float | None = 
     # The field on it, and the triangles between what is inside and what is outside.
     surface_density = 5 / longest if threshold is None else threshold
     points = torch.arange(math.prod(grid.counts), device=box.device)
-    values = in_chunks(lambda some: _log_ratio(field, grid, some, surface_density, occupancy), points)
+    values = _log_ratio(field, grid, points, surface_density, occupancy)
     edges = _triangles(values > 0, grid.counts)
 
     # One vertex an edge, however many triangles meet there.
@@ -153,7 +156,8 @@ def _log_ratio(field: Field, grid: Grid, points: Tensor, surface_density: float 
     if occupancy is not None:
         inside &= occupancy(x)
     inside = inside.nonzero().squeeze(-1)
-    density = x.new_zeros(len(x)).index_copy(0, inside, field.density(x[inside]))
+    found = in_chunks(field.density, x[inside], POINTS[x.device.type])
+    density = x.new_zeros(len(x)).index_copy(0, inside, found)
     return (density / surface_density).log().clamp(-5, 5)
 
 
@@ -206,7 +210,7 @@ def _colors_below(field: Field, vertices: Tensor, faces: Tensor, step: Tensor, o
         return (weights * color).sum(1) / weights.sum(1)
 
     rays = torch.cat([vertices, -normals], 1)
-    return in_chunks(mean_color, rays, CHUNK // samples)
+    return in_chunks(mean_color, rays, POINTS[rays.device.type] // samples)
 
 
 def largest_component(mesh: Mesh) -> Mesh:
@@ -235,7 +239,7 @@ def connected_parts(edges: Tensor, count: int) -> Tensor:
     vertices = torch.arange(count, device=edges.device)
     label = vertices
     while len(edges):
-        least = edges.amin(1, keepdim=True).expand(-1, 2)
+        least = torch.minimum(edges[:, :1], edges[:, 1:]).expand(-1, 2)
         parent = vertices.scatter_reduce(0, edges.flatten(), least.flatten(), "amin")
 
         # Follow the hooks to their ends.

@@ -44,6 +44,9 @@ class FieldConfig:
     bound: float = 4.0              # half side of the field's cube, CO3D units [released: distillation.py:519]
     width: int = 64                 # channels of the network's hidden layers [released: nerf/network_grid.py:39-52]
     hidden_layers: int = 2          # hidden layers of the network [released: nerf/network_grid.py:14-33]
+    # Spherical harmonics below this degree tell the color where it is seen from (Instant NGP: 4); 0: it is the same
+    # from everywhere, as in the paper.
+    view_degree: int = 0
     blob_density: float = 5.0       # height of the Gaussian in the density logit [released: nerf/network_grid.py:69-88]
     blob_radius: float = 0.2        # standard deviation of the Gaussian in the density logit, CO3D units (DreamFusion)
     samples_per_ray: int = 64       # D, stratified samples of a ray [released: distillation.py:507]
@@ -67,6 +70,8 @@ class FieldConfig:
         _require(self.mask_threshold < 1, f"mask_threshold must be below 1, not {self.mask_threshold}")
 
         # Numbers that must fit each other.
+        _require(self.view_degree <= 4, f"view_degree must be at most 4, not {self.view_degree}")
+        _require(self.view_degree == 0 or self.hidden_layers > 0, "view_degree needs a hidden layer")
         _require(self.base_resolution <= self.finest_resolution,
                  f"base_resolution {self.base_resolution} is above finest_resolution {self.finest_resolution}")
         _require(self.levels << self.log2_hashmap_size < 2**31,
@@ -76,8 +81,8 @@ class FieldConfig:
 
 
 _LEAST = {"levels": 1, "features_per_level": 1, "log2_hashmap_size": 1, "base_resolution": 1, "width": 1,
-          "hidden_layers": 0, "samples_per_ray": 1, "importance_samples": 0, "near": 0, "occupancy_cells": 1,
-          "occupancy_decay": 0, "mask_threshold": 0, "forgiven_views": 1}
+          "hidden_layers": 0, "view_degree": 0, "samples_per_ray": 1, "importance_samples": 0, "near": 0,
+          "occupancy_cells": 1, "occupancy_decay": 0, "mask_threshold": 0, "forgiven_views": 1}
 
 
 def _require(fits: bool, message: str) -> None:
@@ -90,7 +95,7 @@ PAPER = FieldConfig()
 NANO = FieldConfig(levels=5, features_per_level=4, base_resolution=8, finest_resolution=160, width=32, hidden_layers=1,
                    blob_density=0.0, importance_samples=0, occupancy_cells=48, occupancy_decay=0.8)
 
-CHUNK = 2**18  # points evaluated at once where no gradient is needed
+CHUNK = {"cpu": 2**13, "cuda": 2**18}  # points evaluated at once where no gradient is needed
 DENSEST = math.exp(15)  # the largest density that is remembered of an occupancy cell
 MASK_GAP = 2  # pixels that a mask may end before the picture's border and still count as touching it
 
@@ -114,8 +119,29 @@ class _TruncatedExp(torch.autograd.Function):
         return grad * x.clamp(-15, 15).exp()
 
 
+def spherical_harmonics(directions: Tensor, degree: int) -> Tensor:
+    """The real spherical harmonics below a degree of at most 4, orthonormal on the sphere: directions (N, 3), of any
+    length but 0 -> (N, degree^2).
+    """
+    x, y, z = F.normalize(directions, dim=-1).unbind(-1)
+    xx, yy, zz = x * x, y * y, z * z
+
+    # A band a degree, with Condon and Shortley's phase left out.
+    values = [0.28209479 * torch.ones_like(x)]
+    values += [0.48860251 * y, 0.48860251 * z, 0.48860251 * x]
+    values += [1.09254843 * x * y, 1.09254843 * y * z]
+    values += [0.31539157 * (3 * zz - 1)]
+    values += [1.09254843 * x * z, 0.54627421 * (xx - yy)]
+    values += [0.59004359 * y * (3 * xx - yy), 2.89061144 * x * y * z]
+    values += [0.45704579 * y * (5 * zz - 1)]
+    values += [0.37317633 * z * (5 * zz - 3)]
+    values += [0.45704579 * x * (5 * zz - 1)]
+    values += [1.44530572 * z * (xx - yy), 0.59004359 * x * (xx - 3 * yy)]
+    return torch.stack(values[:degree**2], -1)
+
+
 class Field(nn.Module):
-    """A scene: density and color of every point of the cube, independent of the viewing direction (Sec. 3.2)."""
+    """A scene: density and color of every point of the cube (Sec. 3.2)."""
 
     def __init__(self, config: FieldConfig, generator: torch.Generator | None = None):
         super().__init__()
@@ -134,16 +160,34 @@ class Field(nn.Module):
         layers.append(_linear(channels, 4, generator))
         self.mlp = nn.Sequential(*layers)
 
+        # What the viewing direction adds to the logits of color; nothing at first.
+        self.view_mlp = None
+        if config.view_degree:
+            hidden = _linear(channels + config.view_degree**2, config.width, generator)
+            last = nn.Linear(config.width, 3)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self.view_mlp = nn.Sequential(hidden, nn.ReLU(), last)
+
     def blob(self, x: Tensor) -> Tensor:
         """What is added to the density logit of points (N, 3): a Gaussian around the origin, (N,)."""
         variance = self.config.blob_radius**2
         return self.config.blob_density * torch.exp(-x.square().sum(-1) / (2 * variance))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Points (N, 3) -> density (N,), per unit of length, and color (N, 3) in [0, 1]."""
-        logits = self.mlp(self.encoding(x))
+    def forward(self, x: Tensor, directions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Points (N, 3) -> density (N,), per unit of length, and color (N, 3) in [0, 1].
+
+        With the directions (N, 3) that the points are seen in, the color is as seen in them; without, it is what the
+        field says of all directions.
+        """
+        hidden = self.mlp[:-1](self.encoding(x))
+        logits = self.mlp[-1](hidden)
         density = _TruncatedExp.apply(logits[:, 0] + self.blob(x))
-        return density, torch.sigmoid(logits[:, 1:])
+        color = logits[:, 1:]
+        if self.view_mlp is not None and directions is not None:
+            harmonics = spherical_harmonics(directions, self.config.view_degree)
+            color = color + self.view_mlp(torch.cat([hidden, harmonics], -1))
+        return density, torch.sigmoid(color)
 
     def density(self, x: Tensor) -> Tensor:
         """Points (N, 3) -> density (N,)."""
@@ -316,6 +360,9 @@ def cell_bounds(values: Tensor) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor, size: int = CHUNK) -> Tensor:
-    """function(x) of many rows, `size` at a time, to bound memory."""
+def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor, size: int | None = None) -> Tensor:
+    """function(x) of many rows, `size` at a time, to bound memory: by default what fits a CPU's caches or fills a
+    GPU.
+    """
+    size = size or CHUNK[x.device.type]
     return torch.cat([function(piece) for piece in x.split(size)])

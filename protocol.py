@@ -95,10 +95,23 @@ def read_list(path: str | Path) -> list[Entry]:
     """The list in a file of `save_list`. Raises `ValueError` with one line for anything else."""
     # Somebody may have written it by hand.
     try:
-        rows = json.loads(Path(path).read_text())
-        entries = [Entry(row["category"], row["sequence"], int(row["index"]), tuple(row["frames"])) for row in rows]
-    except (KeyError, TypeError, ValueError) as e:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        entries = [_entry(row) for row in rows]
+    except (KeyError, TypeError, ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not a list of category, sequence, index and frames ({type(e).__name__})") from None
     if not entries:
         raise ValueError(f"{path}: an empty list")
     return entries
+
+
+def _entry(row: dict) -> Entry:
+    """One row of a list. Raises `TypeError` or `ValueError` for anything that is none."""
+    index = int(row["index"])
+    if not isinstance(row["category"], str) or not isinstance(row["sequence"], str):
+        raise TypeError("category and sequence are names")
+    if not 0 <= index < 2**31:
+        raise ValueError("index is a place in a list")
+    frames = tuple(int(number) for number in row["frames"])
+    if not frames:
+        raise ValueError("a sequence has frames")
+    return Entry(row["category"], row["sequence"], index, frames)

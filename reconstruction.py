@@ -1,32 +1,39 @@
 """One scene, from Python: `reconstruct` fits a field to a few views of it (Sec. 3.2), with a model's help or without.
 
-The algorithm is in `distillation.py`. Here a scene is turned to the object frame, an interrupted run is taken up, and
-the finished field is seen and measured in the scene's own world.
+The algorithm is in `distillation.py`. Here a scene is turned to the object frame, a run is interrupted and taken up
+without a trace, and the finished field is seen and measured in the scene's own world.
 
 Letters: `V` input views, `Q` query viewpoints, `T` cameras to look from, `B` cameras.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import files
+import report
 import volume
 from cameras import Cameras, circle_path, relative_to
-from distillation import PRESETS, DistillConfig, Distillation, Prior
+from distillation import Distillation, Prior
 from mesh import Mesh, extract_mesh, largest_component
 from ngp import Field, Occupancy
 from report import Views
+from runtime import Interrupted, Progress, whole
 from scenes import Scene
+from settings import PRESETS, DistillConfig
 from sparsefusion import SparseFusion
 
 # Fields of the config that change nothing in the field, only what is shown of it and measured.
-OUTPUT_FIELDS = ("mesh_resolution", "turntable_frames", "metrics_on_inputs")
+OUTPUT_FIELDS = ("mesh_resolution", "picture_side", "turntable_frames", "metrics_on_inputs")
+
+PREVIEW = 96  # pixels a side
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # images (B, 3, S, S) twice, in [0, 1] -> (B,)
 
@@ -39,19 +46,27 @@ class Reconstruction(NamedTuple):
     config: DistillConfig
     seconds: float           # of the optimization, earlier processes included
     earlier_seconds: float   # of them, in earlier processes
+    gone_on_from: list[int]  # totals of the shorter runs that came before, if any
 
     @torch.no_grad()
-    def render(self, cameras: Cameras, size: int) -> Views:
-        """What cameras (T,) of the world see: pictures of `size` pixels a side, in [0, 1] on black."""
-        cameras = object_frame(cameras, self.frame)
-        views = []
-        for i in range(len(cameras)):
-            views.append(volume.render_image(self.field, cameras[i], size, size, None, self.occupancy))
-        images = torch.stack([view.color for view in views])
-        silhouettes = torch.stack([view.opacity for view in views])
-        return Views(images, silhouettes)
+    def render(self, cameras: Cameras, size: int, title: str | None = None, pixel_side: int | None = None) -> Views:
+        """What cameras (T,) of the world see: pictures of `size` pixels a side, in [0, 1] on black.
 
-    def turntable(self, cameras: Cameras, size: int) -> Tensor:
+        A pixel is the mean of `pixel_side` rays a side of its square (default: `config.picture_side`). `title` shows
+        progress.
+        """
+        cameras = object_frame(cameras, self.frame)
+        side = pixel_side or self.config.picture_side
+        images = []
+        silhouettes = []
+        for i in Progress(range(len(cameras)), title):
+            # Several rays a pixel are a larger picture, reduced.
+            view = volume.render_image(self.field, cameras[i], side * size, side * size, None, self.occupancy)
+            images.append(F.avg_pool2d(view.color, side))
+            silhouettes.append(F.avg_pool2d(view.opacity, side))
+        return Views(torch.stack(images), torch.stack(silhouettes))
+
+    def turntable(self, cameras: Cameras, size: int, title: str | None = None) -> Tensor:
         """Once around, on the circle that fits the scene's cameras (V,): pictures (frames, 3, size, size).
 
         The box around the occupied cells stays in the middle of the picture, since crops of photographs may look past
@@ -62,7 +77,7 @@ class Reconstruction(NamedTuple):
         middle = self.occupancy.box.mean(0) @ self.frame.R.T  # of the world
         shift, _ = path.project(middle.expand(frames, 1, 3))
         path = replace(path, principal=path.principal - shift[:, 0])
-        return self.render(path, size).images
+        return self.render(path, size, title, pixel_side=1).images
 
     def mesh(self) -> Mesh:
         """The largest connected part of the surface, in the scene's world."""
@@ -78,19 +93,24 @@ def object_frame(cameras: Cameras, frame: Cameras) -> Cameras:
 
 def reconstruct(scene: Scene, inputs: list[int], model: SparseFusion | None = None, config: DistillConfig | None = None,
                 seed: int = 0, perceptual_loss: Distance | None = None, checkpoint: Path | None = None,
-                title: str | None = None) -> Reconstruction:
+                title: str | None = None, previews: Path | None = None, extend: bool = False,
+                notes: dict | None = None) -> Reconstruction:
     """Fit a field to the views of a scene at the positions `inputs`, with a model's help for what they do not show
     (Sec. 3.2).
 
     Without a `model` the field fits the input views alone. Of the other views only the cameras are used. `config`: by
     default the preset of the model's name, or `plain`. `perceptual_loss`: by default the distance in the VAE
-    encoder's features. With a `checkpoint` file an interrupted run of the same settings goes on where it stopped.
-    `title` shows progress. The scene's tensors and the model's are on one device. Raises `ValueError` where no part
-    of space lies in every mask.
+    encoder's features. With a `checkpoint` file an interrupted run of the same settings goes on where it stopped; with
+    `extend` a run of fewer iterations does, too. Then the rates are from there on those of the longer run, and the
+    field is not the one of a long run from the start. `notes`: plain data that it keeps beside the field. `title` shows
+    progress; `previews` is a picture file that gets one rendering more of an unseen view whenever the checkpoint is
+    saved. The scene's tensors and the model's are on one device. Raises `ValueError` where no part of space lies in
+    every mask.
     """
     # The numbers of the model's kind, unless others are given.
     if config is None:
         config = PRESETS["plain" if model is None else model.preset.name]
+    config = config.fitted(len(inputs))
 
     # The field lives in the object frame: the axes of the scene's first camera, the world's origin (Sec. 3.2)
     # [released: camera_utils.py:116-118; distillation.py:66-76].
@@ -99,7 +119,7 @@ def reconstruct(scene: Scene, inputs: list[int], model: SparseFusion | None = No
     wanted = None
     if checkpoint is not None:
         wanted = reconstruction_settings(scene, inputs, model, config, seed, perceptual_loss)
-    state = read_state(checkpoint, wanted)
+    state = read_state(checkpoint, wanted, extend)
 
     # What the EFT sees from every query viewpoint, unless no iteration is left to ask.
     prior = None
@@ -110,20 +130,69 @@ def reconstruct(scene: Scene, inputs: list[int], model: SparseFusion | None = No
                                     train_mode=config.eft_train_mode, title=title and f"{title}: EFT", seed=seed)
         prior = Prior(model, viewpoints, condition, perceptual_loss or model.feature_distance)
 
-    # Optimize, from where an earlier run of the same settings stopped.
+    # Optimize, from where an earlier run stopped.
     distillation = Distillation(turned[inputs], config, seed, prior)
+    gone_on_from = []
     if state is not None:
-        distillation.load_state_dict(state)
-        print(f"{checkpoint}: going on at iteration {distillation.completed}")
+        gone_on_from = take_up(distillation, state, checkpoint)
     earlier = distillation.seconds
 
     def save() -> None:
-        files.save_tensors(distillation.state_dict() | {"settings": wanted, "frame": frame.R}, checkpoint)
+        beside = {"settings": wanted, "frame": frame.R, "gone_on_from": gone_on_from} | (notes or {})
+        files.save_tensors(distillation.state_dict() | beside, checkpoint)
+        if previews is not None:
+            report.add_preview(previews, look(distillation, turned, inputs))
 
-    distillation.run(title, save if checkpoint else None)
-    if checkpoint:
-        save()
-    return Reconstruction(distillation.field, distillation.occupancy, frame, config, distillation.seconds, earlier)
+    optimize(distillation, title, checkpoint, save)
+    return Reconstruction(distillation.field, distillation.occupancy, frame, config, distillation.seconds, earlier,
+                          gone_on_from)
+
+
+def take_up(distillation: Distillation, state: dict, checkpoint: Path) -> list[int]:
+    """Go on from the state of an earlier run. Returns the totals of the shorter runs that came before, if any."""
+    try:
+        distillation.load_state_dict(state)
+        total = state["settings"]["config"]["iterations"]
+        gone_on_from = list(state.get("gone_on_from", []))
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise ValueError(f"{checkpoint}: not a whole state of a field ({type(e).__name__}); delete it to start again"
+                         ) from None
+
+    print(f"{checkpoint}: going on at iteration {distillation.completed}")
+    longer = distillation.config.iterations
+    if total == longer:
+        return gone_on_from
+
+    # What a shorter run has denoised ahead ended with its last iteration.
+    distillation.denoised_from = -1
+    print(f"{checkpoint}: of a run of {total}; a run of {longer} from the start would come out otherwise")
+    return [*gone_on_from, total]
+
+
+def optimize(distillation: Distillation, title: str | None, checkpoint: Path | None, save: Callable[[], None]) -> None:
+    """All iterations that are left, saved about once a minute, at the end and when somebody interrupts."""
+    done = distillation.completed
+    total = distillation.config.iterations
+    with whole():
+        try:
+            distillation.run(title, save if checkpoint else None)
+        except Interrupted as e:
+            # Between two iterations, so the state is one that a rerun goes on from without a trace.
+            if checkpoint is not None:
+                distillation.optimization.check_losses()
+                save()
+                e.add_note(f"{checkpoint} has {distillation.completed} of {total} iterations")
+            raise
+        if checkpoint is not None and distillation.completed > done:
+            save()
+
+
+@torch.no_grad()
+def look(distillation: Distillation, turned: Scene, inputs: list[int]) -> Tensor:
+    """A small rendering (3, S, S) of the first view of a scene in the object frame that was not given, if any."""
+    unseen = [view for view in range(len(turned)) if view not in inputs] or inputs
+    camera = turned.cameras[unseen[0]]
+    return volume.render_image(distillation.field, camera, PREVIEW, PREVIEW, None, distillation.occupancy).color
 
 
 def query_viewpoints(cameras: Cameras, config: DistillConfig, seed: int) -> Cameras:
@@ -174,17 +243,30 @@ def _identity(function: Distance | None) -> str | None:
     return f"{function.__module__}.{name}"
 
 
-def read_state(checkpoint: Path | None, wanted: dict | None) -> dict | None:
+def read_state(checkpoint: Path | None, wanted: dict | None, extend: bool = False) -> dict | None:
     """The state of an earlier run in a checkpoint file, if there is one.
 
-    Raises `ValueError` where that run had other settings: its field would be lost.
+    Raises `ValueError` where that run had other settings: its field would be lost. With `extend` it may have had fewer
+    iterations.
     """
     if checkpoint is None or not checkpoint.exists():
         return None
     state = files.read_tensors(checkpoint, "field")
+    if not isinstance(state.get("completed"), int):
+        raise ValueError(f"{checkpoint}: not a whole state of a field (no iterations); delete it to start again")
     found = state.get("settings", {})
-    other = [name for name in wanted if found.get(name) != wanted[name]]
-    if other:
-        raise ValueError(f"{checkpoint}: a field of other settings ({', '.join(other)} differ); choose another --out, "
-                         "or --overwrite")
+    other = files.differences(found, wanted)
+    if other and not (extend and goes_further(found, wanted)):
+        raise ValueError(f"{checkpoint}: a field of other settings ({other}); choose another --out, or --overwrite")
     return state
+
+
+def goes_further(found: dict, wanted: dict) -> bool:
+    """Whether settings with a "config" want what others did, for more iterations."""
+    before = found.get("config")
+    if not isinstance(before, dict) or not before.get("iterations", math.inf) < wanted["config"]["iterations"]:
+        return False
+
+    # The length of the bootstrap depends on them.
+    longer = {name: wanted["config"][name] for name in ("iterations", "bootstrap")}
+    return not files.differences(found | {"config": before | longer}, wanted)

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 import files
-from scenes import Scene, evenly_spaced
+from scenes import Scene, evenly_spaced, open_picture
 
 # Methods in the order of every table: short name -> what readers see.
 LABELS = {
@@ -31,6 +31,8 @@ DIGITS = {"psnr": 2, "ssim": 3, "perceptual": 3, "iou": 3}
 
 TEXT = 16                # pixels of a line of text above a picture
 BACKDROP = (32, 32, 32)  # of the sheet
+WIDEST = 8               # most input views in a row of it
+PREVIEWS = 12            # most renderings in the strip of previews
 
 
 class Views(NamedTuple):
@@ -47,14 +49,15 @@ def to_image(x: Tensor) -> Image.Image:
 
 def comparison(scene: Scene, inputs: list[int], targets: list[int], pictures: dict[str, Views],
                rows: int = 6) -> Image.Image:
-    """A sheet: on top the input views; below, for up to `rows` target views, the photograph and what every method
-    shows.
+    """A sheet: on top the input views, `WIDEST` in a row; below, for up to `rows` target views, the photograph and
+    what every method shows.
     """
     # An empty sheet: a column a method and one for the truth, a line of text above every picture.
     size = scene.images.shape[-1]
     shown = evenly_spaced(len(targets), rows)
-    columns = max(len(inputs), 1 + len(pictures))
-    height = (size + TEXT) * (1 + len(shown))
+    columns = max(min(len(inputs), WIDEST), 1 + len(pictures))
+    input_rows = math.ceil(len(inputs) / columns)
+    height = (size + TEXT) * (input_rows + len(shown))
     sheet = Image.new("RGB", (columns * size, height), BACKDROP)
     draw = ImageDraw.Draw(sheet)
 
@@ -65,13 +68,13 @@ def comparison(scene: Scene, inputs: list[int], targets: list[int], pictures: di
         sheet.paste(to_image(image), (left, top + TEXT))
 
     # What was given.
-    for column, view in enumerate(inputs):
-        place(0, column, f"input, frame {scene.names[view]}", scene.images[view])
+    for i, view in enumerate(inputs):
+        place(i // columns, i % columns, f"input, frame {scene.names[view]}", scene.images[view])
 
     # What there is to see, and what every method made of it.
-    for row, position in enumerate(shown, 1):
+    for row, position in enumerate(shown, input_rows):
         target = targets[position]
-        place(row, 0, f"frame {scene.names[target]}", scene.images[target])
+        place(row, 0, f"truth, frame {scene.names[target]}", scene.images[target])
         for column, (method, views) in enumerate(pictures.items(), 1):
             place(row, column, LABELS[method], views.images[position])
     return sheet
@@ -83,6 +86,27 @@ def save_picture(image: Image.Image, path: Path) -> None:
         image.save(temporary)
 
 
+def add_preview(path: Path, image: Tensor) -> None:
+    """Put a rendering (3, S, S) in [0, 1] to the right end of a strip, which keeps the last `PREVIEWS` of them."""
+    # What an earlier run has shown stays, if it is there and can be read.
+    newest = to_image(image)
+    side = newest.width
+    strip = Image.new("RGB", (0, side))
+    try:
+        earlier = open_picture(path).convert("RGB")
+        if earlier.height == side:
+            strip = earlier
+    except Exception:  # broken bytes raise nearly anything
+        pass
+
+    # The last ones, and the new one.
+    kept = strip.crop((max(0, strip.width - (PREVIEWS - 1) * side), 0, strip.width, side))
+    longer = Image.new("RGB", (kept.width + side, side))
+    longer.paste(kept, (0, 0))
+    longer.paste(newest, (kept.width, 0))
+    save_picture(longer, path)
+
+
 def save_animation(images: Tensor, path: Path, milliseconds: int = 80) -> None:
     """Write pictures (T, 3, H, W) in [0, 1] as an endless GIF."""
     frames = [to_image(x) for x in images]
@@ -91,8 +115,17 @@ def save_animation(images: Tensor, path: Path, milliseconds: int = 80) -> None:
 
 
 def save_views(pictures: dict[str, Views], truth: Tensor, names: list[str], folder: Path) -> None:
-    """A PNG of every target view, the photograph's and every method's: `<frame>_<method>.png`. truth (T, 3, S, S)."""
-    for i, name in enumerate(names):
+    """A PNG of every target view, the photograph's and every method's: `<frame>_<method>.png`. truth (T, 3, S, S).
+
+    Those of an earlier run of other target views go.
+    """
+    for method in ("truth", *LABELS):
+        for old in folder.glob(f"*_{method}.png"):
+            old.unlink()
+
+    # A frame is called what its data say, a file is not.
+    for i, frame in enumerate(names):
+        name = files.safe_name(frame)
         save_picture(to_image(truth[i]), folder / f"{name}_truth.png")
         for method, views in pictures.items():
             save_picture(to_image(views.images[i]), folder / f"{name}_{method}.png")

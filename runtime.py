@@ -1,14 +1,20 @@
-"""What long work needs, whatever the work is: seeded random numbers, signs of life, more than one process, a look at
-the memory.
+"""What long work needs, whatever the work is: seeded random numbers, signs of life, a way to stop it without losing
+anything, more than one process, a look at the memory.
 """
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -42,11 +48,155 @@ def _home(generator: torch.Generator | None) -> torch.device:
     return torch.device("cpu") if generator is None else generator.device
 
 
+# ---------------------------------------------------------------------------------------------- stopping
+
+class Interrupted(BaseException):
+    """Somebody asked this process to stop, by the signal `number`: Ctrl-C or SIGTERM.
+
+    Its notes say what is saved. Not an `Exception`: whoever expects errors does not mean this.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+class _Stop:
+    """What this process was asked, and whether it is in the middle of something."""
+    asked: int | None = None  # number of the signal
+    whole: int = 0            # pieces of work, one within another, that are not to be cut
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Within, Ctrl-C and SIGTERM raise `Interrupted`: at once, or where `whole` or a step of `Progress` ends. A second
+    signal kills.
+    """
+    # Only the main thread hears signals. A signal that the parent process ignores stays ignored.
+    numbers = [] if threading.current_thread() is not threading.main_thread() else [signal.SIGINT, signal.SIGTERM]
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        if before[number] != signal.SIG_IGN:
+            signal.signal(number, _ask)
+
+    try:
+        yield
+    finally:
+        _Stop.asked = None
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _ask(number: int, frame) -> None:
+    """A signal has come."""
+    # The next one does what signals do without us.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _Stop.asked = number
+
+    # Other processes end their steps, too.
+    for process in multiprocessing.active_children():
+        process.terminate()
+    if not _Stop.whole:
+        heed()
+
+
+def heed() -> None:
+    """Raises `Interrupted` if somebody asked."""
+    if _Stop.asked is not None:
+        raise Interrupted(_Stop.asked)
+
+
+@contextmanager
+def whole() -> Iterator[None]:
+    """A piece of work that is not to be cut: a signal waits for its end, or for that of a step of `Progress` within."""
+    _Stop.whole += 1
+    try:
+        yield
+    finally:
+        _Stop.whole -= 1
+    if not _Stop.whole:
+        heed()
+
+
 # ---------------------------------------------------------------------------------------------- progress
+
+class Plan:
+    """The steps of a long command in their order, so that the progress of each can tell that of the whole.
+
+    `costs`: title of a step -> about how long it takes beside the others, in any unit.
+    """
+    active: Plan | None = None  # of the command that runs
+
+    def __init__(self, costs: dict[str, float]):
+        self.costs = costs
+        self.titles = list(costs)
+        self.title = None                # of the step that runs
+        self.share = 1.0                 # of it, that no earlier run has done
+        self.began = time.monotonic()
+        self.spoken = time.monotonic()   # when the last line was printed
+        self.seconds = 0.0               # that finished steps took
+        self.cost = 0.0                  # that was expected of them
+
+    def begin(self, title: str, share: float = 1.0) -> None:
+        """A step begins, or what an earlier run has left of it."""
+        # The step before is over.
+        now = time.monotonic()
+        if self.title is not None:
+            self.seconds += now - self.began
+            self.cost += self.share * self.costs[self.title]
+        self.title = title
+        self.share = share
+        self.began = now
+
+    def place(self) -> str:
+        """Which step it is."""
+        return f"step {self.titles.index(self.title) + 1} of {len(self.titles)}, "
+
+    def left(self, done: float) -> float:
+        """Seconds that the later steps may take, once a part `done` in (0, 1] of this one is done."""
+        # As much longer than expected as all was so far.
+        seconds = self.seconds + time.monotonic() - self.began
+        cost = self.cost + done * self.share * self.costs[self.title]
+        later = self.titles[self.titles.index(self.title) + 1:]
+        return seconds / cost * sum(self.costs[title] for title in later)
+
+
+@contextmanager
+def planned(costs: dict[str, float]) -> Iterator[None]:
+    """Within, `Progress` and `begin` tell which of these steps they are, and how long all may take. See `Plan`."""
+    before = Plan.active
+    Plan.active = Plan(costs)
+    try:
+        yield
+    finally:
+        Plan.active = before
+
+
+def begin(title: str) -> None:
+    """A step of the plan begins that has no progress of its own; in a log a line says so where the last one is long
+    ago.
+    """
+    heed()
+    plan = Plan.active
+    if plan is None or title not in plan.costs:
+        return
+    plan.begin(title)
+    if not sys.stderr.isatty() and time.monotonic() - plan.spoken >= LOG_SECONDS:
+        print(f"{plan.place()}{title}", file=sys.stderr, flush=True)
+        plan.spoken = time.monotonic()
+
+
+def duration(seconds: float) -> str:
+    """A time for people: "50 s", "12 min", "3.5 h"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
 
 class Progress:
     """Iterate and show how far: a bar in a terminal, a flushed line every half minute in a log. Without a title,
-    nothing.
+    nothing. A signal waits for the end of a step.
 
     `start` of `total` steps are done already, in an earlier run. `note` is shown behind the count.
     """
@@ -57,15 +207,27 @@ class Progress:
         self.start = start
         self.total = total if total is not None else start + len(steps)
         self.note = ""
+        self.plan = None  # if this is one of its steps
 
     def __iter__(self) -> Iterator:
+        # One of the steps of something longer?
+        if Plan.active is not None and self.title in Plan.active.costs:
+            self.plan = Plan.active
+            self.plan.begin(self.title, 1 - self.start / max(self.total, 1))
+
         # A log file would keep every frame of a moving bar.
         if self.title is None:
-            yield from self.steps
+            steps = self.steps
         elif sys.stderr.isatty():
-            yield from self._bar()
+            steps = self._bar()
         else:
-            yield from self._lines()
+            steps = self._lines()
+
+        # Whoever wants to stop waits for the end of a step.
+        for step in steps:
+            with whole():
+                yield step
+            heed()
 
     def say(self, text: str) -> None:
         """Print a line that stays, above the bar if there is one."""
@@ -73,25 +235,48 @@ class Progress:
         sys.stdout.flush()
 
     def _bar(self) -> Iterator:
-        bar = tqdm(self.steps, self.title, self.total, initial=self.start, mininterval=0.5)
-        for step in bar:
+        place = self.plan.place() if self.plan else ""
+        bar = tqdm(self.steps, place + self.title, self.total, initial=self.start, mininterval=0.5)
+        for count, step in enumerate(bar, 1):
             yield step
-            bar.set_postfix_str(self.note, refresh=False)
+            notes = [self.note] if self.note else []
+            if self.plan:
+                notes.append(f"then about {duration(self.plan.left(self._done(count)))}")
+            bar.set_postfix_str(", ".join(notes), refresh=False)
 
     def _lines(self) -> Iterator:
         began = spoken = time.monotonic()
         for count, step in enumerate(self.steps, 1):
             yield step
 
-            # Guess from the mean so far how long the rest takes.
+            # Half a minute counts from the last line, whichever step of the plan it was of.
             now = time.monotonic()
-            if now - spoken >= LOG_SECONDS:
-                done = self.start + count
-                left = (now - began) / count * (self.total - done)
-                note = f"; {self.note}" if self.note else ""
-                line = f"{self.title}: {done} of {self.total}, about {left:.0f} s left{note}"
-                print(line, file=sys.stderr, flush=True)
-                spoken = now
+            if self.plan:
+                spoken = self.plan.spoken
+            if now - spoken < LOG_SECONDS:
+                continue
+            spoken = now
+            if self.plan:
+                self.plan.spoken = now
+
+            # Guess from the mean so far how long the rest takes.
+            print(self._line(count, now - began), file=sys.stderr, flush=True)
+
+    def _line(self, count: int, seconds: float) -> str:
+        """How it goes after so many steps and seconds of this run."""
+        done = self.start + count
+        left = seconds / count * (self.total - done)
+        place = ""
+        later = ""
+        if self.plan:
+            place = self.plan.place()
+            later = f", {duration(left + self.plan.left(self._done(count)))} to the end"
+        note = f"; {self.note}" if self.note else ""
+        return f"{place}{self.title}: {done} of {self.total}, about {duration(left)} left{later}{note}"
+
+    def _done(self, count: int) -> float:
+        """How much of what was left to this run is done after so many steps."""
+        return count / max(self.total - self.start, 1)
 
 
 # ---------------------------------------------------------------------------------------------- processes
@@ -110,8 +295,55 @@ def map_processes(function: Callable, jobs: list, workers: int) -> Iterator:
     # Each process takes its share of the cores, or they would get in one another's way.
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (threads,)) as pool:
-        yield from pool.map(function, jobs)
+    with ProcessPoolExecutor(workers, context, _begin_process, (threads,)) as pool:
+        try:
+            yield from pool.map(partial(_do_job, function), jobs)
+        except BrokenProcessPool:
+            heed()  # or it died because it was asked to
+            raise
+
+
+def _begin_process(threads: int) -> None:
+    """One of several processes: Ctrl-C is its parent's, whose SIGTERM it heeds where a step ends."""
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _ask)
+    _Stop.whole = 1
+
+
+def _do_job(function: Callable, job):
+    heed()
+    return function(job)
+
+
+# ---------------------------------------------------------------------------------------------- threads
+
+def map_threads(function: Callable, jobs: Sequence) -> list:
+    """`function(job)` of every job, in their order, in as many threads as torch may use, each with one core.
+
+    So a thread need not wait for the others after every operation of torch. Within a job there are no further threads,
+    and autocast is off.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or len(jobs) == 1:
+        return [function(job) for job in jobs]
+
+    # Whether to record gradients is every thread's own business.
+    recording = torch.is_grad_enabled()
+
+    def work(job):
+        with torch.set_grad_enabled(recording):
+            return function(job)
+
+    results = list(_single_threads(threads).map(work, jobs))
+    torch.set_num_threads(threads)  # of threads to come, which those of the pool have changed
+    return results
+
+
+@functools.cache
+def _single_threads(count: int) -> ThreadPoolExecutor:
+    """Threads within which torch uses one core, kept from one call to the next."""
+    return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
 
 
 # ---------------------------------------------------------------------------------------------- the machine

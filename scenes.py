@@ -14,17 +14,22 @@ photograph.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from cameras import Cameras
 
 MASK_THRESHOLD = 0.4  # foreground probability above which a pixel counts as the object
 CONTEXT = 0.3         # growth of the mask's box, as a fraction of its width and height
+
+# Of Pillow's readers these and no others: a file's name does not say which it needs, and some start other programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 
 
 # ---------------------------------------------------------------------------------------------- scenes
@@ -101,6 +106,21 @@ def evenly_spaced(n: int, count: int) -> list[int]:
     if n <= count:
         return list(range(n))
     return torch.linspace(0, n - 1, count).long().tolist()
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The picture in a file, whose size and mode are known and whose pixels are not decoded yet.
+
+    Raises `FileNotFoundError`, or `ValueError` for anything that is not one of `FORMATS`. Decoding what is broken may
+    raise nearly anything.
+    """
+    try:
+        return Image.open(path, formats=FORMATS)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except Exception as e:
+        kinds = ", ".join(FORMATS)
+        raise ValueError(f"{path}: not a readable picture of one of the formats {kinds} ({type(e).__name__})") from None
 
 
 # ---------------------------------------------------------------------------------------------- crop and resize

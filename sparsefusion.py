@@ -12,7 +12,8 @@ Letters: `V` input views, `Q` query views, `B` batch, `C` feature channels, `S` 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,17 +29,19 @@ import eft
 import files
 import metrics
 import released
+import samplers
 import unet
 import vae
 import vldm
 from cameras import Cameras
+from graphs import TOLERANCE
 from runtime import Progress, randn
 
 ROOT = Path(__file__).resolve().parent
 SHIPPED = ROOT / "sample" / "nano.pt"
 
-# Rays times input views that go through the EFT at once: what fits a CPU's caches, what fills a GPU.
-EFT_CHUNK = {"cpu": 256, "cuda": 32768}
+# Bytes of the tokens that go through the EFT at once, in float32: what fits a CPU's caches, what fills a GPU.
+EFT_BYTES = {"cpu": 2**21, "cuda": 2**30}
 
 
 # ---------------------------------------------------------------------------------------------- presets
@@ -119,7 +122,7 @@ class SparseFusion(nn.Module):
         nothing in it.
         """
         # Three files of three authors, each matched key by key.
-        model = blank(PRESETS["paper"])
+        model = blank(PRESETS["paper"], device)
         released.load_part(model.eft, "eft", eft_file)
         released.load_part(model.vldm, "vldm", vldm_file)
         released.load_part(model.vae, "vae", vae_file)
@@ -133,44 +136,82 @@ class SparseFusion(nn.Module):
     def condition(self, images: Tensor, inputs: Cameras, queries: Cameras, depth_range: tuple[float, float],
                   size: int | None = None, train_mode: bool = False, title: str | None = None,
                   seed: int = 0) -> Condition:
-        """Features and EFT images of Q query viewpoints, one after the other.
+        """Features and EFT images of Q query viewpoints.
 
         images (V, 3, S, S) in [0, 1] with black background, `inputs` (V,) their cameras, `queries` (Q,). `size` rays
         a side (default: the preset's `map_size`). `train_mode` turns dropout and batch statistics on; a view's dropout
         follows from `seed` and its place among the queries. `title` shows a progress bar.
         """
-        # As many rays at once as suit the machine; more input views, fewer rays.
+        # As many rays at once as suit the machine: several views, or a part of one. Dropout goes view by view.
         size = size or self.preset.map_size
-        chunk = max(1, EFT_CHUNK[images.device.type] // len(images))
+        rays = max(1, EFT_BYTES[images.device.type] // self.eft.ray_bytes(len(images)))
+        together = 1 if train_mode else max(1, rays // size**2)
         gpus = [images.device] if images.is_cuda else []  # whose random numbers dropout takes
+        half = not train_mode and self._half_serves_eft(images, inputs, queries[:1], depth_range)
         views = []
-        with _training(self.eft, train_mode):
+        with _training(self.eft, train_mode), torch.autocast("cuda", torch.float16, enabled=half):
             # The inputs are encoded once; every query viewpoint looks at the same maps.
             maps = self.eft.encode(images)
-            for i in Progress(range(len(queries)), title):
+            given = (maps[None], images[None], inputs.unsqueeze(0))
+            for first in Progress(range(0, len(queries), together), title):
                 # Dropout draws from torch's own generators, which are as they were afterwards.
                 with torch.random.fork_rng(gpus, enabled=train_mode):
                     if train_mode:
-                        torch.manual_seed(seed * 1_000_003 + i)
-                    views.append(self.eft.image(maps, images, inputs, queries[i], size, *depth_range, chunk))
+                        torch.manual_seed(seed * 1_000_003 + first)
+                    some = queries[first:first + together]
+                    views.append(self.eft.image(*given, some, size, *depth_range, rays))
 
         # Side by side.
-        features = torch.stack([view.features for view in views])
-        colors = torch.stack([view.color for view in views])
+        features = torch.cat([view.features for view in views])
+        colors = torch.cat([view.color for view in views])
         return Condition(features, colors)
 
-    @torch.no_grad()
-    def denoise(self, image: Tensor, features: Tensor, noise_level: float, generator: torch.Generator,
-                sampler: vldm.SamplerConfig) -> Tensor:
-        """Images (B, 3, S, S) in [0, 1] -> what the VLDM makes of them after noising to `noise_level` in [0, 1]:
-        multi-step denoising (Sec. 3.2). The same shape, in [0, 1]. features (B, C, s, s).
+    def _half_serves_eft(self, images: Tensor, inputs: Cameras, query: Cameras,
+                         depth_range: tuple[float, float]) -> bool:
+        """On a GPU: whether the EFT says the same in half precision and in float32 of 256 rays of a query view (1,).
+        If not, a line says so.
         """
+        if not images.is_cuda:
+            return False
+        features = []
+        for half in (False, True):
+            with torch.autocast("cuda", torch.float16, enabled=half):
+                maps = self.eft.encode(images)
+                view = self.eft.image(maps[None], images[None], inputs.unsqueeze(0), query, 16, *depth_range, 256)
+            features.append(view.features)
+
+        # A number that is not finite makes the error one that is not below anything.
+        exact, rounded = features
+        error = float((rounded - exact).square().mean().sqrt() / exact.std())
+        if error < TOLERANCE:
+            return True
+        print(f"the EFT runs in float32: in half precision it is off by {error:.3f} of the result's spread, more than "
+              f"{TOLERANCE}", file=sys.stderr)
+        return False
+
+    @torch.no_grad()
+    def denoise(self, images: Tensor, features: Tensor, noise_levels: float | Sequence[float],
+                generator: torch.Generator | Sequence[torch.Generator], sampler: vldm.SamplerConfig) -> Tensor:
+        """What the VLDM makes of images (B, 3, S, S) in [0, 1] after noising them: multi-step denoising (Sec. 3.2).
+
+        features (B, C, s, s). Noise levels in [0, 1] and generators: one for all images, or one an image. With
+        generators of their own, an image's result does not depend on the others. The same shape, in [0, 1].
+        """
+        count = len(images)
+        levels = [noise_levels] * count if isinstance(noise_levels, (int, float)) else [float(t) for t in noise_levels]
+
+        # The samplers want the highest level first. The noise is drawn in the images' order.
+        order = sorted(range(count), key=lambda image: -levels[image])
+        levels = [levels[image] for image in order]
+
         # Encode, noise and denoise, decode.
-        latent = self.vae.encode(image)
-        draw = partial(randn, *latent.shape, generator=generator, device=latent.device)
-        predict_noise = self.vldm.noise_predictor(features, sampler.guidance)
-        denoised = vldm.plms(predict_noise, latent, noise_level, draw, sampler)
-        return self.decode(denoised)
+        latents = self.vae.encode(images)
+        draw = self._draws(generator, latents)
+        predict_noise = self.vldm.noise_predictor(features[order], sampler.guidance)
+        denoised = samplers.denoise(predict_noise, latents[order], levels, lambda: draw()[order], sampler)
+        restored = denoised.new_empty(denoised.shape)
+        restored[order] = denoised
+        return self.decode(restored)
 
     @torch.no_grad()
     def sample_view(self, features: Tensor, generators: list[torch.Generator], sampler: vldm.SamplerConfig) -> Tensor:
@@ -179,13 +220,20 @@ class SparseFusion(nn.Module):
         Every view draws from a generator of its own.
         """
         side = self.preset.latent_size
-        shape = (self.preset.vae.channels, side, side)
+        like = features.new_empty(len(features), self.preset.vae.channels, side, side)
+        draw = self._draws(generators, like)
+        predict_noise = self.vldm.noise_predictor(features, sampler.guidance)
+        return self.decode(samplers.ancestral_sampling(predict_noise, draw, sampler))
+
+    @staticmethod
+    def _draws(generator: torch.Generator | Sequence[torch.Generator], like: Tensor) -> Callable[[], Tensor]:
+        """The function that draws noise like latents (B, 4, h, h), by one generator or by one an image."""
+        if isinstance(generator, torch.Generator):
+            return partial(randn, *like.shape, generator=generator, device=like.device)
 
         def draw() -> Tensor:
-            return torch.stack([randn(*shape, generator=g, device=features.device) for g in generators])
-
-        predict_noise = self.vldm.noise_predictor(features, sampler.guidance)
-        return self.decode(vldm.ancestral_sampling(predict_noise, draw, sampler))
+            return torch.stack([randn(*like.shape[1:], generator=one, device=like.device) for one in generator])
+        return draw
 
     def decode(self, latent: Tensor) -> Tensor:
         """Latents (B, 4, h, h) -> images (B, 3, S, S), clamped to [0, 1]."""
@@ -195,8 +243,7 @@ class SparseFusion(nn.Module):
         """Distance of images (B, 3, S, S) in the VAE encoder's features, in LPIPS' form: (B,). Differentiable; not
         LPIPS.
         """
-        features: Callable = self.vae.encoder.features
-        return metrics.feature_distance(features(2 * a - 1), features(2 * b - 1))
+        return metrics.perceptual_distance(self.vae.features, a, b)
 
 
 @contextmanager
@@ -218,16 +265,19 @@ def _training(module: nn.Module, enabled: bool) -> Iterator[None]:
 
 # ---------------------------------------------------------------------------------------------- files
 
-def save(model: SparseFusion, path: Path, half: bool = True, stage: str = "prior") -> None:
+def save(model: SparseFusion, path: Path, half: bool = True, stage: str = "prior",
+         trained_on: Sequence[dict] = ()) -> None:
     """One file: the preset and the weights, floating point ones in half precision unless told otherwise.
 
-    `stage` is "vae" where only the autoencoder is trained yet.
+    `stage` is "vae" where only the autoencoder is trained yet. `trained_on`: of every training so far, oldest first,
+    what was trained ("vae" or "prior"), on which "category", and whatever else is worth knowing about its data.
     """
     # Half precision is what the file is for; training goes on from full precision.
     weights = model.state_dict()
     if half:
         weights = {name: x.half() if x.is_floating_point() else x for name, x in weights.items()}
-    files.save_tensors({"preset": asdict(model.preset), "weights": weights, "stage": stage}, path)
+    data = {"preset": asdict(model.preset), "weights": weights, "stage": stage, "trained_on": list(trained_on)}
+    files.save_tensors(data, path)
 
 
 def load(path: Path, device: str = "cpu", stage: str = "prior") -> SparseFusion:
@@ -242,7 +292,8 @@ def load(path: Path, device: str = "cpu", stage: str = "prior") -> SparseFusion:
     if stage == "prior" and data.get("stage", "prior") != "prior":
         raise ValueError(f"{path}: only its autoencoder is trained; `train.py prior --vae {path}` comes next")
     try:
-        model = blank(preset)
+        model = blank(preset, device)
+        weights = {name: x.to(device) for name, x in weights.items()}  # as they are, since half is half the way
         model.load_state_dict(_in_current_spelling(weights))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as e:
         reason = " ".join(str(e).split())[:160]
@@ -265,18 +316,31 @@ def read_preset(path: Path) -> Preset:
         raise ValueError(f"{path}: not a model's preset and weights ({reason})") from e
 
 
+def read_trained_on(path: Path) -> list[dict]:
+    """The trainings that made a file that `save` wrote, as `save` was told; none where nobody told."""
+    trainings = files.read_tensors(path).get("trained_on")
+    if not isinstance(trainings, list):
+        trainings = []
+    trainings = [x for x in trainings if isinstance(x, dict) and isinstance(x.get("category"), str)]
+
+    # The shipped file is older than this entry.
+    if not trainings and path.resolve() == SHIPPED:
+        return [{"what": "prior", "category": "toys"}]
+    return trainings
+
+
 def _in_current_spelling(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights under today's names: files from before 0.2 spell one of the EFT's layers otherwise."""
     return {name.replace("eft.colour.", "eft.color."): x for name, x in weights.items()}
 
 
-def blank(preset: Preset) -> SparseFusion:
-    """A model whose weights are about to be loaded: to draw 500 million random ones first would take longer than to
-    read them.
+def blank(preset: Preset, device: str = "cpu") -> SparseFusion:
+    """A model on a device whose weights are about to be loaded: to draw 500 million random ones first would take longer
+    than to read them.
     """
     with torch.device("meta"):
         model = SparseFusion(preset)
-    return model.to_empty(device="cpu")
+    return model.to_empty(device=device)
 
 
 def ready(model: SparseFusion, device: str) -> SparseFusion:
@@ -284,6 +348,7 @@ def ready(model: SparseFusion, device: str) -> SparseFusion:
     on CUDA.
     """
     model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    model.vae.accelerate()
     model.vldm.accelerate()
     return model
 
@@ -293,7 +358,8 @@ def ready(model: SparseFusion, device: str) -> SparseFusion:
 def convert(args: argparse.Namespace) -> None:
     """The `convert` command: released files -> one weights file."""
     model = SparseFusion.from_released(args.eft, args.vldm, args.vae)
-    save(model, args.out, half=args.half)
+    trained_on = [{"what": "prior", "category": args.category}] if args.category else []
+    save(model, args.out, half=args.half, trained_on=trained_on)
     size = args.out.stat().st_size / 1e9
     precision = "half" if args.half else "full"
     print(f"{args.out}: {size:.2f} GB in {precision} precision, for --weights")
@@ -313,6 +379,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--vae", type=Path, required=True, metavar="F",
                    help="Stable Diffusion v1 (.ckpt), or its Diffusers VAE (.safetensors)")
     p.add_argument("--out", type=Path, required=True, metavar="F", help="weights file to write")
+    p.add_argument("--category", metavar="C", help="what the prior was trained on, so that other data get a warning")
     p.add_argument("--half", action="store_true", help="half precision: 1 GB instead of 2, and rounded")
     p.set_defaults(run=convert)
     return top

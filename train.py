@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -172,10 +174,11 @@ def prior_loss(model: SparseFusion, batch: Batch, near: Tensor, far: Tensor, gen
 class VAETraining:
     """The autoencoder; at the end its latents are scaled to unit variance."""
 
-    def __init__(self, data: PackedScenes, config: TrainConfig, seed: int):
+    def __init__(self, data: PackedScenes, config: TrainConfig, seed: int, trained_on: Sequence[dict] = ()):
         self.data = data
         self.config = config
         self.seed = seed
+        self.trained_on = trained_on  # what the weights file says about its trainings
         self.module = VAE(config.model.vae).to(data.rgba.device, memory_format=torch.channels_last)
 
     def loss(self, generator: torch.Generator) -> tuple[Tensor, Numbers]:
@@ -203,17 +206,18 @@ class VAETraining:
         psnr = -10 * torch.log10(((again - images) ** 2).mean())
 
         model.preset = replace(self.config.model, vae=replace(self.config.model.vae, scale=scale))
-        sparsefusion.save(model, out, half=False, stage="vae")
+        sparsefusion.save(model, out, half=False, stage="vae", trained_on=self.trained_on)
         print(f"VAE: {psnr:.2f} dB, latent scale {scale:.4f}")
 
 
 class PriorTraining:
     """EFT and UNet of a model jointly, on top of its frozen autoencoder."""
 
-    def __init__(self, data: PackedScenes, config: TrainConfig, model: SparseFusion):
+    def __init__(self, data: PackedScenes, config: TrainConfig, model: SparseFusion, trained_on: Sequence[dict] = ()):
         self.data = data
         self.config = config
         self.model = model
+        self.trained_on = trained_on  # what the weights file says about its trainings
         self.model.preset = config.model
         self.model.vldm.config = config.model.diffusion
         self.module = nn.ModuleDict({"eft": self.model.eft, "vldm": self.model.vldm}).requires_grad_(True)
@@ -249,7 +253,7 @@ class PriorTraining:
         """Write a weights file: the averaged EFT and UNet, and the autoencoder as it was."""
         result = SparseFusion(self.model.preset)
         result.load_state_dict(self.model.vae.state_dict(prefix="vae.") | average)
-        sparsefusion.save(result, out)
+        sparsefusion.save(result, out, trained_on=self.trained_on)
 
 
 class PerceptualTraining:
@@ -286,6 +290,19 @@ def attributes(roots: list[Path], category: str, names: list[str]) -> Tensor:
     return torch.tensor([known[name] for name in names])
 
 
+def training_data(args: argparse.Namespace, config: TrainConfig, data: PackedScenes) -> dict:
+    """What a weights file says about one of its trainings: which network, which category, how much of it."""
+    names = "\n".join(sorted(data.names))
+    return {
+        "what": args.what,
+        "category": args.category,
+        "sequences": len(data),
+        "frames": config.frames,
+        "names": hashlib.sha256(names.encode()).hexdigest()[:16],
+        "steps": config.fit.steps,
+    }
+
+
 # ---------------------------------------------------------------------------------------------- the command
 
 def config_from_flags(args: argparse.Namespace) -> TrainConfig:
@@ -316,6 +333,12 @@ def config_from_flags(args: argparse.Namespace) -> TrainConfig:
 
 def command(args: argparse.Namespace) -> None:
     """Train what was asked for."""
+    # Flags of other trainings.
+    if args.what == "prior":
+        cli.note_useless(args, ["--preset"], "on a prior, whose numbers come with --vae")
+    else:
+        cli.note_useless(args, ["--vae", "--min-views", "--max-views"], f"on `train.py {args.what}`")
+
     # The pictures of all sequences of the training split, in memory.
     config = config_from_flags(args)
     for root in args.root:
@@ -324,12 +347,14 @@ def command(args: argparse.Namespace) -> None:
     data = load_packed(args.root, args.category, None, config.frames, size, split=TRAINING).to(args.device)
     print(f"{len(data)} sequences of {data.rgba.shape[1]} pictures")
 
-    # A network to train.
+    # A network to train. Its file will tell what it has seen.
     torch.manual_seed(args.seed)
+    seen = training_data(args, config, data)
     if args.what == "vae":
-        training = VAETraining(data, config, args.seed)
+        training = VAETraining(data, config, args.seed, [seen])
     elif args.what == "prior":
-        training = PriorTraining(data, config, sparsefusion.load(args.vae, stage="vae").to(args.device))
+        trained_on = [*sparsefusion.read_trained_on(args.vae), seen]
+        training = PriorTraining(data, config, sparsefusion.load(args.vae, stage="vae").to(args.device), trained_on)
     else:
         training = PerceptualTraining(data, config, attributes(args.root, args.category, data.names))
 
@@ -367,7 +392,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=cli.count, metavar="N", help="updates in all (default: 10000)")
     p.add_argument("--minutes", type=cli.positive, metavar="M",
                    help="stop after that long; the same command goes on from there")
-    p.add_argument("--seed", type=int, default=0, help="of initial weights, views and noise (default: 0)")
+    p.add_argument("--seed", type=cli.seed, default=0, help="of initial weights, views and noise (default: 0)")
     cli.add_settings(p, TrainConfig)
     cli.add_device(p)
     return p

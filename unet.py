@@ -3,8 +3,7 @@
 It is the UNet of Imagen (Saharia et al. 2022) without text: where Imagen's is told a sentence, this one sees a feature
 map, beside the noisy latent. It goes down and up in stages, a resolution each: three residual blocks, a transformer
 block in some, a change of resolution. Every residual block is told the time, and so are the attention layers, by two
-tokens. `PAPER` is the released architecture, `NANO` the same classes for the sample categories. `GraphedUNet`, at the
-end, is the network as it runs on a GPU.
+tokens. `PAPER` is the released architecture, `NANO` the same classes for the sample categories.
 
 What differs from the released code: no number. What Imagen needs for text is left out.
 
@@ -18,14 +17,14 @@ Letters: `B` batch, `C` channels, `H W` rows and columns of a map, `N` tokens (H
 """
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from groupnorm import group_norm
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,11 @@ class GlobalContext(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weights = self.key(x).flatten(2).softmax(dim=-1)                      # (B, 1, N)
         pooled = torch.einsum("bcn,bin->bc", x.flatten(2), weights)
-        return self.net(pooled[..., None, None])
+
+        # As linear layers, which add their bias as they go; convolutions of a single pixel do not.
+        narrow, activation, widen, gate = self.net
+        hidden = activation(F.linear(pooled, narrow.weight.flatten(1), narrow.bias))
+        return gate(F.linear(hidden, widen.weight.flatten(1), widen.bias))[..., None, None]
 
 
 class ResBlock(nn.Module):
@@ -205,21 +208,16 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        # The time becomes a scale and a shift a channel.
-        modulation = self.time(F.silu(t))[..., None, None]
-        scale, shift = modulation.chunk(2, dim=1)                             # (B, c_out, 1, 1) each
-
         # First half, and a look at the time tokens.
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(group_norm(x, self.norm1))
         if self.cross_attention is not None:
             h = h + to_map(self.cross_attention(to_tokens(h), tokens), h)
 
-        # Second half, modulated and gated.
-        h = (scale + 1) * self.norm2(h) + shift
-        h = self.conv2(F.silu(h))
-        if self.gate is not None:
-            h = h * self.gate(h)
-        return h + self.shortcut(x)
+        # Second half: the time becomes a scale and a shift a channel. Then the gate.
+        h = self.conv2(group_norm(h, self.norm2, modulation=self.time(t)))
+        if self.gate is None:
+            return h + self.shortcut(x)
+        return torch.addcmul(self.shortcut(x), h, self.gate(h))
 
 
 class ParallelConv(nn.Module):
@@ -296,6 +294,9 @@ def up_stage(config: UNetConfig, i: int) -> UNetStage:
 class UNet(nn.Module):
     """Noisy latents and the EFT's features of the query view -> the noise (Sec. 3.1; Saharia et al. 2022)."""
 
+    # What embeds log-SNR stays in float32 on a GPU, since its angles reach hundreds of radians.
+    EXACT = ("time_", "token_")
+
     def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
         self.config = config
@@ -331,7 +332,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.final_conv.bias)
 
     def embed_time(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
-        """log-SNR (B,) -> what modulates the blocks (B, time_dim), and the time tokens (B, T, token_dim)."""
+        """log-SNR (B,) -> what the blocks are told (B, time_dim), and the time tokens (B, T, token_dim)."""
         # The number itself, and sines and cosines of it.
         x = log_snr.unsqueeze(-1)                                             # (B, 1)
         angle = x * self.time_frequencies * 2 * math.pi                       # (B, F)
@@ -341,19 +342,44 @@ class UNet(nn.Module):
         hidden = F.silu(self.time_hidden(waves))
         t = self.time_embed(hidden)
         tokens = self.time_tokens(hidden).unflatten(-1, (self.config.tokens, -1))
-        return t, self.token_norm(tokens)
+        return F.silu(t), self.token_norm(tokens)
 
     def forward(self, z: Tensor, log_snr: Tensor, cond: Tensor) -> Tensor:
         """Noisy latents (B, 4, h, w), log-SNR (B,), features (B, cond_channels, s, s) -> noise (B, 4, h, w)."""
-        dtype = self.final_conv.weight.dtype  # half precision in `GraphedUNet`
-
-        # The features before the latent [released: imagen_pytorch.py:1156-1160, 1504]; the time.
+        # The features before the latent [released: imagen_pytorch.py:1156-1160, 1504].
         cond = F.pixel_unshuffle(cond, self.config.cond_unshuffle)
-        x = torch.cat([cond, z], dim=1).to(dtype)
+        x = torch.cat([cond, z], dim=1)
         x = torch.cat([conv(x) for conv in self.init_convs], dim=1)
+        return self.after_first(x, log_snr)
+
+    def embed_features(self, cond: Tensor) -> Tensor:
+        """What the first convolutions make of features (B, cond_channels, s, s): (B, widths[0], h, w)."""
+        cond = F.pixel_unshuffle(cond, self.config.cond_unshuffle).to(self.dtype)
+        maps = []
+        for conv in self.init_convs:
+            weight = conv.weight[:, :cond.shape[1]]
+            maps.append(F.conv2d(cond, weight, conv.bias, padding=conv.padding))
+        return torch.cat(maps, dim=1)
+
+    def predict(self, z: Tensor, log_snr: Tensor, embedded: Tensor) -> Tensor:
+        """As `forward`, with what `embed_features` made of the features, once for all steps of a sampler."""
+        z = z.to(self.dtype)
+        maps = []
+        for conv in self.init_convs:
+            weight = conv.weight[:, -z.shape[1]:]
+            maps.append(F.conv2d(z, weight, padding=conv.padding))
+        return self.after_first(torch.cat(maps, dim=1) + embedded.to(self.dtype), log_snr)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, but those that embed log-SNR: in half precision these stay in float32."""
+        return self.final_conv.weight.dtype
+
+    def after_first(self, x: Tensor, log_snr: Tensor) -> Tensor:
+        """What comes after the first convolutions: their result (B, widths[0], h, w), log-SNR (B,) -> the noise."""
         t, tokens = self.embed_time(log_snr)
-        t = t.to(dtype)
-        tokens = tokens.to(dtype)
+        t = t.to(self.dtype)
+        tokens = tokens.to(self.dtype)
 
         # Down: every stage leaves three skips.
         skips = []
@@ -380,66 +406,6 @@ class UNet(nn.Module):
             x = stage.attend(x, tokens)
             x = stage.resize(x)
         return self.final_conv(self.final_block(x, t, tokens))
-
-
-# ---------------------------------------------------------------------------------------------- on a GPU
-
-class Capture(NamedTuple):
-    """A CUDA graph of one forward pass."""
-    graph: torch.cuda.CUDAGraph
-    inputs: list[Tensor]  # what the graph reads, always at these addresses
-    output: Tensor        # what it writes, always at this one
-
-
-class GraphedUNet:
-    """A frozen copy of a UNet for inference on CUDA: half precision, channels last, a graph for every shape of input.
-
-    At batch 1 the forward pass is about a thousand kernels of microseconds, and launching them one by one takes longer
-    than they do. float16 rather than bfloat16: the noise is off by 0.0016 instead of 0.013 of its spread, and the
-    activations (about 15) are nowhere near its largest number, 65504. What embeds log-SNR stays in float32, since its
-    angles reach hundreds of radians. Later changes of the UNet's weights are not seen.
-    """
-
-    def __init__(self, unet: UNet):
-        self.unet = copy.deepcopy(unet).eval().requires_grad_(False)
-        self.captures = {}
-        for name, part in self.unet.named_children():
-            if not name.startswith(("time_", "token_")):
-                part.to(torch.float16, memory_format=torch.channels_last)
-
-    @torch.no_grad()
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """As `UNet.forward`, without gradients; the result is float32."""
-        shapes = tuple(x.shape for x in inputs)
-        if shapes not in self.captures:
-            self.captures[shapes] = self.capture([x.clone() for x in inputs])
-        captured = self.captures[shapes]
-
-        # A graph knows addresses only: the inputs are copied to them, and the result from its own.
-        for buffer, x in zip(captured.inputs, inputs):
-            buffer.copy_(x)
-        captured.graph.replay()
-        return captured.output.clone()
-
-    def capture(self, inputs: list[Tensor]) -> Capture:
-        """The graph of one forward pass that reads these tensors."""
-        # cuDNN tries its algorithms in the first calls, which no graph may contain.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), self._fast_convolutions():
-            for _ in range(3):
-                self.unet(*inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-
-        # The capture.
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph), self._fast_convolutions():
-            output = self.unet(*inputs).float()
-        return Capture(graph, inputs, output)
-
-    @staticmethod
-    def _fast_convolutions():
-        return torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True)
 
 
 # ---------------------------------------------------------------------------------------------- presets

@@ -14,9 +14,14 @@ Letters: `B` batch, `C` channels, `H W` rows and columns of an image or a map, `
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from graphs import Graphed, half_copy
+from groupnorm import group_norm
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,8 @@ class VAEBlock(nn.Module):
         self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(group_norm(x, self.norm1))
+        h = self.conv2(group_norm(h, self.norm2))
         return self.shortcut(x) + h
 
 
@@ -69,7 +74,7 @@ class VAEAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Project to queries, keys and values: (B, 1, N, C) each, 1 being the head.
-        h = self.norm(x)
+        h = group_norm(x, self.norm, silu=False)
         query = self._tokens(self.q(h))
         key = self._tokens(self.k(h))
         value = self._tokens(self.v(h))
@@ -155,7 +160,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.mid(self.features(x)[-1])
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(group_norm(h, self.norm_out))
 
 
 class Decoder(nn.Module):
@@ -186,7 +191,7 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for stage in self.levels:
             h = stage(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(group_norm(h, self.norm_out))
 
 
 # ---------------------------------------------------------------------------------------------- the autoencoder
@@ -199,29 +204,87 @@ class VAE(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+        self.fast: FastVAE | None = None
 
         # On either side of the latent a 1x1 convolution.
         self.quant_conv = nn.Conv2d(2 * config.channels, 2 * config.channels, 1)
         self.post_quant_conv = nn.Conv2d(config.channels, config.channels, 1)
+
+    def accelerate(self) -> VAE:
+        """On CUDA: from now on, what needs no weights' gradients runs on this moment's weights in half precision."""
+        self.fast = None
+        if self.quant_conv.weight.is_cuda:
+            half = half_copy(self)
+            encode = Graphed("the autoencoder's encoder", half.encode, self.encode_exactly)
+            decode = Graphed("the autoencoder's decoder", half.decode, self.decode_exactly)
+            self.fast = FastVAE(half, encode, decode)
+        return self
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in [0, 1] -> mean and log variance of the posterior, before scaling: (B, 4, h, w) each.
 
         What is outside [0, 1] is clipped [released: common_utils.py:9-19]; the log variance is clamped to [-30, 20].
         """
-        symmetric = (2 * images - 1).clamp(-1, 1)
+        symmetric = (2 * images - 1).clamp(-1, 1).to(self.quant_conv.weight.dtype)
         mean, log_var = self.quant_conv(self.encoder(symmetric)).chunk(2, dim=1)
         return mean, log_var.clamp(-30, 20)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> latents (B, 4, h, w): the posterior's mode times the scale."""
+        if self.fast is not None and not torch.is_grad_enabled():
+            return self.fast.encode(images)
+        return self.encode_exactly(images)
+
+    def encode_exactly(self, images: Tensor) -> Tensor:
+        """`encode` in the precision of the weights."""
         mean, _ = self.moments(images)
         return mean * self.config.scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, 4, h, w) -> images (B, 3, H, W), about [0, 1]; not clamped, so that gradients pass everywhere."""
-        z = self.post_quant_conv(latents / self.config.scale)
-        return (self.decoder(z) + 1) / 2
+        if self.fast is not None and not torch.is_grad_enabled():
+            return self.fast.decode(latents)
+        return self.decode_exactly(latents)
+
+    def decode_exactly(self, latents: Tensor) -> Tensor:
+        """`decode` in the precision of the weights; the colors are float32."""
+        z = (latents / self.config.scale).to(self.quant_conv.weight.dtype)
+        return (self.decoder(self.post_quant_conv(z)).float() + 1) / 2
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The encoder's features of images (B, 3, H, W) in [0, 1], finest first: (B, widths[i], H / 2^i, W / 2^i).
+
+        Differentiable in the images. A CUDA graph can capture it after a first call.
+        """
+        symmetric = 2 * images - 1
+        if self.fast is None or not self.fast.encode.half_serves:
+            return self.encoder.features(symmetric)
+
+        # The gradient of a mean over pixels is too small a number for half precision, but not times the pixels.
+        pixels = images.shape[-2] * images.shape[-1]
+        half = ScaledGradient.apply(symmetric, 1 / pixels).half()
+        features = self.fast.half.encoder.features(half)
+        return [ScaledGradient.apply(x.float(), pixels) for x in features]
+
+
+class FastVAE(NamedTuple):
+    """What an autoencoder runs on CUDA."""
+    half: VAE        # its frozen copy in half precision
+    encode: Graphed
+    decode: Graphed
+
+
+class ScaledGradient(torch.autograd.Function):
+    """The same numbers, whose gradient is multiplied by a factor."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
 
 
 # ---------------------------------------------------------------------------------------------- presets

@@ -1,26 +1,22 @@
-"""The view-conditioned latent diffusion model (Sec. 3.1): noising, the training loss, and two samplers.
+"""The view-conditioned latent diffusion model (Sec. 3.1): noising, the training loss, the noise that is predicted.
 
 The diffusion runs in continuous time (Kingma et al. 2021): the network of `unet.py` is told the signal-to-noise ratio,
-not a step number. `ancestral_sampling` makes a view from pure noise. `plms` is multi-step denoising (Liu et al. 2022)
-from any noise level, which distillation calls (Sec. 3.2). `PAPER` and `PAPER_SAMPLER` hold the paper's numbers, `NANO`
-and `NANO_SAMPLER` those for the sample categories.
+not a step number. `samplers.py` has what becomes of its predictions. `PAPER` and `PAPER_SAMPLER` hold the paper's
+numbers, `NANO` and `NANO_SAMPLER` those for the sample categories.
 
-    t, s          times in [0, 1], 0 is the clean latent; s is the next one on the way down, s < t
-    noise_level   the time at which multi-step denoising starts
+    t, s          times in [0, 1], 0 is the clean latent; s is an earlier one, s < t
     log_snr       log(alpha^2 / sigma^2), falls as t grows
     alpha, sigma  z_t = alpha x0 + sigma eps, where alpha^2 = sigmoid(log_snr) and alpha^2 + sigma^2 = 1
     x0, eps       the clean latent and the noise, or what the network says about them
 
-What differs from the released code, whose ways are fields of `SamplerConfig`: multi-step denoising is deterministic, as
-published (theirs: `ancestral`); it starts from the noised latent at every level (theirs: `unnoised_start`); its first
-step averages two clean estimates, not two noises (theirs: with `ancestral`).
+What differs from the released code: docs/differences.md, and the fields of `SamplerConfig`.
 
-Letters: `B` batch, `h w` rows and columns of the latent, `C` channels and `s` side of the features, `n` steps.
+Letters: `B` batch, `h w` rows and columns of the latent, `C` channels and `s` side of the features.
 """
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -29,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet import GraphedUNet, UNet, UNetConfig
+from graphs import Graphed, half_copy
+from unet import UNet, UNetConfig
 
 NoisePredictor = Callable[[Tensor, Tensor], Tensor]  # noisy latent (B, ...), log-SNR (B,) -> predicted noise (B, ...)
 
@@ -54,8 +51,9 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """The numbers of both samplers."""
-    plms_steps: int = 50          # steps of multi-step denoising from a noise level of 1/2 or more; 1: one-step
+    """The numbers of sampling from noise and of multi-step denoising."""
+    solver: str = "plms"          # of multi-step denoising: "plms" (Sec. 3.2), "ddim" or "dpmpp"
+    plms_steps: int = 50          # steps of any solver from a noise level of 1/2 or more; 1: one-step denoising
     sample_steps: int = 500       # steps of ancestral sampling  [released: load_model.py:82]
     clip: float = 10.0            # largest absolute value of a clean estimate  [released: load_model.py:87-90]
     t_start: float = 1.0          # time at which sampling from noise starts; higher noise levels are lowered to it
@@ -64,6 +62,8 @@ class SamplerConfig:
     unnoised_start: bool = False  # no noise on the start latent from level 0.99 on  [released: plms.py:80-85]
 
     def __post_init__(self):
+        if self.solver not in ("plms", "ddim", "dpmpp"):
+            raise ValueError(f"solver {self.solver!r}: must be 'plms', 'ddim' or 'dpmpp'")
         if self.plms_steps < 1 or self.sample_steps < 1:
             raise ValueError(f"plms_steps {self.plms_steps} and sample_steps {self.sample_steps}: must be at least 1")
         if not self.clip > 0:
@@ -157,193 +157,6 @@ def latent_mask(valid: Tensor, size: int) -> Tensor:
     return (smooth > 0.6).to(valid.dtype)
 
 
-# ---------------------------------------------------------------------------------------------- steps from t to s
-
-def clean_estimate(z: Tensor, log_snr: Tensor, eps: Tensor, clip: float) -> Tensor:
-    """The clean latent that `eps` implies, clipped to [-clip, clip]; like z."""
-    return x0_from_eps(z, log_snr, eps).clamp(-clip, clip)
-
-
-def ddim_step(z: Tensor, x0: Tensor, log_snr_t: Tensor, log_snr_s: Tensor) -> Tensor:
-    """Deterministic step (Song et al. 2021): the clean estimate, and the noise that it implies in z at s's level."""
-    alpha_t, sigma_t = alpha_sigma(log_snr_t)
-    alpha_s, sigma_s = alpha_sigma(log_snr_s)
-    return alpha_s * x0 + sigma_s * (z - alpha_t * x0) / sigma_t
-
-
-def ancestral_step(z: Tensor, x0: Tensor, log_snr_t: Tensor, log_snr_s: Tensor, randn: Callable[[], Tensor]) -> Tensor:
-    """Random step: a draw from the posterior."""
-    mean, variance = posterior(x0, z, log_snr_t, log_snr_s)
-    return mean + variance.clamp(min=1e-20).sqrt() * randn()
-
-
-def last_step(z: Tensor, x0: Tensor, log_snr_t: Tensor, log_snr_s: Tensor, clip: float) -> Tensor:
-    """The step to time 0, where nothing is drawn any more: the posterior's mean, clipped."""
-    mean, _ = posterior(x0, z, log_snr_t, log_snr_s)
-    return mean.clamp(-clip, clip)
-
-
-def one_per_image(log_snrs: Tensor, z: Tensor) -> Tensor:
-    """log-SNRs (n,) for a network that wants one an image of z (B, ...): (n, B), on z's device.
-
-    Made once for all steps, because every copy to a GPU waits for it.
-    """
-    return log_snrs.to(z.device)[:, None].expand(-1, len(z))
-
-
-# ---------------------------------------------------------------------------------------------- sampling from noise
-
-def ancestral_sampling(predict_noise: NoisePredictor, randn: Callable[[], Tensor], sampler: SamplerConfig) -> Tensor:
-    """Sampling from pure noise (Ho et al. 2020, Alg. 2, in continuous time): a clean latent like `randn()`."""
-    # Evenly spaced times down to 0, and noise at the first of them.
-    steps = sampler.sample_steps
-    log_snrs = cosine_log_snr(torch.linspace(sampler.t_start, 0, steps + 1))
-    z = randn()
-    log_snr_batch = one_per_image(log_snrs, z)
-
-    for k in range(steps):
-        # What the network takes for the clean latent.
-        eps = predict_noise(z, log_snr_batch[k])
-        x0 = clean_estimate(z, log_snrs[k], eps, sampler.clip)
-
-        # A step through the posterior.
-        if k < steps - 1:
-            z = ancestral_step(z, x0, log_snrs[k], log_snrs[k + 1], randn)
-        else:
-            z = last_step(z, x0, log_snrs[k], log_snrs[k + 1], sampler.clip)
-    return z
-
-
-# ---------------------------------------------------------------------------------------------- multi-step denoising
-
-# Adams-Bashforth: how much the latest prediction counts, and those before it, where there are 2, 3 or 4.
-ADAMS_BASHFORTH = {
-    2: (3 / 2, -1 / 2),
-    3: (23 / 12, -16 / 12, 5 / 12),
-    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-}
-
-
-class PLMSStep(NamedTuple):
-    """A step of multi-step denoising."""
-    latent: Tensor  # where it led: z_s (B, 4, h, w)
-    x0: Tensor      # the clean estimate that led there (B, 4, h, w)
-    eps: Tensor     # what the network had predicted at z_t (B, 4, h, w)
-
-
-def plms(predict_noise: NoisePredictor, x0: Tensor | None, noise_level: float, randn: Callable[[], Tensor],
-         sampler: SamplerConfig) -> Tensor:
-    """Noise a latent to a level and denoise it in several steps (Sec. 3.2; Liu et al. 2022): latents (B, 4, h, w).
-
-    `noise_level` is in [0, 1]; below 1 / (2 plms_steps) no step is taken, and the noised latent is the result. With
-    `plms_steps` = 1 it is one-step denoising, at every level: the network is called once, and what it takes for the
-    clean latent is the result. Without `x0` the start is a draw. `randn()` is a standard normal draw like the latent.
-    """
-    z = start_latent(x0, noise_level, randn, sampler)
-    for step in plms_steps(predict_noise, z, noise_level, randn, sampler):
-        z = step.latent
-    return z
-
-
-def plms_steps(predict_noise: NoisePredictor, z: Tensor, noise_level: float, randn: Callable[[], Tensor],
-               sampler: SamplerConfig) -> Iterator[PLMSStep]:
-    """The steps of `plms`, from the start latent z (B, 4, h, w)."""
-    # The times on the way to 0, and the latest predictions of noise, newest first.
-    log_snrs = cosine_log_snr(plms_times(noise_level, sampler))
-    log_snr_batch = one_per_image(log_snrs, z)
-    steps = len(log_snrs) - 1
-    history = []
-
-    # A single step needs no path: it ends at the clean estimate.
-    if sampler.plms_steps == 1:
-        eps = predict_noise(z, log_snr_batch[0])
-        x0 = clean_estimate(z, log_snrs[0], eps, sampler.clip)
-        yield PLMSStep(x0, x0, eps)
-        return
-
-    for k in range(steps):
-        log_snr_t = log_snrs[k]
-        log_snr_s = log_snrs[k + 1]
-        last = k == steps - 1
-
-        # Predict the noise at t.
-        eps = predict_noise(z, log_snr_batch[k])
-        history = [eps, *history][:4]
-
-        # The first step tries where it would lead (improved Euler); later ones look back (Adams-Bashforth).
-        if k == 0:
-            x0 = clean_estimate(z, log_snr_t, eps, sampler.clip)
-            z_ahead = plms_step(z, x0, log_snr_t, log_snr_s, last, randn, sampler)
-            eps_ahead = predict_noise(z_ahead, log_snr_batch[1])
-            x0_ahead = clean_estimate(z_ahead, log_snr_s, eps_ahead, sampler.clip)
-            if sampler.ancestral:
-                eps_mixed = (eps + eps_ahead) / 2
-            else:
-                eps_mixed = improved_euler(z, log_snr_t, x0, x0_ahead)
-        else:
-            eps_mixed = adams_bashforth(history)
-
-        # From t to s with the mixed noise.
-        x0 = clean_estimate(z, log_snr_t, eps_mixed, sampler.clip)
-        z = plms_step(z, x0, log_snr_t, log_snr_s, last, randn, sampler)
-        yield PLMSStep(z, x0, eps)
-
-
-def improved_euler(z: Tensor, log_snr_t: Tensor, x0: Tensor, x0_ahead: Tensor) -> Tensor:
-    """The first step's noise: what the mean of the clean estimates at t and s implies in z; like z.
-
-    The mean of the two noises [released: plms.py:137-143] is coarser near t = 1, where a small difference in noise is a
-    large one in the clean latent (sigma / alpha is 30 at t = 0.98).
-    """
-    return eps_from_x0(z, log_snr_t, (x0 + x0_ahead) / 2)
-
-
-def adams_bashforth(history: list[Tensor]) -> Tensor:
-    """The noise of a later step: the last two to four predictions, latest first, extrapolated."""
-    coefficients = ADAMS_BASHFORTH[len(history)]
-    return sum(coefficient * eps for coefficient, eps in zip(coefficients, history))
-
-
-def plms_step(z: Tensor, x0: Tensor, log_snr_t: Tensor, log_snr_s: Tensor, last: bool, randn: Callable[[], Tensor],
-              sampler: SamplerConfig) -> Tensor:
-    """From t to s with a clean estimate: deterministic, or random where the sampler says so; the last is a mean."""
-    if last:
-        return last_step(z, x0, log_snr_t, log_snr_s, sampler.clip)
-    if sampler.ancestral:
-        return ancestral_step(z, x0, log_snr_t, log_snr_s, randn)
-    return ddim_step(z, x0, log_snr_t, log_snr_s)
-
-
-def start_time(noise_level: float, sampler: SamplerConfig) -> float:
-    """Where multi-step denoising starts: at the noise level, or at `t_start` if that is lower; from 0.99 on at 1."""
-    level = min(noise_level, sampler.t_start)
-    return 1.0 if level >= 0.99 else level
-
-
-def plms_times(noise_level: float, sampler: SamplerConfig) -> Tensor:
-    """Times of multi-step denoising, (n + 1,), evenly spaced from the noise level to 0.
-
-    Below a level of 1/2 the steps are 1 / (2 plms_steps) long; from there on there are `plms_steps` longer ones
-    [released: plms.py:87-93]. One-step denoising has one at every level.
-    """
-    start = start_time(noise_level, sampler)
-    steps = min(int(start * sampler.plms_steps * 2), sampler.plms_steps)
-    if sampler.plms_steps == 1:
-        steps = 1
-    return torch.linspace(start, 0, steps + 1)
-
-
-def start_latent(x0: Tensor | None, noise_level: float, randn: Callable[[], Tensor], sampler: SamplerConfig) -> Tensor:
-    """Where multi-step denoising starts: `x0` (B, 4, h, w) noised to the level, or a draw where there is no `x0`."""
-    if x0 is None:
-        return randn()
-    start = start_time(noise_level, sampler)
-    if start == 1 and sampler.unnoised_start:
-        return x0
-    log_snr = cosine_log_snr(torch.tensor(start))
-    return q_sample(x0, log_snr, randn())
-
-
 # ---------------------------------------------------------------------------------------------- the model
 
 class VLDM(nn.Module):
@@ -353,30 +166,42 @@ class VLDM(nn.Module):
         super().__init__()
         self.unet = UNet(unet)
         self.config = diffusion
-        self.graphed: GraphedUNet | None = None
+        self.fast: FastUNet | None = None
 
     def accelerate(self) -> VLDM:
-        """On CUDA: from now on, what needs no gradients runs on this moment's weights as a `GraphedUNet`."""
-        self.graphed = None
+        """On CUDA: from now on, what needs no gradients runs on this moment's weights in half precision."""
+        self.fast = None
         if self.unet.final_conv.weight.is_cuda:
-            self.graphed = GraphedUNet(self.unet)
+            half = half_copy(self.unet, UNet.EXACT)
+            embed_features = Graphed("the UNet's first layer", half.embed_features, self.unet.embed_features)
+            predict = Graphed("the UNet", half.predict, self.unet.predict)
+            self.fast = FastUNet(embed_features, predict)
         return self
 
     def noise_predictor(self, cond: Tensor, guidance: float = 1.0) -> NoisePredictor:
-        """The function (z, log_snr) -> eps for features (B, C, s, s), for the samplers."""
-        return partial(self.predict_noise, cond=cond, guidance=guidance)
-
-    def predict_noise(self, z: Tensor, log_snr: Tensor, cond: Tensor, guidance: float = 1.0) -> Tensor:
-        """Noisy latents (B, 4, h, w), log-SNR (B,), features (B, C, s, s) -> noise (B, 4, h, w)."""
-        # The copy in half precision, if there is one, where nobody wants gradients.
+        """The function (z, log_snr) -> eps for features (B, C, s, s), for the samplers; z may be the first m of B."""
+        # In half precision, if there is such a copy, where nobody wants gradients.
         network = self.unet
-        if self.graphed is not None and not torch.is_grad_enabled():
-            network = self.graphed
-        prediction = network(z, log_snr, cond)
+        if self.fast is not None and not torch.is_grad_enabled():
+            network = self.fast
+
+        # What the network makes of the features is the same at every step.
+        embedded = network.embed_features(cond)
+        without = None if guidance == 1 else network.embed_features(torch.zeros_like(cond))
+        return partial(self.predict_noise, network=network, embedded=embedded, without=without, guidance=guidance)
+
+    def predict_noise(self, z: Tensor, log_snr: Tensor, network: UNet | FastUNet, embedded: Tensor,
+                      without: Tensor | None, guidance: float) -> Tensor:
+        """Noisy latents (m, 4, h, w), log-SNR (m,) -> noise (m, 4, h, w), by a network.
+
+        `embedded` is what it made of the features (B, C, s, s) of which the first m count, `without` of no features.
+        """
+        m = len(z)
+        prediction = network.predict(z, log_snr, embedded[:m])
 
         # Classifier-free guidance (Ho and Salimans 2022): away from what is predicted without features.
-        if guidance != 1:
-            unconditional = network(z, log_snr, torch.zeros_like(cond))
+        if without is not None:
+            unconditional = network.predict(z, log_snr, without[:m])
             prediction = unconditional + guidance * (prediction - unconditional)
 
         # From v = alpha eps - sigma x0 and z = alpha x0 + sigma eps follows eps = alpha v + sigma z.
@@ -401,6 +226,12 @@ class VLDM(nn.Module):
             target = alpha * eps - sigma * x0
         prediction = self.unet(z, log_snr, cond).float()
         return diffusion_loss(prediction, target, log_snr, self.config.snr_gamma, mask)
+
+
+class FastUNet(NamedTuple):
+    """What a UNet runs on CUDA, under the same names."""
+    embed_features: Graphed
+    predict: Graphed
 
 
 # ---------------------------------------------------------------------------------------------- presets

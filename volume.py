@@ -6,8 +6,12 @@ background. Samples in empty cells are never evaluated.
 Different from the released code: depth is in units of t along the ray, and 0 for a ray that misses the cube; theirs
 is a fraction of the ray's interval in the cube, and NaN [released: nerf/renderer_df.py:442-456].
 
-Letters: `R` rays, `D` samples a ray, `I` importance samples a ray, `H W` rows and columns. Rays are not normalized:
-`o + t d` lies at depth t of the camera, and density is per unit of t [released: nerf/renderer_df.py:414-418].
+How many samples are in occupied cells is known only when they are placed, and a GPU that has to tell waits. So that it
+need not, a `SampleBuffer` gives their number a fixed room.
+
+Letters: `R` rays, `D` samples a ray, `I` importance samples a ray, `N` = R D, `H W` rows and columns. Rays are not
+normalized: `o + t d` lies at depth t of the camera, and density is per unit of t [released:
+nerf/renderer_df.py:414-418].
 """
 from __future__ import annotations
 
@@ -21,6 +25,8 @@ from cameras import Cameras, pixel_grid
 from ngp import Field, FieldConfig, Occupancy, cube
 from runtime import rand
 
+CHUNK = {"cpu": 2**11, "cuda": 2**15}  # rays of a picture that are followed at once
+
 
 class Rendering(NamedTuple):
     """What R rays see, before a black background."""
@@ -33,6 +39,24 @@ class Image(NamedTuple):
     """What a view sees, before a black background."""
     color: Tensor    # (3, H, W) in [0, 1], premultiplied
     opacity: Tensor  # (1, H, W) in [0, 1]
+
+
+class SampleBuffer:
+    """Room for the samples of a rendering that are in occupied cells, for renderings whose shapes must be fixed, as in
+    a CUDA graph.
+
+    Samples for which there is no room count as empty, and are counted: whoever renders with a buffer looks at `most`
+    now and then, and makes a larger one when it exceeds `size`.
+    """
+
+    def __init__(self, size: int, device: torch.device | str):
+        self.size = size
+        self.most = torch.zeros((), dtype=torch.long, device=device)  # samples in occupied cells of one rendering
+
+    def pack(self, occupied: Tensor) -> Tensor:
+        """Positions of the True in a mask (N,), the rest of the buffer filled with N: (size,)."""
+        torch.maximum(self.most, occupied.sum(), out=self.most)
+        return torch.nonzero_static(occupied, size=self.size, fill_value=len(occupied)).squeeze(-1)
 
 
 def sampled_box(field: Field, occupancy: Occupancy | None) -> Tensor:
@@ -105,80 +129,109 @@ def compositing_weights(density: Tensor, t: Tensor, last: Tensor) -> Tensor:
     return transmittance * -torch.expm1(-depth)
 
 
-def evaluate_samples(field: Field, rays_o: Tensor, rays_d: Tensor, t: Tensor,
-                     occupancy: Occupancy | None) -> tuple[Tensor, Tensor]:
+def evaluate_samples(field: Field, rays_o: Tensor, rays_d: Tensor, t: Tensor, occupancy: Occupancy | None,
+                     buffer: SampleBuffer | None = None) -> tuple[Tensor, Tensor]:
     """Density (R, D) and color (R, D, 3) at `o + t d`; 0 in empty cells, where the field is not asked."""
     # Three long rows are faster than many short ones.
     x = rays_o.t()[..., None] + rays_d.t()[..., None] * t  # (3, R, D)
     x = x.clamp(-field.config.bound, field.config.bound)
-    x = x.reshape(3, -1).t()  # (R * D, 3)
-
+    x = x.reshape(3, -1).t()  # (N, 3)
     if occupancy is None:
-        density, color = field(x)
+        density, color = field(x, *_directions(field, rays_d, torch.arange(len(x), device=x.device), t))
+        return density.reshape(t.shape), color.reshape(*t.shape, 3)
+
+    # Which samples there are to ask for. What fills a buffer up is asked for, too, and lands behind the last sample.
+    occupied = occupancy(x)
+    if buffer is None:
+        places = occupied.nonzero().squeeze(-1)
     else:
-        inside = occupancy(x).nonzero().squeeze(-1)
-        found_density, found_color = field(x[inside])
-        density = found_density.new_zeros(len(x)).index_copy(0, inside, found_density)
-        color = found_color.new_zeros(len(x), 3).index_copy(0, inside, found_color)
+        places = buffer.pack(occupied)
+    asked = places.clamp(max=len(x) - 1)
+    found_density, found_color = field(x[asked], *_directions(field, rays_d, asked, t))
+
+    # All others are empty.
+    density = found_density.new_zeros(len(x) + 1).index_copy(0, places, found_density)[:-1]
+    color = found_color.new_zeros(len(x) + 1, 3).index_copy(0, places, found_color)[:-1]
     return density.reshape(t.shape), color.reshape(*t.shape, 3)
 
 
+def _directions(field: Field, rays_d: Tensor, samples: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+    """What a field whose color depends on it is also told: the directions (K, 3) of samples (K,) of t (R, D)."""
+    if field.config.view_degree == 0:
+        return ()
+    return (rays_d[samples // t.shape[1]],)
+
+
 def render(field: Field, rays_o: Tensor, rays_d: Tensor, generator: torch.Generator | None = None,
-           occupancy: Occupancy | None = None, draws: tuple[Tensor, Tensor] | None = None) -> Rendering:
+           occupancy: Occupancy | None = None, draws: tuple[Tensor, Tensor] | None = None,
+           buffer: SampleBuffer | None = None) -> Rendering:
     """Render rays (R, 3) before a black background (NeRF, Sec. 4 and 5.2).
 
     With a generator the samples are jittered. With an occupancy, samples lie in the box around the occupied cells and
     those in empty cells are skipped. `draws` overrides the generator's numbers with given ones (see `uniform_draws`).
-    Rays that miss are 0.
+    Rays that miss are 0. With a `buffer`, which needs an occupancy, no shape depends on what is seen.
     """
-    config = field.config
+    box = sampled_box(field, occupancy).to(rays_o)
+    near, far = ray_box_intersection(rays_o, rays_d, box, field.config.near)
+    if buffer is not None:
+        draws = draws or uniform_draws(field.config, len(rays_o), generator, rays_o)
+        far = torch.maximum(near, far)  # of rays that miss: their samples have no length
+        return Rendering(*_integrate(field, rays_o, rays_d, near, far, draws, occupancy, buffer))
 
     # Only rays that meet the box are followed.
-    box = sampled_box(field, occupancy).to(rays_o)
-    near, far = ray_box_intersection(rays_o, rays_d, box, config.near)
     hit = (far > near).nonzero().squeeze(-1)
-    near = near[hit, None]  # (hits, 1)
-    far = far[hit, None]
-    o, d = rays_o[hit], rays_d[hit]
     if draws is None:
-        u, u_importance = uniform_draws(config, len(hit), generator, rays_o)
+        draws = uniform_draws(field.config, len(hit), generator, rays_o)
     else:
-        u, u_importance = draws[0][hit], draws[1][hit]
+        draws = draws[0][hit], draws[1][hit]
+    seen = _integrate(field, rays_o[hit], rays_d[hit], near[hit], far[hit], draws, occupancy, None)
+
+    # The other rays are black.
+    rays = len(rays_o)
+    color = seen.color.new_zeros(rays, 3).index_copy(0, hit, seen.color)
+    opacity = seen.opacity.new_zeros(rays).index_copy(0, hit, seen.opacity)
+    depth = seen.depth.new_zeros(rays).index_copy(0, hit, seen.depth)
+    return Rendering(color, opacity, depth)
+
+
+def _integrate(field: Field, rays_o: Tensor, rays_d: Tensor, near: Tensor, far: Tensor, draws: tuple[Tensor, Tensor],
+               occupancy: Occupancy | None, buffer: SampleBuffer | None) -> Rendering:
+    """Render rays (R, 3) from t = near to far, (R,) each."""
+    config = field.config
+    u, u_importance = draws
+    near = near[:, None]  # (R, 1)
+    far = far[:, None]
 
     # Stratified samples, both ends of the interval included [released: nerf/renderer_df.py:356-412].
     stratum = (far - near) / config.samples_per_ray
-    grid = near + (far - near) * torch.linspace(0, 1, config.samples_per_ray).to(u)
+    grid = near + (far - near) * torch.linspace(0, 1, config.samples_per_ray, device=u.device, dtype=u.dtype)
     t = grid + (u - 0.5) * stratum
 
     # Importance samples, where the stratified ones found something.
     if config.importance_samples:
         with torch.no_grad():
-            density, _ = evaluate_samples(field, o, d, t, occupancy)
+            density, _ = evaluate_samples(field, rays_o, rays_d, t, occupancy, buffer)
             weights = compositing_weights(density, t, stratum)
             middle = (t[:, 1:] + t[:, :-1]) / 2
             more = sample_pdf(middle, weights[:, 1:-1], u_importance)
             t = torch.cat([t, more], -1).sort(-1).values
 
     # Integration along the rays.
-    density, color = evaluate_samples(field, o, d, t, occupancy)
+    density, color = evaluate_samples(field, rays_o, rays_d, t, occupancy, buffer)
     weights = compositing_weights(density, t, stratum)
     color = torch.einsum("rd,rdc->rc", weights, color)
-    opacity = weights.sum(-1, keepdim=True)
-    depth = (weights * t.clamp(near, far)).sum(-1, keepdim=True)
-
-    # The other rays are black.
-    seen = torch.cat([color, opacity, depth], -1)  # (hits, 5)
-    seen = seen.new_zeros(len(rays_o), 5).index_copy(0, hit, seen)
-    color, opacity, depth = seen[:, :3], seen[:, 3], seen[:, 4]
-    return Rendering(color, opacity, depth)
+    depth = (weights * t.clamp(near, far)).sum(-1)
+    return Rendering(color, weights.sum(-1), depth)
 
 
 def render_image(field: Field, camera: Cameras, size: int, full: int, generator: torch.Generator | None = None,
-                 occupancy: Occupancy | None = None, chunk: int = 2**15) -> Image:
+                 occupancy: Occupancy | None = None, chunk: int | None = None) -> Image:
     """A whole view, size x size, on rays that `cameras.pixel_grid` lays through an image of `full` pixels a side.
 
-    `chunk` rays are followed at once. See `render` for the generator and the occupancy.
+    `chunk` rays are followed at once: by default what fits a CPU's caches or fills a GPU. See `render` for the
+    generator and the occupancy.
     """
+    chunk = chunk or CHUNK[camera.T.device.type]
     xy = pixel_grid(size, size, full, device=camera.T.device)
     rays_o, rays_d = camera.rays(xy)
     parts = []

@@ -17,19 +17,30 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
+import cameras  # noqa: E402
+import co3d  # noqa: E402
+import distillation  # noqa: E402
 import files  # noqa: E402
 import hashgrid  # noqa: E402
 import runtime  # noqa: E402
+import scenes  # noqa: E402
+import settings  # noqa: E402
+import sparsefusion  # noqa: E402
+import vldm  # noqa: E402
+from lattice import Lattice  # noqa: E402
 
+SAMPLE = Path(__file__).resolve().parent.parent / "sample" / "co3d"
 SECONDS = 1.0  # that a part is repeated for, about
 
 
@@ -131,7 +142,178 @@ def _forward_and_backward(encode: Callable, x: Tensor, table: Tensor, levels: ha
     encode(x, table, levels).backward(grad)
 
 
-PARTS = [encoding]
+def denoiser(device: torch.device) -> Iterator[Part]:
+    """The networks of multi-step denoising with random weights, and whole denoisings from levels all over.
+
+    The paper's networks on a GPU, where they run in half precision and may reach more than the float32 floor; those of
+    the sample categories on a CPU. Bytes are the weights', once.
+    """
+    # The last layer starts at zero, which would be a result without a spread to compare with.
+    name = "paper" if device.type == "cuda" else "nano"
+    with device:
+        model = sparsefusion.SparseFusion(sparsefusion.PRESETS[name])
+    torch.nn.init.normal_(model.vldm.unet.final_conv.weight, std=0.02)
+    model = sparsefusion.ready(model, device)
+    for batch in (1, 8, 16) if device.type == "cuda" else (1, 4):
+        yield from _denoiser_of(model, batch, device)
+
+
+@torch.no_grad()
+def _denoiser_of(model: sparsefusion.SparseFusion, batch: int, device: torch.device) -> list[Part]:
+    """The parts for a batch of images."""
+    # What the networks are given.
+    preset = model.preset
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(batch, 3, preset.image_size, preset.image_size, generator=generator).to(device)
+    latents = torch.randn(batch, 4, preset.latent_size, preset.latent_size, generator=generator).to(device)
+    features = torch.randn(batch, preset.unet.cond_channels, preset.map_size, preset.map_size, generator=generator)
+    features = features.to(device)
+    levels = torch.linspace(0, 1, batch + 1)[1:].tolist()
+
+    # A call of each network. What the UNet makes of the features is no part of a call.
+    network = model.vldm.fast or model.vldm.unet
+    predict = torch.no_grad()(network.predict)
+    runs = {
+        "UNet": partial(predict, latents, torch.zeros(batch, device=device), network.embed_features(features)),
+        "VAE encode": partial(torch.no_grad()(model.vae.encode), images),
+        "VAE decode": partial(torch.no_grad()(model.vae.decode), latents),
+        "feature distance both ways": partial(_distance_both_ways, model, images),
+    }
+
+    # Whole denoisings.
+    for solver, steps in (("plms", 50), ("dpmpp", 10)):
+        sampler = replace(vldm.PAPER_SAMPLER, solver=solver, plms_steps=steps)
+        runs[f"denoise, {solver} {steps}"] = partial(model.denoise, images, features, levels, generator, sampler)
+
+    # Operations are counted without graphs, in which they do not show.
+    exact = model.vldm.unet
+    inputs = (latents, torch.zeros(batch, device=device), exact.embed_features(features))
+    counted = runs | {"UNet": partial(exact.predict, *inputs)}
+    fast = model.vae.fast, model.vldm.fast
+    model.vae.fast = model.vldm.fast = None
+    operations = {name: _operations(run) for name, run in counted.items()}
+    model.vae.fast, model.vldm.fast = fast
+
+    parts = []
+    for name, run in runs.items():
+        weights = model.vae if "VAE" in name or "distance" in name else model.vldm.unet
+        size = sum(weight.nbytes for weight in weights.parameters())
+        parts.append(Part(name, f"{preset.name}, batch {batch}", run, size, operations[name]))
+    return parts
+
+
+def _operations(run: Callable) -> int:
+    """How many operations the matrix products and convolutions of a run have."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@torch.enable_grad()
+def _distance_both_ways(model: sparsefusion.SparseFusion, images: Tensor) -> Tensor:
+    x = images.detach().requires_grad_()
+    return torch.autograd.grad(model.feature_distance(x, images.flip(-1)).sum(), x)[0]
+
+
+def epipolar_transformer(device: torch.device) -> Iterator[Part]:
+    """What the EFT says of whole views, from 2, 6 and 24 input views: encoded once, then every viewpoint.
+
+    Operations are those of the linear layers and of attention as the paper draws them. Bytes are those of a token, read
+    and written once a layer, by each of the two sublayers. On a GPU it runs in half precision.
+    """
+    large = device.type == "cuda"
+    model = sparsefusion.SparseFusion(sparsefusion.PRESETS["paper" if large else "nano"]).to(device).eval()
+    preset, viewpoints = model.preset, 82 if large else 1
+    for views in (2, 6, 24) if large else (2, 6):
+        around = _cameras_around(views + viewpoints).to(device)
+        images = torch.rand(views, 3, preset.image_size, preset.image_size, device=device)
+        run = partial(model.condition, images, around[:views], around[views:], (3.0, 13.0))
+
+        # Tokens of T1 and of T2 are as many; those of T3 are few.
+        config = preset.eft
+        tokens = 2 * viewpoints * preset.map_size**2 * views * config.depths
+        linear = 4 * config.width**2 + 2 * config.width * config.feedforward
+        attention = config.width * (views + config.depths)
+        operations = tokens * config.layers * 2 * (linear + attention)
+        moved = tokens * config.layers * 2 * 2 * config.width * (2 if large else 4)
+        yield Part("EFT", f"{viewpoints} viewpoints, {views} inputs, {preset.name}", run, moved, operations)
+
+
+def _cameras_around(count: int) -> cameras.Cameras:
+    """Cameras on a circle round the origin, at a distance of 8."""
+    angle = torch.linspace(0, 6, count)
+    eye = 8 * torch.stack([angle.sin(), torch.full_like(angle, 0.3), angle.cos()], -1)
+    R, T = cameras.look_at(eye, torch.zeros(3), torch.tensor([0.0, 1.0, 0.0]))
+    return cameras.Cameras(R, T, torch.full((count, 2), 2.0), torch.zeros(count, 2))
+
+
+def rendering(device: torch.device) -> Iterator[Part]:
+    """Renderings of a field of the paper's size with gradients, and whole iterations of the bootstrap.
+
+    The object is the shipped toy, of whose space six views' masks leave what they cannot rule out. Bytes are the rows
+    of the encoding and the activations of the network, operations the network's, of the samples in occupied cells.
+    """
+    size = 256 if device.type == "cuda" else 64
+    scene = co3d.load_sequence(SAMPLE, "toys", "toy_1000_00000", size).to(device)
+    inputs = scene[scenes.evenly_spaced(len(scene), 6)]
+    paper = replace(settings.PRESETS["paper"], image_size=size, render_size=size // 2, bootstrap=1000)
+
+    # As many samples as the paper's two passes, and what replaces them.
+    for samples, importance in ((64, 64), (128, 0)):
+        field = replace(paper.field, samples_per_ray=samples, importance_samples=importance)
+        work = distillation.Distillation(inputs, replace(paper, field=field), 0)
+        rays = work.draw_rays(inputs.cameras[0], Lattice(size, 2, 0, 0))
+        run = _as_graph(partial(_render_both_ways, work, rays), device)
+        title = f"{size // 2}^2 rays, {samples} + {importance} samples"
+        yield _rendering_part("rendering, carved, both ways", title, run, work, 1)
+
+    # Two renderings and two updates; no diffusion model is asked for anything yet.
+    stub = SimpleNamespace(preset=SimpleNamespace(image_size=size))
+    images = torch.rand(len(inputs), 3, 32, 32, device=device)
+    prior = distillation.Prior(stub, inputs.cameras, sparsefusion.Condition(None, images), None)
+    work = distillation.Distillation(inputs, paper, 0, prior)
+    yield _rendering_part("iteration of the bootstrap", title, partial(_next_step, work), work, 2)
+
+
+def _rendering_part(name: str, title: str, run: Callable, work: distillation.Distillation, renderings: int) -> Part:
+    """What is counted of some renderings of rays, each with its gradient."""
+    config = work.config.field
+    counter = work.new_buffer()
+    samples = counter.size / 1.1 * renderings
+    rows = config.levels * 8 * config.features_per_level * 4 * 3
+    widths = [config.levels * config.features_per_level, *[config.width] * config.hidden_layers, 4]
+    products = sum(a * b for a, b in zip(widths, widths[1:]))
+    size = f"{title}, {samples / renderings / 1e6:.2f} M in occupied cells"
+    return Part(name, size, run, samples * (rows + 4 * 4 * sum(widths)), samples * 6 * products)
+
+
+def _render_both_ways(work: distillation.Distillation, rays: distillation.Rays) -> None:
+    """A rendering and its gradient in the field."""
+    for parameter in work.field.parameters():
+        parameter.grad = None
+    seen = work.render(rays)
+    (seen.color.mean() + seen.opacity.mean()).backward()
+
+
+def _next_step(work: distillation.Distillation) -> None:
+    """The next iteration."""
+    work.step(work.completed)
+    work.completed += 1
+
+
+def _as_graph(run: Callable, device: torch.device) -> Callable:
+    """The same as a CUDA graph on a GPU, as distillation runs it."""
+    if device.type != "cuda":
+        return run
+    for _ in range(3):
+        run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+PARTS = [encoding, rendering, denoiser, epipolar_transformer]
 
 
 # ---------------------------------------------------------------------------------------------- measuring
@@ -197,6 +379,7 @@ def measure(part: Part, machine: Machine, device: torch.device) -> Row:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="time the parts on this machine, beside its physical limits")
+    parser.add_argument("--parts", nargs="+", choices=[part.__name__ for part in PARTS], help="only these")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu",
                         help="where to run (default: the GPU if there is one)")
@@ -209,6 +392,8 @@ def main(argv: list[str] | None = None) -> None:
 
     rows = []
     for parts in PARTS:
+        if args.parts and parts.__name__ not in args.parts:
+            continue
         for part in parts(args.device):
             row = measure(part, machine, args.device)
             rows.append(row)

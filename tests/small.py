@@ -13,7 +13,7 @@ import unet
 import vae
 import vldm
 from cameras import Cameras, look_at, pixel_grid
-from distillation import PRESETS
+from settings import PRESETS
 from scenes import Scene
 
 TINY = sparsefusion.Preset(

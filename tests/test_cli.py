@@ -56,6 +56,43 @@ def refused(settings, *words, fixed=None):
     assert all(word in message for word in words), message
 
 
+# --- flags ---
+
+def test_flags_that_stood_there(capsys):
+    parser = cli.Parser()
+    parser.add_argument("--views", default=2)
+    parser.add_argument("--weights")
+    args = parser.parse_args(["--weights=x"])
+    assert args.given == {"--weights"} and parser.parse_args([]).given == set()
+    cli.note_useless(args, ["--views"], "here")
+    assert capsys.readouterr().out == ""
+    cli.note_useless(args, ["--views", "--weights"], "here")
+    assert capsys.readouterr().out == "note: --weights: no effect here\n"
+
+
+def test_flags_are_not_guessed(capsys):
+    parser = cli.Parser()
+    parser.add_argument("--iterations")
+    one_line(capsys, parser.parse_args, ["--iteration", "3"], "--iteration")
+
+
+def test_settings_without_effect_are_named(capsys):
+    cli.note_useless_settings(Config(), ["levels=8", "iterations=5", "unknown=1"], ("field", "mode"), "here")
+    assert capsys.readouterr().out == "note: --set field.levels: no effect here\n"
+    cli.note_useless_settings(Config(), ["iterations=5"], ("field", "mode"), "here")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("text", ["-1", "x", "1.5", "", str(2**31), "9" * 30])
+def test_seeds_that_are_none(text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        cli.seed(text)
+
+
+def test_seeds():
+    assert cli.seed("0") == 0 and cli.seed(str(2**31 - 1)) == 2**31 - 1
+
+
 # --- names ---
 
 def test_nothing_set_is_the_same_config():

@@ -16,7 +16,7 @@ import reconstruction
 import report
 import sparsefusion
 from cameras import Cameras, look_at, relative_to
-from distillation import PRESETS
+from settings import PRESETS
 from helpers import one_line, same
 from small import FIELD, SHORT, ball, tiny_model
 
@@ -134,7 +134,7 @@ def test_the_turntable_has_the_object_in_the_middle(monkeypatch):
     result = distill.reconstruct(scene, [1], config=replace(SHORT, iterations=1, bootstrap=0, turntable_frames=5))
     result.occupancy.box.copy_(torch.tensor([[0.5, 1.0, 0.0], [1.5, 2.0, 1.0]]))
     seen = []
-    monkeypatch.setattr(reconstruction.Reconstruction, "render", lambda self, path, size: (
+    monkeypatch.setattr(reconstruction.Reconstruction, "render", lambda self, path, size, title=None: (
         seen.append(path), report.Views(torch.zeros(len(path), 3, size, size), None))[1])
     assert result.turntable(cameras, 8).shape == (5, 3, 8, 8)
     middle = torch.tensor([1.0, 1.5, 0.5]) @ cameras.R[0].T
@@ -193,7 +193,7 @@ def check_outputs(out, result, methods, size, frames):
             assert sum(values) / len(values) == pytest.approx(result["methods"][method][metric], abs=1e-4)
     with Image.open(out / "comparison.png") as sheet:
         sheet.load()
-        assert sheet.width == size * max(len(result["input_frames"]), 1 + len(methods))
+        assert sheet.width == size * max(min(len(result["input_frames"]), report.WIDEST), 1 + len(methods))
     with Image.open(out / "turntable.gif") as gif:
         assert gif.n_frames == frames and gif.size == (size, size)
     lines = (out / "mesh.ply").read_bytes().split(b"end_header\n")[0].decode().splitlines()
@@ -201,7 +201,8 @@ def check_outputs(out, result, methods, size, frames):
     assert {f"property uchar {name}" for name in ("red", "green", "blue")} <= set(lines)
     state = torch.load(out / "field.pt", weights_only=True)
     assert {"field", "settings", "completed"} <= set(state)
-    names = ["comparison.png", "field.pt", "mesh.ply", "metrics.json", "turntable.gif", "views"]
+    names = ["comparison.png", "field.pt", "mesh.ply", "metrics.json", "previews.png", "settings.json",
+             "turntable.gif", "views"]
     assert sorted(p.name for p in out.iterdir()) == names
     shown = {f"{frame}_{method}.png" for frame in result["target_frames"] for method in ["truth", *methods]}
     assert {p.name for p in (out / "views").iterdir()} == shown
@@ -291,6 +292,9 @@ def test_a_rerun_goes_on(fast, tiny_weights, tmp_path, capsys):
     flags = ["--weights", tiny_weights, "--targets", 1]
     first = command(tmp_path, *flags)
     assert "going on" not in capsys.readouterr().out
+    assert command(tmp_path, *flags) == first  # at once
+    assert "has the results of these settings already" in capsys.readouterr().out
+    (tmp_path / "metrics.json").unlink()
     again = command(tmp_path, *flags)
     assert "going on at iteration 6" in capsys.readouterr().out and again["methods"] == first["methods"]
     before = (tmp_path / "metrics.json").read_bytes()
@@ -306,6 +310,52 @@ def test_another_sampler_does_not_go_on(setting, fast, tiny_weights, tmp_path, c
     for flags in ([], ["--overwrite", "--set", setting]):
         command(tmp_path, "--weights", tiny_weights, "--targets", 1, *flags)
         assert "going on" not in capsys.readouterr().out
+
+
+def test_without_out_nothing_is_replaced(fast, tmp_path, monkeypatch, capsys):
+    """Other settings go to a new folder; more iterations go on in theirs, and say so."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags):
+        capsys.readouterr()
+        distill.main(["--no-prior", "--targets", "1", "--device", "cpu", *flags])
+        return capsys.readouterr().out
+
+    folder = Path("output") / "toy_1000_00000"
+    second = folder.with_name("toy_1000_00000_2")
+    run()
+    before = (folder / "metrics.json").read_bytes()
+    assert f"go to {second}" in run("--seed", "1") and (folder / "metrics.json").read_bytes() == before
+    assert f"go to {second}" in run("--seed", "1") and f"{second} has the results" in run("--seed", "1")
+    printed = run("--iterations", "8")
+    assert "going on at iteration 6" in printed and f"results in {folder}\n" in printed
+    assert json.loads((folder / "metrics.json").read_text())["gone_on_from"] == [6]
+    assert {path.name for path in Path("output").iterdir()} == {folder.name, second.name}
+
+
+# --- what one line says ---
+
+@pytest.mark.parametrize("flags, words", [
+    (["--no-prior", "--weights", sparsefusion.SHIPPED], ["note: --weights: no effect with --no-prior"]),
+    (["--no-prior", "--set", "viewpoints=3", "plms_steps=2"], ["--set viewpoints sampler.plms_steps: no effect"]),
+    (["--no-prior", "--views", 3, "--input-frames", "3,4"], ["note: --views: no effect with --input-frames"])])
+def test_flags_without_effect_are_named(flags, words, fast, tmp_path, capsys):
+    command(tmp_path, "--targets", 1, *flags)
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in words)
+
+
+def test_data_that_a_prior_has_never_seen_are_named(tmp_path, capsys):
+    sparsefusion.save(tiny_model(), tmp_path / "hydrant.pt", trained_on=[
+        {"what": "vae", "category": "apple"}, {"what": "prior", "category": "hydrant"}])
+    distill.note_new_categories(tmp_path / "hydrant.pt", ["apple", "hydrant", "apple"])
+    line, = capsys.readouterr().out.splitlines()
+    assert "hydrant.pt was trained on hydrant; apple: new to it" in line
+    distill.note_new_categories(tmp_path / "hydrant.pt", ["hydrant"])
+    distill.note_new_categories(sparsefusion.SHIPPED, ["toys"])
+    assert capsys.readouterr().out == ""
+    distill.note_new_categories(sparsefusion.SHIPPED, ["apple"])
+    assert "nano.pt was trained on toys; apple: new to it" in capsys.readouterr().out
 
 
 # --- bad input ---
@@ -333,6 +383,7 @@ def refused(capsys, tmp_path, flags, *words):
     (["--iterations", "-5"], ["--iterations"]),
     (["--targets", "-1"], ["--targets"]),
     (["--seed", "x"], ["--seed", "x"]),
+    (["--seed", "99999999999999999999"], ["--seed", "2147483647"]),
     (["--device", "tpu"], ["--device", "tpu", "cpu"]),
     (["--preset", "huge"], ["--preset", "huge", "paper"]),
     (["--frames", "3"], ["--frames"]),

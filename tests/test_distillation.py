@@ -6,101 +6,19 @@ import math
 import random
 import types
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 
-import cli
 import distillation
+import losses
 import metrics
 import parity
-import vldm
 import volume
 from cameras import Cameras, circle_path
-from distillation import Distillation, DistillConfig, Prior
-from lattice import Lattice
+from distillation import Distillation, Prior
 from small import FIELD, SHORT, TINY, ball, ring, tiny_model
 from sparsefusion import Condition
-
-
-# --- the numbers ---
-
-@pytest.mark.parametrize("change, words", [
-    ({"iterations": 0}, "at least 1"), ({"bootstrap": 7}, "bootstrap 7"), ({"footprint": 2}, "footprint 2"),
-    ({"min_noise_level": 1.5}, "min_noise_level"), ({"final_lr_fraction": 0.0}, "final_lr_fraction"),
-    ({"render_size": 0}, "render_size"), ({"turntable_frames": 0}, "turntable_frames")])
-def test_numbers_that_do_not_fit(change, words):
-    with pytest.raises(ValueError, match=words):
-        replace(SHORT, **change)
-
-
-def test_fewer_iterations_shorten_the_bootstrap_only_where_they_must():
-    paper = distillation.PRESETS["paper"]
-    assert paper.with_iterations(2000).bootstrap == 1001 and paper.with_iterations(900).bootstrap == 600
-    assert paper.with_iterations(1).bootstrap == 0
-
-
-def test_the_paper_preset_has_the_released_numbers():
-    paper = distillation.PRESETS["paper"]
-    assert paper == DistillConfig() and (paper.iterations, paper.bootstrap) == (3000, 1001)
-    assert (paper.betas, paper.eps, paper.final_lr_fraction) == ((0.9, 0.999), 1e-8, 1)
-    assert (paper.sampler.plms_steps, paper.sampler.sample_steps) == (50, 500)
-    for name, fraction in (("nano", 0.1), ("plain", 0.05)):
-        tuned = distillation.PRESETS[name]
-        assert (tuned.betas, tuned.eps, tuned.final_lr_fraction) == ((0.9, 0.99), 1e-15, fraction)
-
-
-@pytest.mark.parametrize("preset", distillation.PRESETS.values(), ids=distillation.PRESETS)
-def test_the_released_settings_fit_every_preset(preset):
-    """Whatever the preset, the same behavior comes out; only sizes, rates and the length of things are its own."""
-    config = cli.apply_settings(preset, distillation.RELEASED)
-    paper = cli.apply_settings(distillation.PRESETS["paper"], distillation.RELEASED)
-    same = ("betas", "eps", "final_lr_fraction", "min_noise_level", "eft_train_mode", "metrics_on_inputs", "footprint",
-            "lr_exposure", "weight_background", "weight_opacity", "weight_perceptual")
-    assert all(getattr(config, name) == getattr(paper, name) for name in same)
-    assert not config.field.hashed and not config.field.carve and config.eft_train_mode and config.metrics_on_inputs
-    assert config.sampler.ancestral and config.sampler.unnoised_start and config.sampler.sample_steps == 500
-    assert vldm.start_time(0.99, config.sampler) == 1
-    assert (config.iterations, config.lr_grid) == (preset.iterations, preset.lr_grid)
-
-
-# --- losses, released numbers ---
-
-def test_losses_parity():
-    f = parity.load("losses")
-    loss, close = distillation.photometric_loss, partial(parity.assert_close, rtol=1e-5)
-    close(loss(f["in_render"], f["in_sil"], f["in_rgb"], f["in_mask"]).reshape(1), f["out_photometric"])
-    # the color term and the silhouette term alone: the other one compared with itself
-    close(loss(f["in_render"], f["in_mask"], f["in_rgb"], f["in_mask"]).reshape(1), f["out_color_err"])
-    close(loss(f["in_rgb"], f["in_sil"], f["in_rgb"], f["in_mask"]).reshape(1), f["out_sil_err"])
-    weighted = loss(f["in_render"], f["in_sil"], f["in_rgb"], f["in_mask"], 0.25).reshape(1)
-    weight = 0.25 + 0.75 * f["in_mask"]
-    color = metrics.pseudo_huber(f["in_render"] - f["in_rgb"])
-    silhouette = metrics.pseudo_huber(f["in_sil"] - f["in_mask"])
-    close(weighted, ((weight * color).mean() + (weight * silhouette).mean()).reshape(1))
-    black = torch.zeros_like(f["in_mask"])
-    alone = loss(f["in_render"], f["in_sil"], f["in_rgb"], black, 0.25)  # nothing but background
-    close(alone.reshape(1), 0.25 * loss(f["in_render"], f["in_sil"], f["in_rgb"], black).reshape(1))
-    close(distillation.opacity_loss(f["in_sil"]).reshape(1), f["out_opacity"])
-    mask = distillation.brightness_mask(f["in_eft_rgb"])
-    close(mask, f["out_bootstrap_mask"])
-    close(loss(f["in_render"], f["in_sil"], f["in_eft_rgb"], mask).reshape(1), f["out_bootstrap_loss"])
-    assert DistillConfig().weight_opacity == pytest.approx(f["in_lambda_opacity"].item())
-
-
-def test_fusion_parity():
-    f = parity.load("losses")
-    weights = [distillation.fusion_weight(t) for t in f["in_t"].tolist()]
-    parity.assert_close(weights, f["out_fusion_weight"], rtol=1e-5)
-    error = (f["in_render"] - f["in_pred_img"]).abs().mean().item()
-    parity.assert_close([w * error for w in weights], f["out_fusion_loss"], rtol=1e-5)
-
-
-def test_fusion_weight_at_the_ends():
-    """Nothing is learned from a clean image's denoising, everything from pure noise's."""
-    assert distillation.fusion_weight(0.0) < 2e-4 and distillation.fusion_weight(1.0) > 1 - 1e-6
-    assert distillation.fusion_weight(0.5) == pytest.approx(1 - math.cos(0.508 / 1.008 * math.pi / 2) ** 2, rel=1e-5)
 
 
 # --- the algorithm box ---
@@ -112,8 +30,9 @@ class Dummy:
     def __init__(self):
         self.noise_levels, self.images = [], []
 
-    def denoise(self, image, features, noise_level, generator, sampler):
-        self.noise_levels.append(noise_level)
+    def denoise(self, image, features, noise_levels, generator, sampler):
+        assert len(image) == len(features) == len(noise_levels)
+        self.noise_levels.extend(noise_levels)
         self.images.append(image)
         self.sampler = sampler
         return 0.5 * image
@@ -140,29 +59,51 @@ def tiny_prior():
 
 def test_the_algorithm_alternates_and_bootstraps_first():
     model, calls = Dummy(), []
-    work = Distillation(ball(2, 32), SHORT, 7, prior(model))
-    input_loss, query_loss = work.input_loss, work.query_loss
+    work = Distillation(ball(2, 32), replace(SHORT, denoise_batch=1), 7, prior(model))
 
-    def noted_input(rng):
-        calls.append(("input", work.completed, len(model.noise_levels)))
-        return input_loss(rng)
+    def noted(name):
+        loss = getattr(work, name)
 
-    def noted_query(iteration, rng):
-        calls.append(("query", iteration, len(model.noise_levels)))
-        return query_loss(iteration, rng)
+        def wrapper(batch):
+            calls.append((name, work.completed, len(model.noise_levels)))
+            return loss(batch)
+        return wrapper
 
-    work.input_loss, work.query_loss = noted_input, noted_query
+    for name in ("input_loss", "bootstrap_loss", "distillation_loss"):
+        setattr(work, name, noted(name))
     work.run()
-    assert [c[:2] for c in calls] == [(name, i) for i in range(6) for name in ("input", "query")]
-    assert [c[2] for c in calls if c[0] == "query"] == [0, 0, 0, 0, 1, 2]  # denoised from iteration 3 on
+    second = ["bootstrap_loss"] * 3 + ["distillation_loss"] * 3
+    assert [c[:2] for c in calls] == [(name, i) for i in range(6) for name in ("input_loss", second[i])]
+    assert [c[2] for c in calls[1::2]] == [0, 0, 0, 1, 2, 3]  # denoised from iteration 3 on
     assert len(model.noise_levels) == 3
     assert all(0.2 <= level < 1 for level in model.noise_levels) and len(set(model.noise_levels)) == 3
     assert model.sampler == SHORT.sampler
     assert all(not x.requires_grad and x.shape == (1, 3, 32, 32) for x in model.images)
-    steps = [int(s["step"]) for s in work.optimizer.state_dict()["state"].values()]
+    steps = [int(s["step"]) for s in work.optimization.state_dict()["state"].values()]
     # Two updates an iteration, only one of which sees an input's exposure.
     assert steps[-1] == 6 and set(steps[:-1]) == {12}
     assert work.completed == 6
+
+
+@pytest.mark.parametrize("batch, calls", [(2, [2, 2, 1]), (4, [4, 1]), (8, [5])])
+def test_query_views_are_denoised_in_batches(batch, calls):
+    """Each target serves one iteration, and is what one by one would choose: the same views, levels and lattices."""
+    config, sizes, seen = replace(SHORT, iterations=8), [], {}
+    for size in (1, batch):
+        model = Dummy()
+        work = Distillation(ball(2, 32), replace(config, denoise_batch=size), 7, prior(model))
+        draw, drawn = work.draw_denoised, []
+        work.draw_denoised = lambda iteration: drawn.append(draw(iteration)) or drawn[-1]
+        work.run()
+        sizes.append([len(images) for images in model.images])
+        seen[size] = drawn
+        assert len(model.noise_levels) == 5 and all(view.x_hat.shape == (1, 3, 32, 32) for view in drawn)
+        first = model.images[0][:1]  # the first of a batch is rendered when it comes
+        parity.assert_close(drawn[0].x_hat, first / 2, atol=1e-6)
+    assert sizes == [[1] * 5, calls]
+    for one, many in zip(*seen.values()):
+        assert torch.equal(one.rays.o, many.rays.o) and torch.equal(one.weight, many.weight)
+        assert torch.equal(one.row, many.row) and torch.equal(one.column, many.column)
 
 
 def test_a_step_depends_on_the_seed_and_its_number_only():
@@ -177,15 +118,20 @@ def test_a_step_depends_on_the_seed_and_its_number_only():
 
 def test_without_a_prior_only_the_input_views_are_seen():
     work = Distillation(ball(2, 32), SHORT, 7)
-    work.query_loss = None
+    work.bootstrap_loss = work.distillation_loss = None
     work.run()
-    assert {int(s["step"]) for s in work.optimizer.state_dict()["state"].values()} == {6}
+    assert {int(s["step"]) for s in work.optimization.state_dict()["state"].values()} == {6}
+
+
+def rates(work):
+    """The present learning rates."""
+    return [group["lr"] for group in work.optimization.adam.param_groups]
 
 
 def test_learning_rates_fall_to_the_last_iteration():
     work, seen = Distillation(ball(2, 32), SHORT, 7), []
     step = work.step
-    work.step = lambda iteration: (seen.append([g["lr"] for g in work.optimizer.param_groups]), step(iteration))[1]
+    work.step = lambda iteration: (seen.append(rates(work)), step(iteration))[1]
     work.run()
     peaks = (SHORT.lr_grid, SHORT.lr_mlp, 0)
     expected = [[rate * SHORT.final_lr_fraction ** (i / 6) for rate in peaks] for i in range(6)]
@@ -195,20 +141,23 @@ def test_learning_rates_fall_to_the_last_iteration():
 def test_learning_rates_can_be_constant():
     work = Distillation(ball(2, 32), replace(SHORT, final_lr_fraction=1.0), 7)
     for iteration in (0, 3, 5):
-        work.set_learning_rates(iteration)
-        assert [group["lr"] for group in work.optimizer.param_groups] == work.peak_rates
+        work.step = lambda iteration: torch.zeros(())
+        work.completed = iteration
+        work.run()
+        assert rates(work) == work.optimization.peak_rates
 
 
 @pytest.mark.parametrize("term, broken", [("input", 2), ("query", 2), ("input", 3), ("query", 4), ("query", 0)])
 def test_a_loss_that_is_no_number_is_named(term, broken, monkeypatch):
     """With its first iteration, although it is looked at only now and then; nothing broken is saved."""
     work, clock, saved = Distillation(ball(2, 32), SHORT, 7, prior(Dummy())), itertools.count(0, 61), []
-    loss = getattr(work, f"{term}_loss")
+    names = ["input_loss"] if term == "input" else ["bootstrap_loss", "distillation_loss"]
 
-    def failing(*args):
-        return loss(*args) * (math.nan if work.completed == broken else 1)
+    def failing(loss):
+        return lambda batch: loss(batch) * (math.nan if work.completed == broken else 1)
 
-    monkeypatch.setattr(work, f"{term}_loss", failing)
+    for name in names:
+        monkeypatch.setattr(work, name, failing(getattr(work, name)))
     monkeypatch.setattr(distillation, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
 
     def save():
@@ -223,7 +172,7 @@ def test_a_loss_that_is_no_number_is_named(term, broken, monkeypatch):
 def test_losses_are_not_read_in_every_iteration(monkeypatch):
     """Reading one waits for the GPU: once in ten, where space is looked at, and in the last."""
     work, seen = Distillation(ball(2, 32), replace(SHORT, iterations=24, occupancy_every=16, bootstrap=3), 7), []
-    monkeypatch.setattr(work, "check_losses", lambda: seen.append(work.completed))
+    monkeypatch.setattr(work.optimization, "check_losses", lambda: seen.append(work.completed))
     work.run()
     assert seen == [0, 10, 15, 20, 23]
 
@@ -238,7 +187,8 @@ def test_a_prior_that_overflows_is_found_out():
 def at_query(model, seen):
     """A distillation whose rendering is the leaf `seen` (1, 4, 32, 32), a ray a pixel."""
     work = Distillation(ball(2, 32), replace(SHORT, render_size=32), 7, prior(model))
-    work.render = lambda camera, full, rng: (seen[:, :3], seen[:, 3:], Lattice(32, 1, 0, 0))
+    rows = distillation.as_rows(seen)
+    work.render = lambda rays: volume.Rendering(rows[:, :3], rows[:, 3], None)
     return work
 
 
@@ -246,10 +196,11 @@ def test_gradient_of_the_distillation_loss_by_hand():
     """x_hat = x / 2 is a constant: were it differentiated, the color's gradient would be half of this."""
     seen = (0.2 + 0.6 * torch.rand(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))).requires_grad_()
     model = Dummy()
-    loss = at_query(model, seen).query_loss(SHORT.bootstrap, random.Random(3))
+    work = at_query(model, seen)
+    loss = work.distillation_loss(work.draw_denoised(SHORT.bootstrap))
     loss.backward()
     x, silhouette, n = seen.detach()[:, :3], seen.detach()[:, 3:], 3 * 32 * 32
-    weight = distillation.fusion_weight(model.noise_levels[0])
+    weight = losses.fusion_weight(model.noise_levels[0])
     expected = weight * torch.ones_like(x) / n + SHORT.weight_perceptual * 2 * (x - x / 2) / n  # sign(x - x / 2) = 1
     parity.assert_close(seen.grad[:, :3], expected, rtol=1e-4, atol=1e-9)
     expected = SHORT.weight_opacity * silhouette / (silhouette**2 + 0.01).sqrt() / (32 * 32)
@@ -260,17 +211,17 @@ def test_gradient_of_the_distillation_loss_by_hand():
 
 
 def test_bootstrap_target():
-    """A rendering that is the EFT image, with its mask, leaves the opacity term only; the last bootstrap iteration is
-    one.
-    """
+    """A rendering that is the EFT image, with its mask, leaves the opacity term only."""
     seen = torch.full((1, 4, 32, 32), 0.4)
     seen[:, 3] = 1
     model, last = Dummy(), SHORT.bootstrap - 1
-    loss = at_query(model, seen).query_loss(last, random.Random(3))
+    work = at_query(model, seen)
+    loss = work.bootstrap_loss(work.draw_imagined(last))
     parity.assert_close(loss, SHORT.weight_opacity * math.sqrt(1.01), rtol=1e-4)
     assert not model.noise_levels
     seen = seen * torch.tensor([1, 1, 1, 0.0]).reshape(1, 4, 1, 1)  # empty where the mask is 1
-    loss = at_query(model, seen).query_loss(last, random.Random(3))
+    work = at_query(model, seen)
+    loss = work.bootstrap_loss(work.draw_imagined(last))
     parity.assert_close(loss, (math.sqrt(101) - 1) * 0.1 + SHORT.weight_opacity * 0.1, rtol=1e-4)
 
 
@@ -283,18 +234,20 @@ def test_no_gradient_through_the_denoiser():
     assert not x_hat.requires_grad and 0 <= x_hat.min() and x_hat.max() <= 1 and x_hat.std() > 0
     work = Distillation(ball(2, 32), SHORT, 7, guide)
     work.run()  # the field's update must not need the prior's gradients either: it is the only thing that moves
-    moved = {p for g in work.optimizer.param_groups for p in g["params"]}
+    moved = {p for g in work.optimization.adam.param_groups for p in g["params"]}
     assert moved == {work.exposures.log_gains, *work.field.parameters()}
     assert not work.exposures.log_gains.any()  # its learning rate is 0 here
 
 
 # --- resuming ---
 
-@pytest.mark.parametrize("k", [2, 4])
-def test_resumed_equals_uninterrupted(k, tmp_path, monkeypatch):
-    """From a checkpoint in bootstrap, and from one in distillation: the same bits as without a stop."""
+@pytest.mark.parametrize("k, batch", [(2, 1), (4, 1), (4, 2), (5, 8)])
+def test_resumed_equals_uninterrupted(k, batch, tmp_path, monkeypatch):
+    """From a checkpoint in bootstrap, and from one in distillation, between two batches or within one: the same bits as
+    without a stop.
+    """
     guide, clock = tiny_prior(), itertools.count(0, 61)  # a checkpoint is due at every iteration
-    config = replace(SHORT, lr_exposure=1e-2)
+    config = replace(SHORT, lr_exposure=1e-2, denoise_batch=batch)
     whole = Distillation(ball(2, 32), config, 7, guide)
     monkeypatch.setattr(distillation, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
 
@@ -389,22 +342,51 @@ def test_footprint():
     assert torch.equal(plain.colors, scene.images) and torch.equal(work.inputs.masks, scene.masks)
 
 
-@pytest.mark.parametrize("footprint", [1, 3, 5])
-def test_a_footprint_makes_no_dark_rims(footprint):
-    """A white object stays as white as its soft mask says, at its rim and where the picture cuts it."""
-    masks = torch.zeros(2, 1, 16, 16)
-    masks[0, :, :9, 4:] = 1      # cut above and on the right
-    masks[0, :, 9, 4:] = 0.3     # a soft rim
-    masks[1, :, 8, 8] = 0.5      # a single pixel
-    images = masks.expand(2, 3, 16, 16)
-    parity.assert_close(distillation.footprint_colors(images, masks, footprint), images, atol=1e-6)
-    tinted = images * torch.tensor([0.2, 0.5, 0.9])[:, None, None]
-    parity.assert_close(distillation.footprint_colors(tinted, masks, footprint), tinted, atol=1e-6)
+@pytest.mark.parametrize("side", [1, 3])
+def test_scattered_pixels_are_those_of_the_photographs(side):
+    """Each ray of a pixel passes within it, through its view's camera; what a photograph does not show is left out."""
+    scene = ball(3, 32)
+    valid = scene.valid.clone()
+    valid[:, :, :, 20:] = 0
+    config = replace(SHORT, input_pixels=200, pixel_side=side)
+    work = Distillation(replace(scene, valid=valid), config, 7)
+    batch = work.draw_inputs(0)
+    rays = side**2
+    assert batch.rays.o.shape == (200 * rays, 3) and batch.color.shape == (200, 3)
+    assert set(batch.view.tolist()) == {0, 1, 2}
+    view = batch.view.repeat_interleave(rays)
+    xy, _ = scene.cameras[view].project((batch.rays.o + 3 * batch.rays.d)[:, None])
+    pixel = ((1 - xy[:, 0]) * 16).floor().long()
+    column, row = pixel.unbind(-1)
+    assert (column < 20).all()
+    for images, expected in ((scene.images, batch.color), (scene.masks, batch.mask)):
+        parity.assert_close(images[view, :, row, column], expected.repeat_interleave(rays, 0), atol=1e-6)
+    center = ((1 - xy[:, 0]) * 16 - 0.5 - pixel).abs().amax()
+    assert (center < 1e-3) == (side == 1)
+    assert work.input_loss(batch).isfinite() and not torch.equal(work.draw_inputs(1).color, batch.color)
 
 
-def test_a_footprint_of_one_pixel_is_the_picture():
-    g = torch.Generator().manual_seed(0)
-    images, masks = torch.rand(2, 3, 8, 8, generator=g), torch.rand(2, 1, 8, 8, generator=g)
-    assert distillation.footprint_colors(images, masks * (masks > 0.5), 1) is images
-    black = distillation.footprint_colors(images * 0, masks * 0, 5)  # no object, no color, and no division by 0
-    assert not black.any()
+def test_what_no_photograph_shows_teaches_nothing():
+    """In the padding of a photograph a field may be what it likes."""
+    scene = ball(2, 32)
+    valid = scene.valid.clone()
+    valid[:, :, 8:] = 0
+    work = Distillation(replace(scene, valid=valid), replace(SHORT, weight_opacity=0.0), 7)
+    batch = work.draw_inputs(0)
+    assert batch.valid.any() and not batch.valid.all()
+    seen = torch.rand(len(batch.color), 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    work.render = lambda rays: volume.Rendering(seen[:, :3], seen[:, 3], None)
+    work.input_loss(batch).backward()
+    taught = seen.grad.abs().sum(1) > 0
+    assert torch.equal(taught, batch.valid[:, 0] > 0)
+
+
+def test_a_pixel_is_the_mean_of_its_rays():
+    work = Distillation(ball(2, 32), replace(SHORT, input_pixels=4, pixel_side=2), 7)
+    batch = work.draw_inputs(0)
+    seen = torch.rand(16, 4, generator=torch.Generator().manual_seed(0))
+    work.render = lambda rays: volume.Rendering(seen[:, :3], seen[:, 3], None)
+    mean = seen.reshape(4, 4, 4).mean(1)
+    loss = losses.photometric_loss(mean[:, :3], mean[:, 3:], batch.color, batch.mask)
+    loss = loss + SHORT.weight_opacity * losses.opacity_loss(mean[:, 3:])
+    parity.assert_close(work.input_loss(batch), loss, rtol=1e-5)

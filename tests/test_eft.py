@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import parity
 from cameras import Cameras, pixel_grid
-from eft import EFT, NANO, PAPER, EncoderLayer, SplitLinear, harmonic
+from eft import EFT, NANO, PAPER, EncoderLayer, SplitLinear, harmonic, sample_maps
 from released import PARTS
 
 TINY = dataclasses.replace(NANO, stem=8, stages=(8, 12, 16), blocks=1, width=32, layers=1, feedforward=32, depths=8,
@@ -116,6 +116,57 @@ def test_encoder_layer_is_pytorchs():
     parity.assert_close(layer(x), expected, atol=2e-6)
     layer.train()
     assert not torch.allclose(layer(x), layer(x))  # dropout is live
+
+
+@pytest.mark.parametrize("views", [1, 2, 3, 5])
+def test_attention_across_views_is_attention_along_rows(views):
+    """Tokens attend along another axis; two of them by the logistic function of a difference."""
+    torch.manual_seed(0)
+    layer, x = EncoderLayer(24, 3, 20, 0.1, batch_first=True).eval(), torch.randn(4, views, 7, 24)
+    expected = layer(x.transpose(-2, -3)).transpose(-2, -3)
+    parity.assert_close(layer(x, -3), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("axis", [-2, -3])
+def test_weights_that_dropout_scaled_carry_their_biases(axis):
+    """Dropped weights do not add up to one: what the values' bias adds is dropped and scaled with them."""
+    torch.manual_seed(0)
+    layer, x = EncoderLayer(24, 3, 20, 0.4, batch_first=True).train(), torch.randn(4, 2, 2, 24)
+    attention = layer.self_attn
+    torch.nn.init.normal_(attention.in_proj_bias)
+    rows = x if axis == -2 else x.transpose(-2, -3)
+    query, key, value = F.linear(rows, attention.in_proj_weight, attention.in_proj_bias).unflatten(-1, (9, 8)).split(
+        3, dim=-2)
+    query, key, value = (part.movedim(-2, 0) for part in (query, key, value))  # (heads, 4, 2, 2, 8)
+    torch.manual_seed(1)
+    weights = F.dropout((query @ key.mT / 8**0.5).softmax(-1), 0.4)
+    expected = attention.out_proj((weights @ value).movedim(0, -2).flatten(-2))
+    torch.manual_seed(1)
+    actual = layer.attend(x, axis)
+    assert (weights == 0).any()
+    parity.assert_close(actual if axis == -2 else actual.transpose(-2, -3), expected, atol=5e-6)
+
+
+@pytest.mark.parametrize("height, width", [(5, 8), (1, 4), (3, 1)])
+def test_samples_of_maps_are_grid_samples(height, width):
+    """Outside of the map too; maps that all query views share are broadcast; gradients are the same."""
+    g = torch.Generator().manual_seed(0)
+    maps = torch.randn(1, 2, 3, height, width, generator=g, requires_grad=True)
+    xy = torch.randn(4, 2, 6, 7, 2, generator=g) * 1.2
+    xy[0, 0, 0, 0] = torch.tensor([1.0, -1.0])
+    samples = sample_maps(maps, xy)
+    for query in range(4):
+        expected = F.grid_sample(maps[0], -xy[query], padding_mode="border", align_corners=True)
+        parity.assert_close(samples[query], expected.permute(0, 2, 3, 1), atol=1e-5)
+    assert sample_maps(maps, torch.full((1, 2, 1, 1, 2), float("nan"))).isfinite().all()
+    beyond = sample_maps(maps, torch.tensor([float("-inf"), 1e30]).expand(1, 2, 1, 1, 2))[0, :, 0, 0]
+    assert torch.equal(beyond, maps[0, :, :, 0, -1])  # the upper right corner
+
+    gradient, = torch.autograd.grad(samples.square().sum(), maps)
+    repeated = F.grid_sample(maps.expand(4, -1, -1, -1, -1).flatten(0, 1), -xy.flatten(0, 1), padding_mode="border",
+                             align_corners=True)
+    expected, = torch.autograd.grad(repeated.square().sum(), maps)
+    parity.assert_close(gradient, expected, atol=1e-3)
 
 
 def test_split_linear_is_the_linear_layer_of_the_concatenation():

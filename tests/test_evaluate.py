@@ -1,6 +1,9 @@
 """Evaluation: the protocol whatever the workers and the order, what is taken up, what is left out, tables."""
+import dataclasses
+import itertools
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,11 +11,13 @@ import torch
 
 import distill
 import evaluate
+import files
 import protocol
 import report
 import sparsefusion
 import trees
-from distillation import PRESETS
+from distillation import Distillation
+from settings import PRESETS
 from small import SHORT, tiny_model
 
 SAMPLE = Path(__file__).resolve().parent.parent / "sample" / "co3d"
@@ -31,9 +36,9 @@ def run(tmp_path, monkeypatch):
     sparsefusion.save(tiny_model(), tmp_path / "tiny.pt")
     made, make = [], distill.run_instance
 
-    def noted(instance, out, overwrite=False):
-        made.append((instance.entry.sequence, instance.seed))
-        return make(instance, out, overwrite)
+    def noted(instance, *args, **options):
+        made.append((instance.source.name, instance.seed))
+        return make(instance, *args, **options)
 
     monkeypatch.setattr(distill, "run_instance", noted)
 
@@ -88,7 +93,15 @@ def test_a_made_tree(run, tmp_path, capsys):
     assert [name for name, _ in made] == ["d"] and whole["instances"] == 4 and not whole["left_out"]
 
 
-def test_workers_and_shares_change_nothing(tmp_path, monkeypatch):
+@pytest.fixture
+def threads():
+    """A function that sets the number of threads for this test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_workers_and_shares_change_nothing(tmp_path, monkeypatch, threads):
     tree = trees.write(tmp_path / "co3d", {"a": 12, "b": 11, "c": 12})
     sparsefusion.save(tiny_model(), tmp_path / "tiny.pt")
 
@@ -99,8 +112,7 @@ def test_workers_and_shares_change_nothing(tmp_path, monkeypatch):
         return json.loads((tmp_path / out / "evaluation.json").read_text())["sequences"]
 
     # As many threads as each of two processes gets: sums are added in another order by more.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+    threads(max(1, (os.cpu_count() or 1) // 2))
     one = evaluation("one")
     assert evaluation("two", "--workers", 2) == one
     for rank in (1, 0):  # as torchrun sets them
@@ -109,7 +121,6 @@ def test_workers_and_shares_change_nothing(tmp_path, monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", "0")
         shares = evaluation("shares")
     assert shares == one
-    torch.set_num_threads(threads)
 
 
 def test_strict_stops_at_a_bad_sequence(run, tmp_path, capsys):
@@ -133,6 +144,38 @@ def test_a_samples_noise_is_the_views_own(run, tmp_path):
 
 
 # --- what is taken up ---
+
+def test_an_interrupted_evaluation_goes_on(run, tmp_path, capsys, monkeypatch):
+    """SIGTERM in the second sequence's distillation: exit code 143, and the same numbers afterwards."""
+    steps, step = itertools.count(1), Distillation.step
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # whatever the tests' parent process ignores
+
+    def interrupted(*args):
+        if next(steps) == 2 * SHORT.iterations + 2:  # two fits a sequence
+            signal.raise_signal(signal.SIGTERM)
+        return step(*args)
+
+    with monkeypatch.context() as m, pytest.raises(SystemExit) as e:
+        m.setattr(Distillation, "step", interrupted)
+        run("--targets", 1)
+    signal.signal(signal.SIGTERM, before)
+    lines = capsys.readouterr().err.splitlines()
+    assert e.value.code == 143 and len(lines) == 1 and "has 2 of 6 iterations" in lines[0]
+    summary, made = run("--targets", 1)
+    assert [name for name, _ in made] == ["toy_1000_00001"]
+    assert "going on at iteration 2" in capsys.readouterr().out
+    assert summary["sequences"] == run("--targets", 1, "--out", tmp_path / "straight")[0]["sequences"]
+
+
+def test_names_in_a_list_are_no_paths(run, tmp_path, capsys):
+    """A list from somebody may name any category and sequence; results stay below --out."""
+    entry = dataclasses.asdict(protocol.paper_list(SAMPLE, "toys")[0])
+    files.save_json([entry, entry | {"sequence": "../../../x"}, entry | {"category": "/y"}], tmp_path / "list.json")
+    summary, _ = run("--list", tmp_path / "list.json", *QUICK, "--targets", 1)
+    assert summary["instances"] == 1 and len(summary["left_out"]) == 2
+    assert capsys.readouterr().out.count("no names for folders") == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"list.json", "out", "tiny.pt"}
+
 
 def test_only_results_of_the_same_settings_are_taken_up(run, tmp_path, capsys, monkeypatch):
     names = ["toy_1000_00000", "toy_1000_00001"]

@@ -1,4 +1,4 @@
-"""The house: its rooms import one way, as the README draws them, and nothing that the project does not have."""
+"""The house: its rooms import one way, as docs/reading.md draws them, and nothing that the project does not have."""
 import ast
 import re
 import sys
@@ -27,8 +27,8 @@ def arrows():
 
 
 def drawing():
-    """Room -> the rooms that it imports, in the README's order."""
-    section = (ROOT / "README.md").read_text().split("### Who imports whom")[1]
+    """Room -> the rooms that it imports, in the drawing's order."""
+    section = (ROOT / "docs" / "reading.md").read_text().split("## Who imports whom")[1]
     lines = re.search(r"```\w*\n(.*?)```", section, re.S).group(1).splitlines()
     drawn = {}
     for line in lines:
@@ -39,7 +39,7 @@ def drawing():
     return drawn
 
 
-def test_the_readme_draws_the_arrows_as_they_are():
+def test_the_arrows_are_drawn_as_they_are():
     assert drawing() == arrows()
 
 

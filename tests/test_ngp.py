@@ -1,6 +1,8 @@
 """The instance field: configurations, released numbers, empty space, carving."""
 import dataclasses
+import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -232,3 +234,53 @@ def test_carving_is_conservative(touching):
     near = torch.nn.functional.max_pool3d(cells[None], 3, 1, 1)[0] > 0
     # And hardly any cell beyond the next one is kept.
     assert (near & occupancy.occupied).sum() > 0.95 * occupancy.occupied.sum()
+
+
+# --- the viewing direction ---
+
+def test_spherical_harmonics_are_orthonormal():
+    """Over the sphere, by a product rule that is exact for polynomials up to degree 6; of any length of the vectors."""
+    z, weights = np.polynomial.legendre.leggauss(8)
+    angle = torch.arange(16) * (2 * math.pi / 16)
+    z = torch.tensor(z, dtype=torch.float64)[:, None].expand(8, 16)
+    radius = (1 - z**2).sqrt()
+    directions = torch.stack([radius * angle.cos(), radius * angle.sin(), z], -1).reshape(-1, 3)
+    weights = torch.tensor(weights)[:, None].expand(8, 16).reshape(-1) * (2 * math.pi / 16)
+    values = ngp.spherical_harmonics(2.5 * directions, 4)
+    parity.assert_close(values.T @ (weights[:, None] * values), torch.eye(16, dtype=torch.float64), atol=1e-6)
+    assert torch.equal(ngp.spherical_harmonics(directions, 2), ngp.spherical_harmonics(directions, 4)[:, :4])
+
+
+def test_the_viewing_direction_colors_and_nothing_else():
+    field = ngp.Field(dataclasses.replace(TINY, view_degree=3), seeded())
+    x, directions = torch.rand(20, 3, generator=seeded(1)), torch.randn(20, 3, generator=seeded(2))
+    density, color = field(x)
+    for given in (directions, -directions):  # at first it adds nothing
+        parity.assert_close(field(x, given)[1], color, atol=1e-6)
+    field.view_mlp[-1].weight.data.normal_(generator=seeded(3))
+    seen = field(x, directions)
+    assert torch.equal(seen[0], density) and not torch.equal(seen[1], color)
+    assert not torch.allclose(seen[1], field(x, -directions)[1]) and torch.equal(field(x)[1], color)
+    parity.assert_close(field(x, 3 * directions)[1], seen[1], atol=1e-6)
+    without = ngp.Field(TINY, seeded())
+    assert without.view_mlp is None and torch.equal(without(x, directions)[1], without(x)[1])
+
+
+def test_a_rendering_tells_the_field_its_directions():
+    field, occupancy = ngp.Field(dataclasses.replace(TINY, view_degree=2), seeded()), ngp.Occupancy(TINY)
+    field.view_mlp[-1].weight.data.normal_(generator=seeded(3))
+    rays_o, rays_d = random_rays(5)
+    asked = []
+    forward = field.forward
+    field.forward = lambda x, directions=None: asked.append((x, directions)) or forward(x, directions)
+    for skip in (None, occupancy):
+        volume.render(field, rays_o, rays_d, None, skip)
+        x, directions = asked[-1]
+        along = torch.linalg.cross(x - rays_o[0], rays_d[0].expand_as(x)).norm(dim=-1) < 1e-4
+        assert along.sum() >= 5 and (directions[along] == rays_d[0]).all()
+
+
+def test_wrong_degrees_of_the_viewing_direction():
+    for change in ({"view_degree": 5}, {"view_degree": 1, "hidden_layers": 0}):
+        with pytest.raises(ValueError, match="view_degree"):
+            dataclasses.replace(TINY, **change)

@@ -1,6 +1,9 @@
-"""Seeded draws, signs of life, several processes."""
+"""Seeded draws, stopping, signs of life, several processes."""
 import os
+import signal
 import sys
+import threading
+import time
 from concurrent.futures.process import BrokenProcessPool
 
 import pytest
@@ -37,6 +40,86 @@ def test_draws_are_the_same_for_every_device():
     assert torch.equal(numbers.cpu(), torch.randn(5, generator=torch.Generator().manual_seed(1)))
 
 
+# --- stopping ---
+
+@pytest.fixture
+def heard():
+    """Signals are heard in this test, whatever the tests' parent process ignores."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    yield
+    assert all(signal.getsignal(number) is signal.default_int_handler for number in numbers)  # as it was
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_at_once_where_nothing_is_to_lose(number, heard):
+    with pytest.raises(runtime.Interrupted) as e, runtime.stoppable():
+        signal.raise_signal(number)
+        pytest.fail("it went on")
+    assert e.value.number == number
+    runtime.heed()  # it is over
+
+
+def test_a_signal_waits_for_the_end_of_a_whole(heard):
+    done = []
+    with pytest.raises(runtime.Interrupted), runtime.stoppable(), runtime.whole():
+        with runtime.whole():
+            signal.raise_signal(signal.SIGTERM)
+            done.append(1)
+        done.append(2)
+    assert done == [1, 2]
+
+
+@pytest.mark.parametrize("title", [None, "fitting"])
+def test_a_signal_waits_for_the_end_of_a_step(title, heard):
+    """Even in something whole, which can save what the steps made."""
+    halves = []
+    with pytest.raises(runtime.Interrupted), runtime.stoppable(), runtime.whole():
+        for step in Progress(range(5), title):
+            halves.append(step)
+            if step == 2:
+                signal.raise_signal(signal.SIGINT)
+            halves.append(step)
+    assert halves == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_second_signal_kills(heard):
+    with pytest.raises(runtime.Interrupted), runtime.stoppable(), runtime.whole():
+        signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_what_the_parent_ignores_stays_ignored(heard):
+    """As under nohup."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with runtime.stoppable():
+        signal.raise_signal(signal.SIGINT)
+    assert signal.signal(signal.SIGINT, signal.default_int_handler) == signal.SIG_IGN
+
+
+def slow(folder):
+    """A job of steps, which ends one that has begun."""
+    for step in Progress(range(100), None):
+        (folder / f"{step}_begun").touch()
+        if step == 0:
+            os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(0.1)
+        (folder / f"{step}_ended").touch()
+
+
+def test_other_processes_end_their_steps(tmp_path, heard):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    with pytest.raises(runtime.Interrupted), runtime.stoppable():
+        list(runtime.map_processes(slow, [tmp_path / "a", tmp_path / "b"], 2))
+    begun = {path.name.partition("_")[0] for path in tmp_path.glob("*/*_begun")}
+    assert begun and len(begun) < 50
+    for folder in tmp_path.iterdir():
+        assert len(list(folder.glob("*_begun"))) == len(list(folder.glob("*_ended")))
+
+
 # --- progress ---
 
 def test_silent(capsys, monkeypatch):
@@ -59,6 +142,56 @@ def test_lines_in_a_log(capsys, monkeypatch):
     assert out == "" and err.splitlines() == [
         "fitting: 103 of 108, about 50 s left; loss 102",
         "fitting: 106 of 108, about 20 s left; loss 105"]
+
+
+class Clock:
+    """A clock that a test moves."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(runtime.time, "monotonic", lambda: self.now)
+
+
+def test_lines_of_a_plan(capsys, monkeypatch):
+    """Three steps of 10, 100 and 50 s as planned; all take twice as long. The first is over before it says anything."""
+    clock = Clock(monkeypatch)
+    with runtime.planned({"loading": 10, "fitting": 100, "meshing": 50}):
+        runtime.begin("loading")
+        clock.now += 20
+        for _ in Progress(range(10), "fitting"):
+            clock.now += 20
+        for _ in Progress(range(2), "not planned"):
+            pass
+        runtime.begin("meshing")
+        clock.now += 100
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["step 2 of 3, fitting: 1 of 10, about 3 min left, 5 min to the end",
+                         "step 2 of 3, fitting: 3 of 10, about 2 min left, 4 min to the end"]
+    assert lines[-1] == "step 2 of 3, fitting: 9 of 10, about 20 s left, 2 min to the end" and len(lines) == 5
+
+
+def test_a_plan_of_which_an_earlier_run_has_done_a_part(monkeypatch, capsys):
+    clock = Clock(monkeypatch)
+    with runtime.planned({"fitting": 100, "meshing": 50}):
+        for _ in Progress(range(8, 10), "fitting", start=8, total=10):
+            clock.now += 40
+    line = capsys.readouterr().err.splitlines()[0]
+    assert line == "step 1 of 2, fitting: 9 of 10, about 40 s left, 4 min to the end"  # 40 s for 10, so 200 s for 50
+    assert runtime.Plan.active is None
+
+
+def test_a_step_without_progress_says_so_after_a_silence(monkeypatch, capsys):
+    clock = Clock(monkeypatch)
+    with runtime.planned({"a": 1, "b": 1, "c": 1}):
+        for title in "abc":
+            runtime.begin(title)
+            clock.now += 20
+        runtime.begin("not planned")
+    assert capsys.readouterr().err.splitlines() == ["step 3 of 3, c"]
+
+
+def test_times_for_people():
+    assert [runtime.duration(x) for x in (0, 119.4, 120, 5400, 9000)] == ["0 s", "119 s", "2 min", "90 min", "2.5 h"]
 
 
 def test_a_quick_thing_says_nothing_in_a_log(capsys):
@@ -133,3 +266,22 @@ def test_memory_and_name_of_the_cpu():
     if before is not None:  # some systems do not tell
         assert 0.05 < before < 1000 and runtime.peak_gb(torch.device("cpu")) >= 0.2
     assert ballast.sum() > 0 and runtime.device_name("cpu") == f"cpu, {torch.get_num_threads()} threads"
+
+
+
+def test_jobs_in_threads():
+    """In order; gradients off stays off; this thread's own number of threads is what it was."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        def job(number):
+            return number, torch.is_grad_enabled(), torch.get_num_threads(), threading.get_ident()
+        with torch.no_grad():
+            done = runtime.map_threads(job, list(range(6)))
+        assert [x[:3] for x in done] == [(number, False, 1) for number in range(6)]
+        assert threading.get_ident() not in {x[3] for x in done} and torch.get_num_threads() == 2
+        assert runtime.map_threads(job, [7]) == [(7, True, 2, threading.get_ident())]
+        nested = runtime.map_threads(lambda number: runtime.map_threads(job, [number, number]), [1, 2])
+        assert [[x[0] for x in pair] for pair in nested] == [[1, 1], [2, 2]]  # and no thread waits for ever
+    finally:
+        torch.set_num_threads(before)

@@ -97,6 +97,20 @@ def test_shapes_and_ranges():
     parity.assert_close(one.features[0], features[1], std=1e-4)
 
 
+@pytest.mark.parametrize("solver", ["plms", "dpmpp"])
+def test_images_denoised_together_are_as_denoised_alone(solver):
+    """In any order, each with its level and generator."""
+    model, g = tiny_model(), torch.Generator().manual_seed(0)
+    x, features = torch.rand(4, 3, 32, 32, generator=g), torch.rand(4, 16, 8, 8, generator=g)
+    sampler, levels = replace(SHORT.sampler, solver=solver, plms_steps=4), torch.tensor([0.1, 0.9, 0.02, 0.4])
+    own = lambda: [torch.Generator().manual_seed(7 + i) for i in range(4)]
+    together = model.denoise(x, features, levels, own(), sampler)
+    for i, generator in enumerate(own()):
+        one = slice(i, i + 1)
+        alone = model.denoise(x[one], features[one], float(levels[i]), generator, sampler)
+        parity.assert_close(together[one], alone, atol=1e-4)
+
+
 def test_guidance_reaches_the_sampler():
     model, g = tiny_model(), torch.Generator()
     x, features = torch.rand(1, 3, 32, 32, generator=g.manual_seed(2)), torch.rand(1, 16, 8, 8, generator=g)
@@ -168,12 +182,29 @@ def test_fewer_rays_at_once_where_there_are_more_input_views(monkeypatch):
     model, given, queries, depth_range = shaky_model()
     whole = model.condition(*given, queries, depth_range)
     chunks, image = [], model.eft.image
-    monkeypatch.setattr(model.eft, "image", lambda *args: chunks.append(args[-1]) or image(*args))
-    monkeypatch.setattr(sparsefusion, "EFT_CHUNK", {"cpu": 40})
+    monkeypatch.setattr(model.eft, "image", lambda *args: chunks.append((len(args[3]), args[-1])) or image(*args))
+    monkeypatch.setattr(sparsefusion, "EFT_BYTES", {"cpu": 40 * model.eft.ray_bytes(1)})
     parts = model.condition(*given, queries, depth_range)
     model.condition(given[0][[0] * 50], given[1][[0] * 50], queries, depth_range)
-    assert chunks == [20, 20, 1, 1]
+    assert chunks == [(1, 20), (1, 20), (1, 1), (1, 1)]
     parity.assert_close(parts.features, whole.features, std=1e-4)
+
+
+def test_viewpoints_in_batches_are_viewpoints_one_by_one(monkeypatch):
+    """As many as the budget holds, the last batch smaller; in training mode one at a time, for its random numbers."""
+    model, given, queries, depth_range = shaky_model()
+    queries = queries[[0, 1, 0, 1, 1]]
+    batches, image = [], model.eft.image
+    monkeypatch.setattr(model.eft, "image", lambda *args: batches.append(len(args[3])) or image(*args))
+    monkeypatch.setattr(sparsefusion, "EFT_BYTES", {"cpu": 130 * model.eft.ray_bytes(2)})  # of 8 x 8 rays a view
+    together = model.condition(*given, queries, depth_range)
+    shaken = model.condition(*given, queries, depth_range, train_mode=True)
+    assert batches == [2, 2, 1, 1, 1, 1, 1, 1]
+    for i in range(len(queries)):
+        alone = model.condition(*given, queries[i:i + 1], depth_range)
+        parity.assert_close(together.features[i], alone.features[0], std=1e-5)
+        parity.assert_close(together.images[i], alone.images[0], atol=1e-5)
+    assert not torch.equal(shaken.features[0], shaken.features[2])
 
 
 def test_feature_distance():

@@ -1,7 +1,9 @@
 """Training: losses against released numbers, the three trainings, resuming, the command."""
 import functools
 import itertools
+import json
 import shutil
+import signal
 import types
 from pathlib import Path
 
@@ -125,6 +127,75 @@ def test_a_killed_training_goes_on_from_what_it_saved_by_itself(training, tmp_pa
     assert same(load(whole), load(killed))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_training_saves_and_goes_on_without_a_trace(number, training, tmp_path, monkeypatch, capsys):
+    """In the middle of a step: it is finished, and saved with all before it."""
+    whole, steps = training("vae", "whole.pt"), itertools.count(1)
+    before = signal.signal(number, signal.default_int_handler)  # whatever the tests' parent process ignores
+
+    def update_average(*args, real=fit.update_average):
+        if next(steps) == 2:
+            signal.raise_signal(number)
+        real(*args)
+
+    with monkeypatch.context() as m, pytest.raises(SystemExit) as e:
+        m.setattr(fit, "update_average", update_average)
+        training("vae", "stopped.pt")
+    signal.signal(number, before)
+    lines = capsys.readouterr().err.splitlines()
+    assert e.value.code == 128 + number and len(lines) == 1
+    assert "stopped.pt.state has 2 of 3 steps" in lines[0] and "the same command goes on" in lines[0]
+    assert same(load(whole), load(training("vae", "stopped.pt")))
+    assert "resuming stopped.pt at step 2" in capsys.readouterr().out
+
+
+def test_a_state_without_a_part(training, tmp_path, capsys):
+    training("vae", "vae.pt")
+    state = files.read_tensors(tmp_path / "vae.pt.state", "module")
+    files.save_tensors({name: x for name, x in state.items() if name != "average"}, tmp_path / "vae.pt.state")
+    argv = ["vae", "--root", SAMPLE, "--frames", 5, "--steps", 3, "--set", "batch=2", "--out", tmp_path / "vae.pt"]
+    one_line(capsys, train.main, argv, "vae.pt.state: not a whole state")
+
+
+# --- what a weights file says about its trainings ---
+
+def test_weights_know_what_they_were_trained_on(training, tmp_path):
+    vae = training("vae", "vae.pt")
+    prior = training("prior", "prior.pt", "--vae", vae)
+    again = training("prior", "again.pt", "--vae", prior, "--set", "lr=1e-3")
+    trainings = sparsefusion.read_trained_on(again)
+    assert [x["what"] for x in trainings] == ["vae", "prior", "prior"]
+    for x in trainings:
+        assert x["category"] == "toys" and x["sequences"] == 6 and x["frames"] == 5 and x["steps"] == 3
+    assert sparsefusion.read_trained_on(prior) == trainings[:2]
+    assert str(tmp_path) not in json.dumps(trainings)  # nothing about the machine
+
+
+def test_weights_that_say_nothing(tmp_path):
+    sparsefusion.save(tiny_model(), tmp_path / "silent.pt")
+    assert sparsefusion.read_trained_on(tmp_path / "silent.pt") == []
+    for strange in ("toys", {"category": "toys"}, [1, {"category": 2}, None]):
+        files.save_tensors({"weights": {}, "trained_on": strange}, tmp_path / "strange.pt")
+        assert sparsefusion.read_trained_on(tmp_path / "strange.pt") == []
+    assert [x["category"] for x in sparsefusion.read_trained_on(sparsefusion.SHIPPED)] == ["toys"]
+
+
+def test_converted_weights_know_their_category(tmp_path, monkeypatch):
+    monkeypatch.setattr(sparsefusion.SparseFusion, "from_released", lambda *files: tiny_model())
+    argv = ["convert", "--eft", "a", "--vldm", "b", "--vae", "c", "--out", str(tmp_path / "out.pt")]
+    sparsefusion.main(argv)
+    assert sparsefusion.read_trained_on(tmp_path / "out.pt") == []
+    sparsefusion.main([*argv, "--category", "hydrant"])
+    assert sparsefusion.read_trained_on(tmp_path / "out.pt") == [{"what": "prior", "category": "hydrant"}]
+
+
+def test_flags_of_other_trainings_are_named(training, capsys):
+    vae = training("vae", "vae.pt", "--max-views", 2)
+    assert "note: --max-views: no effect on `train.py vae`" in capsys.readouterr().out
+    training("prior", "prior.pt", "--vae", vae, "--preset", "nano")
+    assert "note: --preset: no effect" in capsys.readouterr().out
+
+
 def test_another_seed_trains_another_model(training):
     assert not same(load(training("vae", "a.pt")), load(training("vae", "b.pt", "--seed", 1)))
 
@@ -195,7 +266,8 @@ def test_the_learning_rate_warms_up_and_falls():
     (["--set", "batch=-1"], "batch"), (["--set", "lr=0"], "lr"), (["--set", "lr=nan"], "lr"),
     (["--set", "ema=1"], "ema"), (["--set", "ema=x"], "ema"),
     (["--set", "min_views=5"], "min_views"), (["--set", "betas=0.9,x"], "betas"),
-    (["--minutes", "-3"], "--minutes"), (["--seed", "x"], "--seed"), (["--preset", "huge"], "--preset"),
+    (["--minutes", "-3"], "--minutes"), (["--seed", "x"], "--seed"), (["--seed", "2147483648"], "--seed"),
+    (["--preset", "huge"], "--preset"),
     (["--device", "tpu"], "--device"),
     (["--root"], "--root"), (["--set", "widths=8"], "model.vae.widths"),
     (["--unknown"], "--unknown"), (["--frames", "999"], "toys"), (["--category", "cars"], "cars"),

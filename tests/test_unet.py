@@ -1,4 +1,4 @@
-"""The UNet against the released code's numbers, what must hold for any weights, and its copy for a GPU."""
+"""The UNet against the released code's numbers, and what must hold for any weights."""
 import re
 from dataclasses import replace
 
@@ -8,7 +8,8 @@ import torch
 import parity
 import released
 import unet
-from unet import GraphedUNet, UNet, UNetConfig
+from graphs import half_copy
+from unet import UNet, UNetConfig
 from vldm import VLDM, cosine_log_snr
 
 
@@ -125,49 +126,22 @@ def test_numbers_that_do_not_fit(numbers, words):
         UNetConfig(**numbers)
 
 
-# --- half precision and CUDA graphs ---
+def test_features_embedded_once_give_the_same_noise(tiny_unet, noise):
+    model = tiny(replace(tiny_unet, cond_unshuffle=2))
+    z, cond, log_snr = noise(3, 4, 8, 8)(), noise(3, 6, 16, 16)(), torch.tensor([2.0, 0.0, -3.0])
+    embedded = model.embed_features(cond)
+    assert embedded.shape == (3, 16, 8, 8)
+    parity.assert_close(model.predict(z, log_snr, embedded), model(z, log_snr, cond), atol=1e-5)
+
+
+# --- half precision ---
 
 @torch.no_grad()
 def test_half_precision_copy_is_close_and_leaves_the_network_alone(small):
     f = parity.load("unet_small")
-    half = GraphedUNet(small).unet
+    half = half_copy(small, UNet.EXACT)
     assert half.time_frequencies.dtype == half.time_hidden.weight.dtype == half.token_norm.weight.dtype == torch.float32
     assert half.final_conv.weight.dtype == torch.float16 and small.final_conv.weight.dtype == torch.float32
-    out = half(f["in_x"], cosine_log_snr(f["in_t"]), f["in_cond"])
+    out = half.predict(f["in_x"], cosine_log_snr(f["in_t"]), half.embed_features(f["in_cond"])).float()
     parity.assert_close(out, f["out_eps"], std=0.02)
     assert (out - f["out_eps"]).pow(2).mean().sqrt() < 0.003 * f["out_eps"].std()
-
-
-class StandIn:
-    """Stands in for a CUDA graph: reads and writes the same memory at every call."""
-
-    def __init__(self, network, inputs):
-        self.network, self.inputs, self.output = network, inputs, network(*inputs).float()
-
-    def replay(self):
-        self.output.copy_(self.network(*self.inputs))
-
-
-def test_graphed_unet_captures_once_a_shape_and_returns_its_own_tensor(monkeypatch, tiny_unet, noise):
-    captured = []
-
-    def capture(self, inputs):
-        captured.append(tuple(x.shape for x in inputs))
-        graph = StandIn(self.unet, inputs)
-        return unet.Capture(graph, graph.inputs, graph.output)
-
-    monkeypatch.setattr(GraphedUNet, "capture", capture)
-    network = tiny(tiny_unet).eval()
-    model = VLDM(tiny_unet)
-    model.unet, model.graphed = network, GraphedUNet(network)
-    z, cond, log_snr = noise(2, 4, 8, 8)(), noise(2, 6, 8, 8)(), torch.tensor(0.5)
-    predict_noise = model.noise_predictor(cond, guidance=2.0)
-    exact = predict_noise(z, log_snr.expand(2))                   # gradients are on: the network itself
-    assert not captured and exact.requires_grad
-    with torch.no_grad():
-        fast, again = predict_noise(z, log_snr.expand(2)), predict_noise(-z, log_snr.expand(2))
-        one = model.noise_predictor(cond[:1])(z[:1], log_snr.expand(1))
-    assert len(captured) == 2 and captured[0][0][0] == 2 and captured[1][0][0] == 1
-    assert fast.dtype == torch.float32 and not torch.equal(fast, again)
-    parity.assert_close(fast, exact, std=0.03)
-    parity.assert_close(one, network(z[:1], log_snr.expand(1), cond[:1]), std=0.03)

@@ -7,6 +7,7 @@ import torch
 
 import parity
 import released
+import samplers
 import unet
 import vae
 import vldm
@@ -110,7 +111,7 @@ def test_noise_and_clean_latent_imply_each_other(noise):
 @pytest.mark.parametrize("config, numbers, words", [
     (DiffusionConfig, {"prediction": "x0"}, "'x0'"), (DiffusionConfig, {"drop": 1.5}, "drop 1.5"),
     (DiffusionConfig, {"t_max": 0.0}, "t_max 0.0"), (DiffusionConfig, {"noisings": 0}, "noisings 0"),
-    (SamplerConfig, {"plms_steps": 0}, "plms_steps 0"),
+    (SamplerConfig, {"plms_steps": 0}, "plms_steps 0"), (SamplerConfig, {"solver": "euler"}, "solver 'euler'"),
     (SamplerConfig, {"sample_steps": 0}, "sample_steps 0"), (SamplerConfig, {"clip": 0.0}, "clip 0.0"),
     (SamplerConfig, {"t_start": 1.2}, "t_start 1.2")])
 def test_numbers_that_do_not_fit(config, numbers, words):
@@ -146,7 +147,10 @@ class Exact(torch.nn.Module):
         super().__init__()
         self.prediction, self.predict_noise, self.calls = prediction, predict_noise, 0
 
-    def forward(self, z, log_snr, cond):
+    def embed_features(self, cond):
+        return cond
+
+    def predict(self, z, log_snr, cond):
         self.calls += 1
         eps = self.predict_noise(z, log_snr) + cond.mean()
         alpha, sigma = alpha_sigma(log_snr.reshape(-1, 1, 1, 1))
@@ -212,7 +216,7 @@ def tiny(tiny_unet):
 def test_same_generator_same_latent(tiny, noise):
     cond, sampler = noise(1, 6, 8, 8)(), SamplerConfig(sample_steps=4)
     predict_noise = tiny.eval().noise_predictor(cond)
-    sample = lambda seed: vldm.ancestral_sampling(predict_noise, noise(1, 4, 8, 8, seed=seed), sampler)
+    sample = lambda seed: samplers.ancestral_sampling(predict_noise, noise(1, 4, 8, 8, seed=seed), sampler)
     assert torch.equal(sample(0), sample(0)) and not torch.equal(sample(0), sample(1))
 
 
@@ -255,23 +259,26 @@ def test_nano_shapes(noise):
         latents = autoencoder.encode(torch.rand(1, 3, 128, 128))
         assert latents.shape == (1, 4, 16, 16) and autoencoder.decode(latents).shape == (1, 3, 128, 128)
         cond = torch.randn(1, unet.NANO.cond_channels, 32, 32)
-        z = vldm.plms(model.noise_predictor(cond), latents, 0.2, noise(1, 4, 16, 16), sampler)
+        z = samplers.denoise(model.noise_predictor(cond), latents, [0.2], noise(1, 4, 16, 16), sampler)
     assert z.shape == latents.shape and z.abs().max() <= sampler.clip
 
 
 def test_acceleration_is_for_cuda(tiny):
-    assert tiny.accelerate() is tiny and tiny.graphed is None
+    assert tiny.accelerate() is tiny and tiny.fast is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_acceleration_on_cuda(tiny, noise):
     model = tiny.eval().cuda().accelerate()
     z, cond = noise(1, 4, 8, 8)().cuda(), noise(1, 6, 8, 8)().cuda()
-    predict_noise = model.noise_predictor(cond)
+    exact = model.noise_predictor(cond)
+    with torch.no_grad():
+        fast = model.noise_predictor(cond)
     for log_snr in (5.0, 0.0, -8.0):
         log_snr = torch.tensor(log_snr, device="cuda").expand(1)
         with torch.no_grad():
-            fast = predict_noise(z, log_snr)
-        parity.assert_close(fast, predict_noise(z, log_snr), std=0.03)
+            noise_of_half = fast(z, log_snr)
+        parity.assert_close(noise_of_half, exact(z, log_snr).cpu(), std=0.03)
+    assert model.fast.predict.half_serves and len(model.fast.predict.captures) == 1
     state = model.state_dict()
-    assert not [k for k in state if "graphed" in k] and all(v.dtype == torch.float32 for v in state.values())
+    assert not [k for k in state if "fast" in k] and all(v.dtype == torch.float32 for v in state.values())

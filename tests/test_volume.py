@@ -224,3 +224,40 @@ def test_samples_lie_in_the_box_of_occupied_cells():
     in_ball = [(x.norm(dim=-1) < 0.8).sum().item() for x in asked]
     assert in_ball[1] > 1.5 * in_ball[0], in_ball  # the same number of samples, more of them where it matters
     assert (asked[1].abs() <= occupancy.box[1] + 1e-5).all()
+
+
+@pytest.mark.parametrize("importance", [0, 16])
+def test_a_buffer_changes_nothing_but_the_shapes(importance):
+    """Colors and gradients are those without, on rays that hit and rays that miss; the need is counted."""
+    field = ball(samples_per_ray=32, importance_samples=importance, occupancy_cells=24)
+    occupancy = ngp.Occupancy(field.config)
+    occupancy.density.zero_()
+    occupancy.update(field)
+    rays_o, rays_d = random_rays(200)
+    rays_o[:20] *= -1  # behind
+    draws = volume.uniform_draws(field.config, 200, seeded(), rays_o)
+    learned = ngp.Field(TINY, seeded())
+    field.functions = learned.density, lambda x: learned(x)[1]
+    results = []
+    for buffer in (None, volume.SampleBuffer(200 * 48, "cpu")):
+        learned.zero_grad()
+        seen = volume.render(field, rays_o, rays_d, None, occupancy, draws, buffer)
+        (seen.color.sum() + seen.opacity.sum() + seen.depth.sum()).backward()
+        results.append([*seen, *(p.grad.clone() for p in learned.parameters())])
+    assert 0 < buffer.most < 200 * (32 + importance) and results[0][1].any()
+    for a, b in zip(*results):
+        parity.assert_close(b, a, rtol=1e-5, atol=1e-6)
+
+
+def test_a_buffer_counts_what_it_has_no_room_for():
+    field = ball(samples_per_ray=32, occupancy_cells=24)
+    occupancy = ngp.Occupancy(field.config)
+    rays = random_rays(50)
+    small = volume.SampleBuffer(100, "cpu")
+    volume.render(field, *rays, None, occupancy, None, small)
+    enough = volume.SampleBuffer(int(small.most), "cpu")
+    seen = volume.render(field, *rays, None, occupancy, None, enough)
+    assert small.most == enough.most == enough.size > 100
+    parity.assert_close(seen.color, volume.render(field, *rays, None, occupancy).color, atol=1e-6)
+    volume.render(field, rays[0][:3], rays[1][:3], None, occupancy, None, enough)
+    assert enough.most == enough.size  # the most of all renderings

@@ -1,0 +1,253 @@
+// Group normalization (Wu and He 2018), a modulation and SiLU in one pass, and the gradient in the map: CUDA kernels.
+//
+// `groupnorm.py` compiles this file at run time; its plain torch is the same arithmetic and the reference for this one.
+//
+// Maps are in half precision with their channels last in memory, as convolutions on tensor cores want them: (B, P, C).
+// torch's own kernel would reorder the map before and after. A block is a chunk of the pixels of one image. Its threads
+// are columns of VECTOR neighboring channels, which lie in one group, times rows of pixels.
+//
+// A first kernel sums over every chunk, a second one adds up the chunks and writes. Sums are in float32 and always in
+// the same order, so that results repeat bit by bit.
+//
+// Letters: B images, P pixels, C channels, G groups, K chunks an image.
+
+struct alignas(2 * VECTOR) Pack {
+    unsigned short value[VECTOR];
+};
+
+__device__ float to_float(unsigned short half)
+{
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(half));
+    return x;
+}
+
+__device__ unsigned short to_half(float x)
+{
+    unsigned short half;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
+    return half;
+}
+
+__device__ float sigmoid(float x)
+{
+    return 1.0f / (1.0f + __expf(-x));
+}
+
+// What a thread works on.
+struct Place {
+    int column;      // the first of its channels is VECTOR * column
+    int columns;     // of all channels
+    int first;       // of its pixels; then every blockDim.y-th
+    int end;         // of the pixels of the block
+    long long base;  // of the image, in Packs
+};
+
+__device__ Place find_place(int pixels, int groups)
+{
+    Place place;
+    int chunk = (pixels + gridDim.x - 1) / gridDim.x;
+    place.columns = blockDim.x;
+    place.column = threadIdx.x;
+    place.first = blockIdx.x * chunk + threadIdx.y;
+    place.end = min(pixels, (int)(blockIdx.x + 1) * chunk);
+    place.base = (long long)blockIdx.y * pixels * blockDim.x;
+    return place;
+}
+
+// Add two numbers of all threads, group by group, and write the sums (B, K, G, 2) of the block.
+__device__ void write_sums(float2 mine, float2* shared, float* sums, int groups)
+{
+    int thread = threadIdx.y * blockDim.x + threadIdx.x;
+    shared[thread] = mine;
+    __syncthreads();
+    if (thread >= groups)
+        return;
+
+    // A group is some neighboring columns of all rows.
+    int width = blockDim.x / groups;
+    float2 total = make_float2(0, 0);
+    for (int row = 0; row < blockDim.y; row++)
+        for (int i = 0; i < width; i++) {
+            float2 part = shared[row * blockDim.x + thread * width + i];
+            total.x += part.x;
+            total.y += part.y;
+        }
+    long long at = ((long long)blockIdx.y * gridDim.x + blockIdx.x) * groups + thread;
+    sums[2 * at] = total.x;
+    sums[2 * at + 1] = total.y;
+}
+
+// The sums of all chunks (B, K, G, 2) divided by the numbers in a group, for the group of this thread.
+__device__ float2 read_means(const float* sums, float2* shared, int chunks, int groups, float count)
+{
+    // Each thread adds some chunks of one group.
+    int thread = threadIdx.y * blockDim.x + threadIdx.x;
+    int lanes = blockDim.x * blockDim.y / groups;
+    int group = thread % groups;
+    int lane = thread / groups;
+    float2 total = make_float2(0, 0);
+    for (int chunk = lane; chunk < chunks && lane < lanes; chunk += lanes) {
+        long long at = ((long long)blockIdx.y * chunks + chunk) * groups + group;
+        total.x += sums[2 * at];
+        total.y += sums[2 * at + 1];
+    }
+    __syncthreads();
+    shared[thread] = total;
+    __syncthreads();
+
+    // Then all lanes of its own group.
+    group = threadIdx.x / (blockDim.x / groups);
+    total = make_float2(0, 0);
+    for (int i = 0; i < lanes && i < chunks; i++) {
+        total.x += shared[i * groups + group].x;
+        total.y += shared[i * groups + group].y;
+    }
+    return make_float2(total.x / count, total.y / count);
+}
+
+// What is known of a thread's channels before their pixels are read.
+struct Layer {
+    float count;         // of the numbers in a group
+    float mean;
+    float inverse_std;
+    float gain[VECTOR];
+    float bias[VECTOR];
+};
+
+__device__ Layer find_layer(const Place& place, const float* sums, float2* shared, const Pack* gain, const Pack* bias,
+                            int pixels, int groups, int chunks, double eps)
+{
+    Layer layer;
+    layer.count = (float)pixels * VECTOR * (place.columns / groups);
+    float2 means = read_means(sums, shared, chunks, groups, layer.count);
+    layer.mean = means.x;
+    layer.inverse_std = rsqrtf(fmaxf(means.y - means.x * means.x, 0.0f) + (float)eps);
+
+    Pack gains = gain[place.column];
+    Pack biases = bias[place.column];
+    for (int i = 0; i < VECTOR; i++) {
+        layer.gain[i] = to_float(gains.value[i]);
+        layer.bias[i] = to_float(biases.value[i]);
+    }
+    return layer;
+}
+
+
+// ------------------------------------------------------------------------------------------ the normalization
+
+// Sum x and x^2 over chunks: sums (B, K, G, 2).
+extern "C" __global__ void moments(const Pack* x, float* sums, int pixels, int groups)
+{
+    extern __shared__ float2 shared[];
+    Place place = find_place(pixels, groups);
+    float2 sum = make_float2(0, 0);
+    for (int pixel = place.first; pixel < place.end; pixel += blockDim.y) {
+        Pack pack = x[place.base + (long long)pixel * place.columns + place.column];
+        for (int i = 0; i < VECTOR; i++) {
+            float value = to_float(pack.value[i]);
+            sum.x += value;
+            sum.y += value * value;
+        }
+    }
+    write_sums(sum, shared, sums, groups);
+}
+
+// y = act(normalized x * gain + bias), then with a modulation (B, 2 C) by (1 + its first half) and the other half.
+extern "C" __global__ void apply(const Pack* x, const float* sums, const Pack* gain, const Pack* bias,
+                                 const Pack* modulation, Pack* y, int modulated, int silu, int pixels, int groups,
+                                 int chunks, double eps)
+{
+    extern __shared__ float2 shared[];
+    Place place = find_place(pixels, groups);
+    Layer layer = find_layer(place, sums, shared, gain, bias, pixels, groups, chunks, eps);
+
+    // All that happens to a channel is one factor and one summand.
+    float factor[VECTOR], summand[VECTOR];
+    for (int i = 0; i < VECTOR; i++) {
+        factor[i] = layer.inverse_std * layer.gain[i];
+        summand[i] = layer.bias[i] - layer.mean * factor[i];
+    }
+    if (modulated) {
+        long long row = (long long)blockIdx.y * 2 * place.columns;
+        Pack scales = modulation[row + place.column];
+        Pack shifts = modulation[row + place.columns + place.column];
+        for (int i = 0; i < VECTOR; i++) {
+            float scale = 1.0f + to_float(scales.value[i]);
+            factor[i] *= scale;
+            summand[i] = summand[i] * scale + to_float(shifts.value[i]);
+        }
+    }
+
+    for (int pixel = place.first; pixel < place.end; pixel += blockDim.y) {
+        long long at = place.base + (long long)pixel * place.columns + place.column;
+        Pack pack = x[at];
+        for (int i = 0; i < VECTOR; i++) {
+            float value = to_float(pack.value[i]) * factor[i] + summand[i];
+            pack.value[i] = to_half(silu ? value * sigmoid(value) : value);
+        }
+        y[at] = pack;
+    }
+}
+
+
+// ------------------------------------------------------------------------------------------ the gradient in x
+
+// The normalized x of a channel and the gradient in it, from the gradient in y; without a modulation.
+__device__ float2 normalized_and_gradient(const Layer& layer, int i, unsigned short x, unsigned short grad, int silu)
+{
+    float normalized = (to_float(x) - layer.mean) * layer.inverse_std;
+    float slope = 1.0f;
+    if (silu) {
+        float value = normalized * layer.gain[i] + layer.bias[i];
+        float s = sigmoid(value);
+        slope = s * (1.0f + value * (1.0f - s));
+    }
+    return make_float2(normalized, to_float(grad) * slope * layer.gain[i]);
+}
+
+// Sum the gradient in the normalized x, and its product with it, over chunks: grad_sums (B, K, G, 2).
+extern "C" __global__ void gradient_moments(const Pack* x, const float* sums, const Pack* gain, const Pack* bias,
+                                            const Pack* grad, float* grad_sums, int silu, int pixels, int groups,
+                                            int chunks, double eps)
+{
+    extern __shared__ float2 shared[];
+    Place place = find_place(pixels, groups);
+    Layer layer = find_layer(place, sums, shared, gain, bias, pixels, groups, chunks, eps);
+
+    float2 sum = make_float2(0, 0);
+    for (int pixel = place.first; pixel < place.end; pixel += blockDim.y) {
+        long long at = place.base + (long long)pixel * place.columns + place.column;
+        Pack pack = x[at];
+        Pack grads = grad[at];
+        for (int i = 0; i < VECTOR; i++) {
+            float2 both = normalized_and_gradient(layer, i, pack.value[i], grads.value[i], silu);
+            sum.x += both.y;
+            sum.y += both.y * both.x;
+        }
+    }
+    __syncthreads();
+    write_sums(sum, shared, grad_sums, groups);
+}
+
+// The gradient in x: that in the normalized x, less its mean and its share along it, over the standard deviation.
+extern "C" __global__ void gradient_apply(const Pack* x, const float* sums, const Pack* gain, const Pack* bias,
+                                          const Pack* grad, const float* grad_sums, Pack* grad_x, int silu, int pixels,
+                                          int groups, int chunks, double eps)
+{
+    extern __shared__ float2 shared[];
+    Place place = find_place(pixels, groups);
+    Layer layer = find_layer(place, sums, shared, gain, bias, pixels, groups, chunks, eps);
+    float2 means = read_means(grad_sums, shared, chunks, groups, layer.count);
+
+    for (int pixel = place.first; pixel < place.end; pixel += blockDim.y) {
+        long long at = place.base + (long long)pixel * place.columns + place.column;
+        Pack grads = grad[at];
+        Pack out = x[at];
+        for (int i = 0; i < VECTOR; i++) {
+            float2 both = normalized_and_gradient(layer, i, out.value[i], grads.value[i], silu);
+            out.value[i] = to_half(layer.inverse_std * (both.y - means.x - both.x * means.y));
+        }
+        grad_x[at] = out;
+    }
+}

@@ -1,0 +1,57 @@
+"""CUDA kernels of this program, compiled at run time by what torch itself carries: no toolkit, no other compiler.
+
+torch has NVIDIA's run-time compiler and a small launcher for it. They are private to it, so that another version may
+lack them: each caller has plain torch to fall back on.
+"""
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+
+
+def compile_kernels(source: Path, names: tuple[str, ...], options: list[str], device: int) -> list[Callable] | None:
+    """The kernels of a file with these names, for a GPU; None where they cannot be had, which is said once a file.
+
+    A kernel is called with `grid`, `block`, `args` (tensors become pointers, numbers `int` or `double`) and
+    `shared_mem` bytes. Nothing compares the arguments with its signature. It runs on the current stream, and a CUDA
+    graph can capture it.
+    """
+    try:
+        text = source.read_text()
+        with torch.cuda.device(device), without_toolkit():
+            return [torch.cuda._compile_kernel(text, name, nvcc_options=options) for name in names]
+
+    # A private function may be missing or fail in any way.
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        _say_plain_torch_serves(source.name, reason[:200])
+        return None
+
+
+@cache
+def _say_plain_torch_serves(name: str, reason: str) -> None:
+    """Say, once, why a GPU is slow."""
+    print(f"{name} does not compile here; plain torch takes its place and is slower ({reason})", file=sys.stderr)
+
+
+@contextmanager
+def without_toolkit() -> Iterator[None]:
+    """Let torch compile kernels on a machine without a CUDA toolkit.
+
+    It asks for the toolkit's folder of headers, which these kernels do not need, and fails where it knows of none. For
+    now it knows of "".
+    """
+    # Imported no earlier, since it takes long, fails without setuptools, and is of use to a GPU alone.
+    extension = importlib.import_module("torch.utils.cpp_extension")
+    home = extension.CUDA_HOME
+    extension.CUDA_HOME = home or ""
+    try:
+        yield
+    finally:
+        extension.CUDA_HOME = home

@@ -1,0 +1,119 @@
+"""Networks as they run on a GPU: without one the graphs are stand-ins, and the rest is what it is."""
+import pytest
+import torch
+
+import graphs
+import parity
+import sparsefusion
+from graphs import Graphed, half_copy
+from small import SHORT, tiny_model
+
+
+class StandIn:
+    """Stands in for a CUDA graph: reads and writes the same memory at every call."""
+
+    def __init__(self, function, inputs):
+        self.function, self.inputs, self.output = function, inputs, function(*inputs).float()
+
+    def replay(self):
+        self.output.copy_(self.function(*self.inputs))
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """The shapes of the inputs of every graph so far."""
+    captured = []
+
+    def capture(self, inputs):
+        captured.append([tuple(x.shape) for x in inputs])
+        graph = StandIn(self.half if self.half_serves else self.full, inputs)
+        return graphs.Capture(graph, graph.inputs, graph.output)
+
+    monkeypatch.setattr(Graphed, "capture", capture)
+    return captured
+
+
+def scaled(x, factor):
+    return x * factor
+
+
+def test_a_graph_for_every_size_that_fits_its_batches(captured, noise):
+    function = Graphed("scaling", scaled, scaled)
+    for count, size in ((1, 1), (5, 8), (8, 8), (17, 17)):
+        x, factor = noise(count, 4, 2)(), noise(count, 1, 1, seed=1)()
+        first, again = function(x, factor), function(2 * x, factor)
+        assert torch.equal(first, x * factor) and torch.equal(again, 2 * first)
+        assert captured[-1] == [(size, 4, 2), (size, 1, 1)]
+    assert len(captured) == 3
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x + 0.1, lambda x: x * float("nan"), lambda x: x / 0])
+def test_half_precision_that_is_too_wrong_is_not_taken(captured, noise, capsys, wrong):
+    function, x = Graphed("the network", wrong, lambda x: 3 * x), noise(2, 4)()
+    assert torch.equal(function(x), 3 * x) and torch.equal(function(-x), -3 * x) and not function.half_serves
+    line, = capsys.readouterr().err.splitlines()
+    assert "the network runs in float32" in line
+
+
+def test_half_precision_that_is_close_is_taken_without_a_word(captured, noise, capsys):
+    function, x = Graphed("the network", lambda x: x.half(), lambda x: x), noise(2, 4)()
+    assert torch.equal(function(x), x.half().float()) and function(x).dtype == torch.float32 and function.half_serves
+    assert not capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_the_half_of_an_autoencoder():
+    model, x = tiny_model().vae, torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    half = half_copy(model)
+    latents = half.encode(x)
+    parity.assert_close(latents.float(), model.encode(x), std=0.02)
+    assert half.decode(latents).dtype == torch.float32
+    parity.assert_close(half.decode(latents), model.decode(model.encode(x)), std=0.05)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+# --- on a GPU ---
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@CUDA
+def test_graphs_of_several_sizes_share_memory_and_do_not_mix(noise):
+    network = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64)).cuda()
+    function = Graphed("the network", half_copy_of(network), network)
+    inputs = [noise(count, 64, seed=count)().cuda() for count in (1, 3, 8, 2, 16, 1)]
+    first = [function(x) for x in inputs]
+    for x, y in zip(inputs, first):
+        assert torch.equal(function(x), y) and y.dtype == torch.float32
+        parity.assert_close(y, network(x).detach().cpu(), std=0.02)
+
+
+def half_copy_of(network):
+    half = half_copy(network)
+    return lambda x: half(x.half())
+
+
+@CUDA
+def test_a_model_on_a_gpu_is_the_model():
+    """Denoised images and the gradient of the feature distance, which a graph captures, in half precision."""
+    exact, model = tiny_model(), sparsefusion.ready(tiny_model(), "cuda")
+    g = torch.Generator().manual_seed(0)
+    x, features = torch.rand(3, 3, 32, 32, generator=g), torch.rand(3, 16, 8, 8, generator=g)
+    own = lambda: [torch.Generator().manual_seed(i) for i in range(3)]
+    levels = [0.3, 0.9, 0.6]
+    shown = model.denoise(x.cuda(), features.cuda(), levels, own(), SHORT.sampler)
+    parity.assert_close(shown, exact.denoise(x, features, levels, own(), SHORT.sampler), atol=0.02)
+    assert model.vae.fast.encode.half_serves and model.vldm.fast.predict.half_serves
+
+    def gradient(model, a, b):
+        return torch.autograd.grad(model.feature_distance(a, b).sum(), a)[0]
+
+    a, b = x[:1].clone().requires_grad_(), x[1:2]
+    fast_a, fast_b = a.detach().cuda().requires_grad_(), b.cuda()
+    warm = gradient(model, fast_a, fast_b)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradient(model, fast_a, fast_b)
+    graph.replay()
+    assert torch.equal(captured, warm)
+    parity.assert_close(warm, gradient(exact, a, b), std=0.1)

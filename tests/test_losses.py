@@ -1,0 +1,68 @@
+"""Losses: released numbers, ends, footprints."""
+import math
+from functools import partial
+
+import pytest
+import torch
+
+import losses
+import metrics
+import parity
+from settings import DistillConfig
+
+
+def test_losses_parity():
+    f = parity.load("losses")
+    loss, close = losses.photometric_loss, partial(parity.assert_close, rtol=1e-5)
+    close(loss(f["in_render"], f["in_sil"], f["in_rgb"], f["in_mask"]).reshape(1), f["out_photometric"])
+    # the color term and the silhouette term alone: the other one compared with itself
+    close(loss(f["in_render"], f["in_mask"], f["in_rgb"], f["in_mask"]).reshape(1), f["out_color_err"])
+    close(loss(f["in_rgb"], f["in_sil"], f["in_rgb"], f["in_mask"]).reshape(1), f["out_sil_err"])
+    weighted = loss(f["in_render"], f["in_sil"], f["in_rgb"], f["in_mask"], 0.25).reshape(1)
+    weight = 0.25 + 0.75 * f["in_mask"]
+    color = metrics.pseudo_huber(f["in_render"] - f["in_rgb"])
+    silhouette = metrics.pseudo_huber(f["in_sil"] - f["in_mask"])
+    close(weighted, ((weight * color).mean() + (weight * silhouette).mean()).reshape(1))
+    black = torch.zeros_like(f["in_mask"])
+    alone = loss(f["in_render"], f["in_sil"], f["in_rgb"], black, 0.25)  # nothing but background
+    close(alone.reshape(1), 0.25 * loss(f["in_render"], f["in_sil"], f["in_rgb"], black).reshape(1))
+    close(losses.opacity_loss(f["in_sil"]).reshape(1), f["out_opacity"])
+    mask = losses.brightness_mask(f["in_eft_rgb"])
+    close(mask, f["out_bootstrap_mask"])
+    close(loss(f["in_render"], f["in_sil"], f["in_eft_rgb"], mask).reshape(1), f["out_bootstrap_loss"])
+    assert DistillConfig().weight_opacity == pytest.approx(f["in_lambda_opacity"].item())
+
+
+def test_fusion_parity():
+    f = parity.load("losses")
+    weights = [losses.fusion_weight(t) for t in f["in_t"].tolist()]
+    parity.assert_close(weights, f["out_fusion_weight"], rtol=1e-5)
+    error = (f["in_render"] - f["in_pred_img"]).abs().mean().item()
+    parity.assert_close([w * error for w in weights], f["out_fusion_loss"], rtol=1e-5)
+
+
+def test_fusion_weight_at_the_ends():
+    """Nothing is learned from a clean image's denoising, everything from pure noise's."""
+    assert losses.fusion_weight(0.0) < 2e-4 and losses.fusion_weight(1.0) > 1 - 1e-6
+    assert losses.fusion_weight(0.5) == pytest.approx(1 - math.cos(0.508 / 1.008 * math.pi / 2) ** 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("footprint", [1, 3, 5])
+def test_a_footprint_makes_no_dark_rims(footprint):
+    """A white object stays as white as its soft mask says, at its rim and where the picture cuts it."""
+    masks = torch.zeros(2, 1, 16, 16)
+    masks[0, :, :9, 4:] = 1      # cut above and on the right
+    masks[0, :, 9, 4:] = 0.3     # a soft rim
+    masks[1, :, 8, 8] = 0.5      # a single pixel
+    images = masks.expand(2, 3, 16, 16)
+    parity.assert_close(losses.footprint_colors(images, masks, footprint), images, atol=1e-6)
+    tinted = images * torch.tensor([0.2, 0.5, 0.9])[:, None, None]
+    parity.assert_close(losses.footprint_colors(tinted, masks, footprint), tinted, atol=1e-6)
+
+
+def test_a_footprint_of_one_pixel_is_the_picture():
+    g = torch.Generator().manual_seed(0)
+    images, masks = torch.rand(2, 3, 8, 8, generator=g), torch.rand(2, 1, 8, 8, generator=g)
+    assert losses.footprint_colors(images, masks * (masks > 0.5), 1) is images
+    black = losses.footprint_colors(images * 0, masks * 0, 5)  # no object, no color, and no division by 0
+    assert not black.any()

@@ -1,0 +1,228 @@
+"""Runs that stop and go on: interrupted at any moment, extended, with a strip of previews; states that are none."""
+import json
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+import distill
+import distillation
+import files
+import mesh
+import reconstruction
+import report
+import runtime
+import sparsefusion
+from distillation import Distillation
+from settings import PRESETS
+from small import SHORT, ball, tiny_model
+
+
+@pytest.fixture
+def heard():
+    """Signals are heard in this test, whatever the tests' parent process ignores."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def tensors(file):
+    """What decides a field and how it goes on, in a checkpoint."""
+    state = torch.load(file, weights_only=True)
+    return {name: state[name] for name in ("field", "occupancy", "exposures", "optimizer", "completed")}
+
+
+def equal(a, b):
+    """Whether nested dictionaries and lists hold the same numbers, bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[name], b[name]) for name in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def interrupt(monkeypatch, owner, name, call, number=signal.SIGINT):
+    """A signal in the middle of the call of a function with that number, counted from 0."""
+    function, calls = getattr(owner, name), []
+
+    def interrupted(*args, **options):
+        result = function(*args, **options)
+        calls.append(name)
+        if len(calls) == call + 1:
+            signal.raise_signal(number)
+        return result
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+# --- interrupted ---
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The checkpoint of a run that nothing interrupted."""
+    file = tmp_path_factory.mktemp("straight") / "field.pt"
+    distill.reconstruct(ball(3, 32), [0, 1], tiny_model(), SHORT, checkpoint=file)
+    return tensors(file)
+
+
+@pytest.mark.parametrize("owner, name, call, completed", [
+    (sparsefusion.eft.EFT, "image", 0, None),     # of query viewpoints
+    (Distillation, "input_loss", 0, 1),           # within the first iteration
+    (Distillation, "bootstrap_loss", 0, 1),
+    (Distillation, "input_loss", 2, 3),           # the last one of the bootstrap
+    (sparsefusion.SparseFusion, "denoise", 0, 4),
+    (Distillation, "distillation_loss", 1, 5),
+    (Distillation, "step", 4, 5),                 # between two iterations
+    (Distillation, "distillation_loss", 2, 6),    # the last iteration
+    (Distillation, "state_dict", 0, 6),           # in the middle of saving
+    (Distillation, "load_state_dict", 0, 6),      # a finished one, read again
+])
+def test_an_interrupted_run_goes_on_without_a_trace(owner, name, call, completed, straight, tmp_path, monkeypatch,
+                                                    heard):
+    def run():
+        distill.reconstruct(ball(3, 32), [0, 1], tiny_model(), SHORT, checkpoint=tmp_path / "field.pt")
+
+    if name == "load_state_dict":
+        run()
+    with monkeypatch.context() as m, pytest.raises(runtime.Interrupted), runtime.stoppable():
+        interrupt(m, owner, name, call)
+        run()
+    if completed is None:
+        assert not (tmp_path / "field.pt").exists()
+    else:
+        assert tensors(tmp_path / "field.pt")["completed"] == completed
+    run()
+    assert equal(tensors(tmp_path / "field.pt"), straight)
+
+
+def test_many_interruptions_leave_no_trace(straight, tmp_path, monkeypatch, heard):
+    for completed in range(1, 7):
+        with monkeypatch.context() as m, pytest.raises(runtime.Interrupted), runtime.stoppable():
+            interrupt(m, Distillation, "input_loss", 0)
+            distill.reconstruct(ball(3, 32), [0, 1], tiny_model(), SHORT, checkpoint=tmp_path / "field.pt")
+        assert tensors(tmp_path / "field.pt")["completed"] == completed
+    assert equal(tensors(tmp_path / "field.pt"), straight)
+
+
+def test_a_broken_field_is_not_saved(tmp_path, monkeypatch, heard):
+    with monkeypatch.context() as m, pytest.raises(FloatingPointError), runtime.stoppable():
+        m.setattr(distillation, "opacity_loss", lambda silhouette: silhouette.mean() * float("nan"))
+        interrupt(m, Distillation, "step", 1)
+        distill.reconstruct(ball(3, 32), [0, 1], config=replace(SHORT, occupancy_every=100),
+                            checkpoint=tmp_path / "field.pt")
+    assert not (tmp_path / "field.pt").exists()
+
+
+@pytest.mark.parametrize("owner, name, call, number", [
+    (Distillation, "step", 3, signal.SIGINT),       # of 6: the method
+    (Distillation, "step", 8, signal.SIGTERM),      # of 12: the field alone
+    (mesh, "largest_component", 0, signal.SIGINT)])
+def test_the_command_ends_in_one_line_and_goes_on(owner, name, call, number, tmp_path, monkeypatch, capsys, heard):
+    """The main command: exit code 130 or 143, and the same numbers as without."""
+    monkeypatch.setitem(PRESETS, "nano", SHORT)
+    monkeypatch.setattr(mesh, "largest_component", mesh.largest_component)
+    monkeypatch.setattr(reconstruction, "largest_component", lambda surface: mesh.largest_component(surface))
+    sparsefusion.save(tiny_model(), tmp_path / "tiny.pt")
+
+    def command(out):
+        argv = ["--weights", tmp_path / "tiny.pt", "--targets", 1, "--device", "cpu", "--out", out]
+        distill.main([str(x) for x in argv])
+
+    with monkeypatch.context() as m, pytest.raises(SystemExit) as e:
+        interrupt(m, owner, name, call, number)
+        command(tmp_path / "stopped")
+    assert e.value.code == 128 + number
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "the same command goes on" in lines[0]
+    assert not (tmp_path / "stopped" / "metrics.json").exists()
+    if name == "step":
+        saved, iterations = ("field.pt", 4) if call == 3 else ("field_alone.pt", 3)
+        assert f"{tmp_path / 'stopped' / saved} has {iterations} of 6 iterations" in lines[0]
+
+    # Once more, and beside it without a stop.
+    for folder in ("stopped", "straight"):
+        command(tmp_path / folder)
+    assert equal(tensors(tmp_path / "stopped" / "field.pt"), tensors(tmp_path / "straight" / "field.pt"))
+    results = [json.loads((tmp_path / folder / "metrics.json").read_text()) for folder in ("stopped", "straight")]
+    assert results[0]["per_view"] == results[1]["per_view"]
+    names = {folder: sorted(path.name for path in (tmp_path / folder).iterdir()) for folder in ("stopped", "straight")}
+    assert names["stopped"] == names["straight"]
+
+
+# --- longer ---
+
+def test_more_iterations_go_on(tmp_path, capsys):
+    """From the field and the optimizer of the shorter run; from there on as the longer one would."""
+    file, longer = tmp_path / "field.pt", replace(SHORT, iterations=9, bootstrap=4)
+    short = distill.reconstruct(ball(3, 32), [0, 1], tiny_model(), SHORT, checkpoint=file)
+    with pytest.raises(ValueError, match="config differ: config.iterations is 6 there, 9 here"):
+        distill.reconstruct(ball(3, 32), [0, 1], tiny_model(), longer, checkpoint=file)
+    capsys.readouterr()
+    result = distill.reconstruct(ball(3, 32), [0, 1], tiny_model(), longer, checkpoint=file, extend=True)
+    printed = capsys.readouterr().out
+    assert "going on at iteration 6" in printed and "of a run of 6" in printed
+    assert result.gone_on_from == [6] and short.gone_on_from == []
+    state = torch.load(file, weights_only=True)
+    assert state["completed"] == 9 and state["gone_on_from"] == [6]
+    again = distill.reconstruct(ball(3, 32), [0, 1], tiny_model(), longer, checkpoint=file)
+    assert again.gone_on_from == [6]
+
+    # Fewer iterations, or another seed, are no longer run of the same.
+    for config, seed in ((SHORT, 0), (replace(longer, iterations=12), 1)):
+        with pytest.raises(ValueError, match="differ"):
+            distill.reconstruct(ball(3, 32), [0, 1], tiny_model(), config, seed, checkpoint=file, extend=True)
+
+
+def test_an_interrupted_extension_leaves_no_trace(tmp_path, monkeypatch, heard):
+    short = replace(SHORT, denoise_batch=4)
+    longer = replace(short, iterations=10)
+
+    def run(file, config=longer):
+        distill.reconstruct(ball(3, 32), [0, 1], tiny_model(), config, checkpoint=tmp_path / file, extend=True)
+
+    for file in ("stopped.pt", "straight.pt"):
+        run(file, short)
+    for _ in range(2):
+        with monkeypatch.context() as m, pytest.raises(runtime.Interrupted), runtime.stoppable():
+            interrupt(m, Distillation, "input_loss", 1)
+            run("stopped.pt")
+    for file in ("stopped.pt", "straight.pt"):
+        run(file)
+    assert equal(tensors(tmp_path / "stopped.pt"), tensors(tmp_path / "straight.pt"))
+
+
+# --- previews, and states that are none ---
+
+def test_a_strip_of_previews(tmp_path, monkeypatch):
+    """One picture more whenever the state is saved, of a view that was not given; only the last ones are kept."""
+    strip, side = tmp_path / "previews.png", reconstruction.PREVIEW
+    monkeypatch.setattr(distillation, "SAVE_SECONDS", -1)  # in every iteration, and at the end
+    distill.reconstruct(ball(3, 32), [0, 1], config=SHORT, checkpoint=tmp_path / "field.pt", previews=strip)
+    with Image.open(strip) as picture:
+        assert picture.size == ((SHORT.iterations + 1) * side, side)
+    newest = torch.rand(3, side, side)
+    for count in range(report.PREVIEWS):
+        report.add_preview(strip, newest if count == report.PREVIEWS - 1 else torch.zeros(3, side, side))
+    with Image.open(strip) as picture:
+        assert picture.size == (report.PREVIEWS * side, side)
+        last = picture.crop((picture.width - side, 0, picture.width, side))
+    assert last.tobytes() == report.to_image(newest).tobytes()
+
+    # A broken one begins anew.
+    strip.write_bytes(b"no picture")
+    report.add_preview(strip, newest)
+    with Image.open(strip) as picture:
+        assert picture.size == (side, side)
+
+
+@pytest.mark.parametrize("missing", ["occupancy", "optimizer", "completed", "exposures"])
+def test_a_state_without_a_part(missing, tmp_path):
+    file = tmp_path / "field.pt"
+    distill.reconstruct(ball(3, 32), [0, 1], config=SHORT, checkpoint=file)
+    state = torch.load(file, weights_only=True)
+    del state[missing]
+    files.save_tensors(state, file)
+    with pytest.raises(ValueError, match="field.pt: not a whole state of a field"):
+        distill.reconstruct(ball(3, 32), [0, 1], config=SHORT, checkpoint=file)

@@ -1,0 +1,29 @@
+"""The sheet that compares methods, and the pictures of the views."""
+import report
+from small import ball
+
+
+def test_many_inputs_are_many_rows():
+    """A hundred inputs beside three columns: eight a row; the first column below is the truth."""
+    scene = ball(104, 32)
+    views = report.Views(scene.images[[101, 102, 103]], None)
+    sheet = report.comparison(scene, list(range(100)), [101, 102, 103], {"ngp": views, "nearest": views})
+    assert sheet.size == (8 * 32, (13 + 3) * (32 + report.TEXT))
+    top = 13 * (32 + report.TEXT) + report.TEXT
+    for column in range(3):
+        tile = sheet.crop((column * 32, top, column * 32 + 32, top + 32))
+        assert tile.tobytes() == report.to_image(scene.images[101]).tobytes()
+
+
+def test_pictures_of_views_are_called_by_their_frames(tmp_path):
+    """Whatever the data call these; those of another run's views go, what somebody else put there stays."""
+    scene = ball(3, 32)
+    views = {"ngp": report.Views(scene.images, None)}
+    folder = tmp_path / "views"
+    report.save_views(views, scene.images, ["1", "2", "../../3"], folder)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names[2:] == ["2_ngp.png", "2_truth.png", *names[4:]] and len(names) == 6
+    assert [path.name for path in tmp_path.iterdir()] == ["views"]
+    (folder / "mine.png").write_bytes(b"")
+    report.save_views(views, scene.images[:1], ["7"], folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["7_ngp.png", "7_truth.png", "mine.png"]

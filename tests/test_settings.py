@@ -1,0 +1,70 @@
+"""The numbers of a distillation: what fits, the presets, the released ones, more photographs."""
+from dataclasses import replace
+
+import pytest
+
+import cli
+import ngp
+import samplers
+import settings
+from settings import DistillConfig
+from small import SHORT
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"iterations": 0}, "at least 1"), ({"bootstrap": 7}, "bootstrap 7"), ({"footprint": 2}, "footprint 2"),
+    ({"min_noise_level": 1.5}, "min_noise_level"), ({"final_lr_fraction": 0.0}, "final_lr_fraction"),
+    ({"render_size": 1}, "render_size"), ({"betas": (0.9, 1.0)}, "betas"), ({"lr_grid": -1.0}, "lr_grid"),
+    ({"weight_opacity": -1.0}, "weight_opacity"), ({"denoise_batch": 0}, "denoise_batch"),
+    ({"turntable_frames": 0}, "turntable_frames")])
+def test_numbers_that_do_not_fit(change, words):
+    with pytest.raises(ValueError, match=words):
+        replace(SHORT, **change)
+
+
+def test_fewer_iterations_shorten_the_bootstrap_only_where_they_must():
+    paper = settings.PRESETS["paper"]
+    assert paper.with_iterations(2000).bootstrap == 1001 and paper.with_iterations(900).bootstrap == 600
+    assert paper.with_iterations(1).bootstrap == 0
+
+
+def test_the_paper_preset_has_the_released_numbers():
+    paper = settings.PRESETS["paper"]
+    assert (paper.iterations, paper.bootstrap, paper.render_size) == (3000, 1001, 128)
+    released = replace(DistillConfig(), denoise_batch=8, field=replace(ngp.PAPER, samples_per_ray=128,
+                                                                       importance_samples=0))
+    assert paper == released
+    assert (paper.betas, paper.eps, paper.final_lr_fraction) == ((0.9, 0.999), 1e-8, 1)
+    assert (paper.sampler.plms_steps, paper.sampler.sample_steps) == (50, 500)
+    for name, fraction in (("nano", 0.1), ("plain", 0.05)):
+        tuned = settings.PRESETS[name]
+        assert (tuned.betas, tuned.eps, tuned.final_lr_fraction) == ((0.9, 0.99), 1e-15, fraction)
+
+
+@pytest.mark.parametrize("preset", settings.PRESETS.values(), ids=settings.PRESETS)
+def test_the_released_settings_fit_every_preset(preset):
+    """Whatever the preset, the same behavior comes out; only sizes, rates and the length of things are its own."""
+    config = cli.apply_settings(preset, settings.RELEASED)
+    paper = cli.apply_settings(settings.PRESETS["paper"], settings.RELEASED)
+    same = ("betas", "eps", "final_lr_fraction", "min_noise_level", "eft_train_mode", "metrics_on_inputs", "footprint",
+            "lr_exposure", "weight_background", "weight_opacity", "weight_perceptual")
+    assert all(getattr(config, name) == getattr(paper, name) for name in same)
+    assert not config.field.hashed and not config.field.carve and config.eft_train_mode and config.metrics_on_inputs
+    assert config.sampler.ancestral and config.sampler.unnoised_start and config.sampler.sample_steps == 500
+    assert samplers.start_time(0.99, config.sampler) == 1
+    assert (config.iterations, config.lr_grid) == (preset.iterations, preset.lr_grid)
+    assert (config.denoise_batch, config.input_pixels, config.picture_side) == (1, 0, 1)
+    assert config.fitted(100) == config
+
+
+def test_more_photographs_bear_a_finer_field():
+    plain = settings.PRESETS["plain"]
+    assert plain.fitted(2) == plain.fitted(12) == plain
+    many = plain.fitted(100)
+    assert (many.field.finest_resolution, many.iterations, many.footprint) == (800, 15080, 1)
+    assert many.field.samples_per_ray > 2 * plain.field.samples_per_ray and many.field.occupancy_cells == 128
+    assert many.pixel_side == 2 and many.input_pixels * 2 == plain.input_pixels and many.fitted(100) == many
+    short = plain.with_iterations(800).fitted(100)  # what is asked for stays
+    assert (short.iterations, short.field, short.pixel_side) == (800, many.field, 1)
+    nano = settings.PRESETS["nano"]
+    assert nano.fitted(100) == nano
