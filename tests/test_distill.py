@@ -445,3 +445,14 @@ def test_broken_image(tmp_path, tiny_weights, capsys):
     refused(capsys, tmp_path, flags, image)
     image.unlink()
     refused(capsys, tmp_path, flags, image)
+
+
+def test_only_lattices_must_divide_a_picture(tmp_path):
+    """A prior's renderings lie on lattices; random pixels of the inputs do not."""
+    command = ["--root", str(distill.SAMPLE), "--no-prior", "--iterations", "2", "--targets", "1", "--out",
+               str(tmp_path / "a"), "--set", "mesh_resolution=8", "turntable_frames=1", "image_size=40",
+               "render_size=32"]
+    distill.main([*command, "input_pixels=50"])
+    assert (tmp_path / "a" / "metrics.json").exists()
+    with pytest.raises(SystemExit):
+        distill.main([*command, "input_pixels=0", "--overwrite"])
