@@ -328,22 +328,25 @@ def map_threads(function: Callable, jobs: Sequence) -> list:
     if threads == 1 or len(jobs) == 1:
         return [function(job) for job in jobs]
 
-    # Whether to record gradients is every thread's own business.
+    # Whether to record gradients is every thread's own business. The number of threads is half so: torch also gives a
+    # thread, at its first operation, what another one has set last.
     recording = torch.is_grad_enabled()
 
     def work(job):
+        torch.set_num_threads(1)
         with torch.set_grad_enabled(recording):
             return function(job)
 
-    results = list(_single_threads(threads).map(work, jobs))
-    torch.set_num_threads(threads)  # of threads to come, which those of the pool have changed
-    return results
+    try:
+        return list(_threads(threads).map(work, jobs))
+    finally:
+        torch.set_num_threads(threads)
 
 
 @functools.cache
-def _single_threads(count: int) -> ThreadPoolExecutor:
-    """Threads within which torch uses one core, kept from one call to the next."""
-    return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+def _threads(count: int) -> ThreadPoolExecutor:
+    """Threads that are kept from one call to the next."""
+    return ThreadPoolExecutor(count)
 
 
 # ---------------------------------------------------------------------------------------------- the machine

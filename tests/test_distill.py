@@ -134,7 +134,7 @@ def test_the_turntable_has_the_object_in_the_middle(monkeypatch):
     result = distill.reconstruct(scene, [1], config=replace(SHORT, iterations=1, bootstrap=0, turntable_frames=5))
     result.occupancy.box.copy_(torch.tensor([[0.5, 1.0, 0.0], [1.5, 2.0, 1.0]]))
     seen = []
-    monkeypatch.setattr(reconstruction.Reconstruction, "render", lambda self, path, size, title=None: (
+    monkeypatch.setattr(reconstruction.Reconstruction, "render", lambda self, path, size, *rest, **how: (
         seen.append(path), report.Views(torch.zeros(len(path), 3, size, size), None))[1])
     assert result.turntable(cameras, 8).shape == (5, 3, 8, 8)
     middle = torch.tensor([1.0, 1.5, 0.5]) @ cameras.R[0].T
