@@ -219,8 +219,8 @@ def _verdict(found: Findings, undone: Misfit | None) -> list[str]:
     if found.mistake:
         return [f"likely a mistake: {found.mistake}", f"  {misfit}; with that undone {worst.after:.0f} %"]
     if undone:
-        return [f"something is wrong, but these masks cannot tell what: {misfit}",
-                f"  this would explain it: {names} ({_why(found.scene)})"]
+        return [f"masks and cameras fit badly, and these masks cannot tell why: {misfit}",
+                f"  rough masks and cameras may do that, and this: {names} ({_why(found.scene)})"]
 
     # None.
     lines = ["masks and cameras fit"]
