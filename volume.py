@@ -176,7 +176,7 @@ def render(field: Field, rays_o: Tensor, rays_d: Tensor, generator: torch.Genera
     if buffer is not None:
         draws = draws or uniform_draws(field.config, len(rays_o), generator, rays_o)
         far = torch.maximum(near, far)  # of rays that miss: their samples have no length
-        return Rendering(*_integrate(field, rays_o, rays_d, near, far, draws, occupancy, buffer))
+        return _integrate(field, rays_o, rays_d, near, far, draws, occupancy, buffer)
 
     # Only rays that meet the box are followed.
     hit = (far > near).nonzero().squeeze(-1)
