@@ -137,7 +137,7 @@ class Distillation:
         # One optimizer, a learning rate for each of its three groups.
         self.optimization = Optimization([
             Group(self.field.encoding.parameters(), config.lr_grid),
-            Group(self.field.mlp.parameters(), config.lr_mlp),
+            Group(self.field.networks(), config.lr_mlp),
             Group(self.exposures.parameters(), config.lr_exposure),
         ], config.betas, config.eps, device)
         self.input_error = torch.zeros((), device=device)  # mean squared, of the last colors, for the progress bar
@@ -303,7 +303,8 @@ class Distillation:
         images = []
         for query in queries:
             rays = self.draw_rays(self.prior.viewpoints[query.view], query.lattice)
-            images.append(self.full_image(self.render(rays).color, query.lattice.row, query.lattice.column))
+            color = self.optimization.ask(self.look, rays)
+            images.append(self.full_image(color, query.lattice.row, query.lattice.column))
 
         views = [query.view for query in queries]
         noise_levels = [query.noise_level for query in queries]
@@ -325,6 +326,10 @@ class Distillation:
         """What rays see of the field."""
         draws = (rays.u, rays.u_importance)
         return volume.render(self.field, rays.o, rays.d, None, self.occupancy, draws, buffer or self.buffer)
+
+    def look(self, rays: Rays) -> Tensor:
+        """The colors (R, 3) that rays see of the field."""
+        return self.render(rays).color
 
     def full_image(self, color: Tensor, row: Tensor | int, column: Tensor | int) -> Tensor:
         """Colors (s * s, 3) on a lattice of a query view as an image of the diffusion model's size, (1, 3, S, S)."""

@@ -93,7 +93,7 @@ def _require(fits: bool, message: str) -> None:
 PAPER = FieldConfig()
 # For the sample category and for CPUs: fewer, wider levels and a smaller network cost less.
 NANO = FieldConfig(levels=5, features_per_level=4, base_resolution=8, finest_resolution=160, width=32, hidden_layers=1,
-                   blob_density=0.0, importance_samples=0, occupancy_cells=48, occupancy_decay=0.8)
+                   blob_density=0.0, samples_per_ray=48, importance_samples=0, occupancy_cells=48, occupancy_decay=0.8)
 
 CHUNK = {"cpu": 2**13, "cuda": 2**18}  # points evaluated at once where no gradient is needed
 DENSEST = math.exp(15)  # the largest density that is remembered of an occupancy cell
@@ -178,20 +178,27 @@ class Field(nn.Module):
         """Points (N, 3) -> density (N,), per unit of length, and color (N, 3) in [0, 1].
 
         With the directions (N, 3) that the points are seen in, the color is as seen in them; without, it is what the
-        field says of all directions.
+        field says of all directions. In training mode a GPU rounds the network's numbers to bfloat16.
         """
-        hidden = self.mlp[:-1](self.encoding(x))
-        logits = self.mlp[-1](hidden)
+        # While it learns on a GPU, the network may round: to bfloat16, for gradients are too small for float16.
+        features = self.encoding(x)
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.training and x.is_cuda, cache_enabled=False):
+            hidden = self.mlp[:-1](features)
+            logits = self.mlp[-1](hidden).float()
+            color = logits[:, 1:]
+            if self.view_mlp is not None and directions is not None:
+                harmonics = spherical_harmonics(directions, self.config.view_degree)
+                color = color + self.view_mlp(torch.cat([hidden, harmonics], -1)).float()
         density = _TruncatedExp.apply(logits[:, 0] + self.blob(x))
-        color = logits[:, 1:]
-        if self.view_mlp is not None and directions is not None:
-            harmonics = spherical_harmonics(directions, self.config.view_degree)
-            color = color + self.view_mlp(torch.cat([hidden, harmonics], -1))
         return density, torch.sigmoid(color)
 
     def density(self, x: Tensor) -> Tensor:
         """Points (N, 3) -> density (N,)."""
         return self(x)[0]
+
+    def networks(self) -> list[nn.Parameter]:
+        """All that it learns beside the encoding's table."""
+        return [parameter for part in (self.mlp, self.view_mlp) if part is not None for parameter in part.parameters()]
 
 
 def _linear(fan_in: int, fan_out: int, generator: torch.Generator | None) -> nn.Linear:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 NEVER = 2**62     # an iteration that no run reaches
 WARM_UPS = 2      # updates before one is captured: torch picks algorithms and makes room in the first ones
 
-Loss = Callable[[NamedTuple], Tensor]  # a batch of tensors -> a scalar
+Function = Callable[[NamedTuple], Tensor]  # of a batch of tensors; a loss is a scalar
 
 
 class Group(NamedTuple):
@@ -53,17 +53,27 @@ class Optimization:
             else:
                 group["lr"] = peak * fraction
 
-    def update(self, view: str, iteration: int, loss: Loss, batch: NamedTuple) -> Tensor:
+    def update(self, view: str, iteration: int, loss: Function, batch: NamedTuple) -> Tensor:
         """One step down a loss of a batch, of an "input" or a "query" view; returns the loss."""
         self.iteration.fill_(iteration)
         if not self.graphed:
             return self._descend(view, loss, batch)
-        name = loss.__name__
+        return self._replay(loss.__name__, lambda given: self._descend(view, loss, given), batch)
+
+    @torch.no_grad()
+    def ask(self, function: Function, batch: NamedTuple) -> Tensor:
+        """What a function makes of a batch where nothing is updated, by a graph, too."""
+        if not self.graphed:
+            return function(batch)
+        return self._replay(function.__name__, function, batch).clone()
+
+    def _replay(self, name: str, function: Function, batch: NamedTuple) -> Tensor:
+        """What a function makes of a batch, by the graph of that name, which this makes if there is none."""
         if name not in self.graphs:
-            self.graphs[name] = _Graph(lambda given: self._descend(view, loss, given), batch)
+            self.graphs[name] = _Graph(function, batch)
         return self.graphs[name](batch)
 
-    def _descend(self, view: str, loss: Loss, batch: NamedTuple) -> Tensor:
+    def _descend(self, view: str, loss: Function, batch: NamedTuple) -> Tensor:
         """The update itself, every operation of it on the device."""
         self.adam.zero_grad(set_to_none=True)
         value = loss(batch)
@@ -104,7 +114,7 @@ class Optimization:
 class _Graph:
     """A function of a batch as a CUDA graph: the first calls run as usual, then one is captured and replayed."""
 
-    def __init__(self, function: Callable[[NamedTuple], Tensor], batch: NamedTuple):
+    def __init__(self, function: Function, batch: NamedTuple):
         self.function = function
         self.batch = _clone(batch)
         self.stream = torch.cuda.Stream()

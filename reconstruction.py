@@ -144,6 +144,7 @@ def reconstruct(scene: Scene, inputs: list[int], model: SparseFusion | None = No
             report.add_preview(previews, look(distillation, turned, inputs))
 
     optimize(distillation, title, checkpoint, save)
+    distillation.field.eval()
     return Reconstruction(distillation.field, distillation.occupancy, frame, config, distillation.seconds, earlier,
                           gone_on_from)
 

@@ -125,7 +125,7 @@ PRESETS = {
     "nano": DistillConfig(
         iterations=500, bootstrap=120, viewpoints=24, image_size=128, render_size=64,
         lr_grid=5e-2, lr_mlp=1e-2, final_lr_fraction=0.1, betas=(0.9, 0.99), eps=1e-15,
-        min_noise_level=0.2, denoise_batch=4, sampler=vldm.NANO_SAMPLER, field=ngp.NANO,
+        min_noise_level=0.2, denoise_batch=8, sampler=vldm.NANO_SAMPLER, field=ngp.NANO,
     ),
     # Photographs without a prior, a dozen of them or more: exposure varies, masks are rough, and resizing without a
     # filter aliases. (The gains of the exposures are NeRF in the Wild's appearance codes, Martin-Brualla et al. 2021,
@@ -134,7 +134,7 @@ PRESETS = {
         iterations=1000, bootstrap=666, image_size=256, render_size=64, input_pixels=4096, picture_side=2,
         lr_grid=3e-2, lr_mlp=1e-2, final_lr_fraction=0.05, betas=(0.9, 0.99), eps=1e-15,
         lr_exposure=1e-2, footprint=5, weight_background=0.3, reference_views=12, iterations_per_view=160,
-        field=replace(ngp.NANO, levels=6, finest_resolution=96, log2_hashmap_size=17),
+        field=replace(ngp.NANO, levels=6, finest_resolution=96, log2_hashmap_size=17, samples_per_ray=64),
     ),
 }
 

@@ -239,4 +239,4 @@ class FastUNet(NamedTuple):
 PAPER = DiffusionConfig()
 PAPER_SAMPLER = SamplerConfig()
 NANO = DiffusionConfig(prediction="v", snr_gamma=0.0, noisings=12)
-NANO_SAMPLER = SamplerConfig(plms_steps=5, sample_steps=50, clip=5.0, t_start=0.98)
+NANO_SAMPLER = SamplerConfig(solver="dpmpp", plms_steps=4, sample_steps=50, clip=5.0, t_start=0.98)

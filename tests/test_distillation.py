@@ -302,6 +302,33 @@ def test_a_field_fits_its_input_views():
         assert metrics.iou(silhouettes, views.masks).mean() > 0.95
 
 
+def test_everything_that_a_field_has_learns():
+    """The table, the network and what the viewing direction adds, whose last layer begins at zero."""
+    config = replace(FIT, field=replace(FIT.field, view_degree=2))
+    work = Distillation(ball(4, 32), config, 0)
+    before = {name: x.detach().clone() for name, x in work.field.named_parameters()}
+    for iteration in range(3):
+        work.step(iteration)
+    assert any("view" in name for name in before)
+    for name, x in work.field.named_parameters():
+        assert not torch.equal(x, before[name]), name
+
+
+def test_a_gloss_needs_the_viewing_direction():
+    """A ball as bright as the camera is far to the right: a color for all directions is a compromise, one for each fits.
+    """
+    scene = ball(12, 32)
+    x = scene.cameras.centers()[:, 0]
+    gain = 0.3 + 0.7 * (x - x.min()) / (x.max() - x.min())
+    scene = replace(scene, images=0.8 * scene.masks.expand(-1, 3, -1, -1) * gain[:, None, None, None])
+    quality = {}
+    for degree in (0, 2):
+        work = Distillation(scene, replace(FIT, field=replace(FIT.field, view_degree=degree)), 0)
+        work.run()
+        quality[degree] = metrics.psnr(seen_by(work, scene.cameras)[0], scene.images).mean()
+    assert quality[2] > quality[0] + 6
+
+
 def test_the_exposure_of_every_input_view_is_found():
     """Photographs of one ball, colored by height, at three exposures: their ratios come out."""
     scene, gains = ball(6, 32), torch.tensor([[0.7, 0.8, 0.9], [1, 1, 1], [0.85, 0.85, 0.85]] * 2)

@@ -266,6 +266,30 @@ def test_the_viewing_direction_colors_and_nothing_else():
     assert without.view_mlp is None and torch.equal(without(x, directions)[1], without(x)[1])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_field_that_learns_on_a_gpu_rounds_a_little():
+    """To 8 bits of the network's numbers, and so of its gradients; a finished field rounds nothing."""
+    config = dataclasses.replace(TINY, view_degree=2)
+    x, directions = torch.rand(500, 3, generator=seeded(1)).cuda(), torch.randn(500, 3, generator=seeded(2)).cuda()
+    outputs, gradients = {}, {}
+    for learning in (True, False):
+        field = ngp.Field(config, seeded()).cuda().train(learning)
+        with torch.no_grad():
+            field.encoding.table.normal_()
+        density, color = outputs[learning] = field(x, directions)
+        (density.log().sum() + color.sum()).backward()
+        gradients[learning] = [parameter.grad for parameter in field.parameters()]
+        assert density.dtype == color.dtype == torch.float32
+    assert not torch.equal(outputs[True][1], outputs[False][1])
+    parity.assert_close(outputs[True][1], outputs[False][1], atol=0.01)
+    for rounded, exact in zip(gradients[True], gradients[False]):
+        assert rounded.dtype == torch.float32
+        assert (rounded - exact).norm() <= 0.02 * exact.norm()
+    on_cpu = ngp.Field(config, seeded()).eval()
+    on_cpu.encoding.table.data.copy_(field.encoding.table)
+    parity.assert_close(outputs[False][1].cpu(), on_cpu(x.cpu(), directions.cpu())[1], atol=1e-4)
+
+
 def test_a_rendering_tells_the_field_its_directions():
     field, occupancy = ngp.Field(dataclasses.replace(TINY, view_degree=2), seeded()), ngp.Occupancy(TINY)
     field.view_mlp[-1].weight.data.normal_(generator=seeded(3))

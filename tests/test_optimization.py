@@ -111,3 +111,20 @@ def test_a_forgotten_graph_is_made_anew():
     assert replayed < before[-1]
     work.optimization.forget_graphs()
     assert float(work.optimization.update("input", 6, loss, batch(0, "cuda"))) > 2 * replayed
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_is_asked_is_of_the_present_parameters(device):
+    """Nothing is updated, no gradient is recorded, and an answer stays when the next one comes."""
+    work = Work(device)
+
+    def look(given):
+        return given.factor * work.a + given.inner.target
+
+    for i in range(6):
+        answers = [work.optimization.ask(look, batch(k, device)) for k in (i, i + 1)]
+        for k, answer in zip((i, i + 1), answers):
+            given = batch(k, device)
+            parity.assert_close(answer, (given.factor * work.a + given.inner.target).detach(), rtol=1e-6)
+            assert not answer.requires_grad
+        work.optimization.update("input", i, work.loss, batch(i, device))
