@@ -269,7 +269,8 @@ def config_from_flags(args: argparse.Namespace, no_prior: bool = False) -> Disti
     if model is not None and model.name not in PRESETS:
         raise ValueError(f"{args.weights}: its preset {model.name!r} is none of {', '.join(PRESETS)}")
     config = PRESETS[args.preset or ("plain" if model is None else model.name)]
-    config = config.with_iterations(args.iterations or config.iterations)
+    if args.iterations:
+        config = config.with_iterations(args.iterations)
 
     # How to sample a model is the model's own.
     if model is not None:

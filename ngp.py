@@ -184,11 +184,11 @@ class Field(nn.Module):
         features = self.encoding(x)
         with torch.autocast("cuda", torch.bfloat16, enabled=self.training and x.is_cuda, cache_enabled=False):
             hidden = self.mlp[:-1](features)
-            logits = self.mlp[-1](hidden).float()
+            logits = self.mlp[-1](hidden).to(features)
             color = logits[:, 1:]
             if self.view_mlp is not None and directions is not None:
                 harmonics = spherical_harmonics(directions, self.config.view_degree)
-                color = color + self.view_mlp(torch.cat([hidden, harmonics], -1)).float()
+                color = color + self.view_mlp(torch.cat([hidden, harmonics], -1)).to(features)
         density = _TruncatedExp.apply(logits[:, 0] + self.blob(x))
         return density, torch.sigmoid(color)
 

@@ -297,10 +297,25 @@ def map_processes(function: Callable, jobs: list, workers: int) -> Iterator:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _begin_process, (threads,)) as pool:
         try:
-            yield from pool.map(partial(_do_job, function), jobs)
+            with _deaf_children():
+                results = pool.map(partial(_do_job, function), jobs)
+            yield from results
         except BrokenProcessPool:
             heed()  # or it died because it was asked to
             raise
+
+
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes that begin within hear no SIGTERM until they know what to do about it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin_process(threads: int) -> None:
@@ -309,6 +324,8 @@ def _begin_process(threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _ask)
     _Stop.whole = 1
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 
 
 def _do_job(function: Callable, job):

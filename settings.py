@@ -147,6 +147,7 @@ RELEASED = (
     "input_pixels=0",
     "picture_side=1",
     "reference_views=0",
+    "sampler.solver=plms",
     "sampler.ancestral=true",
     "sampler.unnoised_start=true",
     "sampler.t_start=1",  # or no noise level is high enough for `unnoised_start`

@@ -111,7 +111,7 @@ def assert_close(actual, expected, std: float = 0.0, rtol: float = 0.0, atol: fl
 
     The shapes must be equal.
     """
-    actual, expected = torch.as_tensor(actual).detach().double().cpu(), torch.as_tensor(expected).double()
+    actual, expected = (torch.as_tensor(x).detach().double().cpu() for x in (actual, expected))
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     allowed = atol + rtol * expected.abs() + (std * expected.std(correction=0) if std else 0)
     excess = ((actual - expected).abs() - allowed).max() if expected.numel() else torch.tensor(0.0)
