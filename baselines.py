@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 
 from report import Views
-from runtime import Progress
 from scenes import Scene
 from settings import DistillConfig
 from sparsefusion import Condition, SparseFusion
@@ -40,7 +39,7 @@ def eft_images(scene: Scene, inputs: list[int], targets: list[int], model: Spars
 
 
 def vldm_samples(scene: Scene, inputs: list[int], targets: list[int], model: SparseFusion, config: DistillConfig,
-                 seed: int, title: str | None = None) -> Views:
+                 seed: int) -> Views:
     """One ancestral sample a view (Sec. 3.1): sharp, but every view imagines for itself.
 
     A view's random numbers follow from the seed and its frame alone, whichever other views there are.
@@ -54,7 +53,7 @@ def vldm_samples(scene: Scene, inputs: list[int], targets: list[int], model: Spa
 
     # A few views at a time: the decoder takes much memory at full size.
     images = []
-    for start in Progress(range(0, len(targets), VIEWS_AT_ONCE), title):
+    for start in range(0, len(targets), VIEWS_AT_ONCE):
         part = slice(start, start + VIEWS_AT_ONCE)
         images.append(model.sample_view(condition.features[part], generators[part], config.sampler))
     return Views(torch.cat(images), None)

@@ -18,7 +18,7 @@ from typing import get_args, get_origin, get_type_hints
 
 import torch
 
-from runtime import Interrupted, stoppable
+from runtime import Interrupted, spare_the_cpu, stoppable
 
 
 # ---------------------------------------------------------------------------------------------- errors
@@ -47,6 +47,8 @@ def run(command: Callable, args: argparse.Namespace) -> None:
     """Call a command. Bad input ends in one line and exit code 2; Ctrl-C and SIGTERM in one that says how to go on,
     and 130 or 143.
     """
+    spare_the_cpu()
+
     # A log shows every line at once, and any name in it.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")

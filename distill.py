@@ -217,11 +217,7 @@ def _run_instance(instance: Instance, out: Path, overwrite: bool, extend: bool) 
         "command": " ".join(sys.argv),
         "settings": settings,
         "gone_on_from": ours.gone_on_from,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "device": device_name(instance.device),
-        },
+        "versions": versions(instance.device),
         "seconds": round(time.monotonic() - began + ours.earlier_seconds, 1),
         "distillation_seconds": round(ours.seconds, 1),
         "peak_gb": peak_gb(instance.device),
@@ -229,6 +225,11 @@ def _run_instance(instance: Instance, out: Path, overwrite: bool, extend: bool) 
     files.save_json(result, out / "metrics.json")
     (out / "field_alone.pt").unlink(missing_ok=True)
     return result
+
+
+def versions(device: str) -> dict[str, str]:
+    """What the numbers of a run may depend on beside its settings."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "device": device_name(device)}
 
 
 # ---------------------------------------------------------------------------------------------- the command

@@ -199,8 +199,12 @@ class Instance:
             "targets": self.targets,
             "seed": self.seed,
             "device": self.device,
-            "config": asdict(self.config),
+            "config": asdict(self.fitted_config()),
         }
+
+    def fitted_config(self) -> DistillConfig:
+        """Its numbers, for as many input views as it has."""
+        return self.config.fitted(len(self.input_frames) or self.views or len(self.source.possible_inputs))
 
     def inputs(self) -> list[int]:
         """Positions of the input views."""
@@ -213,8 +217,7 @@ class Instance:
         """The steps of a run, and about how many seconds each takes for the shipped sample on two CPU cores."""
         # What there is to do for a field.
         count = len(self.source.names)
-        inputs = len(self.input_frames) or self.views or count
-        iterations = self.config.fitted(inputs).iterations
+        iterations = self.fitted_config().iterations
         turntable = 0.15 * self.config.turntable_frames
         reading = {"loading": 3.0}
         if isinstance(self.source, OwnPhotographs):

@@ -3,6 +3,7 @@ anything, more than one process, a look at the memory.
 """
 from __future__ import annotations
 
+import ctypes
 import functools
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3): freed bytes to keep, bytes that bypass the heap
 LOG_SECONDS = 30  # between two lines of progress where the output is no terminal
 
 
@@ -321,6 +323,7 @@ def _deaf_children() -> Iterator[None]:
 def _begin_process(threads: int) -> None:
     """One of several processes: Ctrl-C is its parent's, whose SIGTERM it heeds where a step ends."""
     torch.set_num_threads(threads)
+    spare_the_cpu()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _ask)
     _Stop.whole = 1
@@ -333,7 +336,22 @@ def _do_job(function: Callable, job):
     return function(job)
 
 
-# ---------------------------------------------------------------------------------------------- threads
+# ---------------------------------------------------------------------------------------------- memory and threads
+
+def spare_the_cpu() -> None:
+    """Make this process faster on a CPU: a tenth of an iteration's time. For commands, before they begin.
+
+    Numbers below 1e-38, which a processor handles by far slower routes, become 0. And memory that is freed stays with
+    the process: every iteration asks for the same sizes again, and the system would have to empty each page anew.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        allocator = ctypes.CDLL(None)
+        allocator.mallopt(M_MMAP_THRESHOLD, 2**30)
+        allocator.mallopt(M_TRIM_THRESHOLD, 2**30)
+    except (AttributeError, OSError, TypeError):
+        pass  # not glibc
+
 
 def map_threads(function: Callable, jobs: Sequence) -> list:
     """`function(job)` of every job, in their order, in as many threads as torch may use, each with one core.

@@ -87,7 +87,7 @@ class DistillConfig:
         # How many times as many views as these numbers are for.
         growth = views / self.reference_views if self.reference_views else 1.0
         if growth <= 1:
-            return self
+            return replace(self, reference_views=0, iterations_per_view=0)
 
         # More views determine finer cells, and more samples find them.
         field = replace(

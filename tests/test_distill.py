@@ -2,6 +2,7 @@
 import json
 import re
 import shutil
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,6 +116,17 @@ def test_a_sampler_is_its_models(tiny_weights):
     assert 0 < config.bootstrap < config.iterations
     config = distill.config_from_flags(distill.parser().parse_args([*argv, "--set", "clip=7"]))
     assert config.sampler.clip == 7
+
+
+@pytest.mark.parametrize("flags, iterations", [((), 15080), (("--iterations", "900"), 900)])
+def test_many_photographs_get_more_iterations_unless_their_number_is_asked_for(flags, iterations):
+    """What a run is known by has the numbers that it is made with."""
+    args = distill.parser().parse_args(["--no-prior", "--preset", "plain", *flags])
+    names = [f"{i}.png" for i in range(108)]
+    source = types.SimpleNamespace(index=0, names=names, possible_inputs=names[:100], settings=dict)
+    instance = distill.instance_from_flags(args, source, distill.config_from_flags(args, True), no_prior=True)
+    assert replace(instance, views=0).settings()["config"]["iterations"] == iterations
+    assert replace(instance, views=12).settings()["config"]["iterations"] == (iterations if flags else 1000)
 
 
 def test_presets_by_the_models_name(monkeypatch):

@@ -285,3 +285,23 @@ def test_jobs_in_threads():
         assert [[x[0] for x in pair] for pair in nested] == [[1, 1], [2, 2]]  # and no thread waits for ever
     finally:
         torch.set_num_threads(before)
+
+
+# --- memory ---
+
+@pytest.mark.parametrize("broken", [None, OSError, AttributeError])
+def test_tiny_numbers_become_zero(broken, monkeypatch):
+    """Also where there is no glibc."""
+    def absent(name):
+        raise broken("no such library")
+
+    if broken:
+        monkeypatch.setattr(runtime.ctypes, "CDLL", absent)
+    torch.set_flush_denormal(False)
+    tiny = torch.tensor([1e-30])
+    assert (tiny * 1e-9).item() > 0
+    try:
+        runtime.spare_the_cpu()
+        assert (tiny * 1e-9).item() == 0 and (tiny * 1e-7).item() > 0
+    finally:
+        torch.set_flush_denormal(False)
