@@ -284,7 +284,12 @@ def config_from_flags(args: argparse.Namespace, no_prior: bool = False) -> Disti
         settings = [*RELEASED, *settings]
     useless = PRIORS_OWN if model is None else ("image_size",)
     cli.note_useless_settings(config, args.settings, useless, "without a prior" if model is None else "with a prior")
-    return cli.apply_settings(config, settings, fixed=model)
+    config = cli.apply_settings(config, settings, fixed=model)
+
+    # A number that somebody asks for is not added to.
+    if any(setting.partition("=")[0] == "iterations" for setting in settings):
+        config = replace(config, iterations_per_view=0)
+    return config
 
 
 def note_useless_flags(args: argparse.Namespace) -> None:

@@ -137,7 +137,7 @@ class Distillation:
         # One optimizer, a learning rate for each of its three groups.
         self.optimization = Optimization([
             Group(self.field.encoding.parameters(), config.lr_grid),
-            Group(self.field.networks(), config.lr_mlp),
+            Group(self.field.network_parameters(), config.lr_mlp),
             Group(self.exposures.parameters(), config.lr_exposure),
         ], config.betas, config.eps, device)
         self.input_error = torch.zeros((), device=device)  # mean squared, of the last colors, for the progress bar
@@ -303,7 +303,7 @@ class Distillation:
         images = []
         for query in queries:
             rays = self.draw_rays(self.prior.viewpoints[query.view], query.lattice)
-            color = self.optimization.ask(self.look, rays)
+            color = self.optimization.ask(self.color, rays)
             images.append(self.full_image(color, query.lattice.row, query.lattice.column))
 
         views = [query.view for query in queries]
@@ -327,7 +327,7 @@ class Distillation:
         draws = (rays.u, rays.u_importance)
         return volume.render(self.field, rays.o, rays.d, None, self.occupancy, draws, buffer or self.buffer)
 
-    def look(self, rays: Rays) -> Tensor:
+    def color(self, rays: Rays) -> Tensor:
         """The colors (R, 3) that rays see of the field."""
         return self.render(rays).color
 

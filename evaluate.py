@@ -122,7 +122,9 @@ def summarize(results: list[dict], jobs: int) -> dict:
 
     # What all of them share, and the numbers of each.
     first = results[0]
-    shared = {name: x for name, x in first["settings"].items() if name not in ("entry", "pictures", "seed")}
+    shared = common([result["settings"] for result in results])
+    for name in ("entry", "pictures", "seed"):
+        shared.pop(name, None)
     sequences = {result["sequence"]: result["methods"] for result in results}
     return {
         "instances": len(results),
@@ -134,6 +136,18 @@ def summarize(results: list[dict], jobs: int) -> dict:
         "sequences": sequences,
         "seconds": [result["seconds"] for result in results],
     }
+
+
+def common(settings: list[dict]) -> dict:
+    """What is the same in all of them."""
+    same = {}
+    for name, first in settings[0].items():
+        values = [other.get(name) for other in settings]
+        if all(x == first for x in values):
+            same[name] = first
+        elif all(isinstance(x, dict) for x in values):
+            same[name] = common(values)
+    return same
 
 
 def command(args: argparse.Namespace) -> None:

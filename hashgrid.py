@@ -32,7 +32,7 @@ from kernels import without_toolkit
 
 PRIMES = (1, 2654435761, 805459861)  # factors of the spatial hash (Instant NGP, Eq. 4)
 
-ADDED = {"cpu": 2**14, "cuda": 2**22}  # cells whose gradients are added to the table at once
+ADDED = 2**14  # cells, levels counted, whose gradients a CPU adds to the table at once
 
 KERNEL_SOURCE = Path(__file__).with_name("hashgrid.cu")
 KERNEL_CHANNELS = (1, 2, 4, 8)  # C, features a level, that the kernels are written for
@@ -175,11 +175,11 @@ class _Encode(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[None, Tensor, None]:
         index, weights = ctx.saved_tensors
         rows, channels = ctx.table_shape
-        at_once = ADDED[grad.device.type]
+        at_once = len(index) if grad.is_cuda else ADDED
         table_grad = grad.new_zeros(channels, rows)
 
-        # torch's own backward of embedding_bag sorts the indices. Adding to every channel's column, a core a column,
-        # takes a third of its time, as long as what is added fits in a CPU's cache.
+        # torch's own backward of embedding_bag sorts the indices; adding to every channel's column, a core a column,
+        # takes a third of its time. What a CPU adds at once fits in its cache: a third less again.
         parts = zip(grad.reshape(-1, channels).split(at_once), index.split(at_once), weights.split(at_once))
         for part_grad, part_index, part_weights in parts:
             shares = part_grad.t().contiguous()[..., None] * part_weights  # (C, n, 8)

@@ -217,25 +217,27 @@ class Instance:
         """The steps of a run, and about how many seconds each takes for the shipped sample on two CPU cores."""
         # What there is to do for a field.
         count = len(self.source.names)
-        iterations = self.fitted_config().iterations
-        turntable = 0.15 * self.config.turntable_frames
+        config = self.fitted_config()
+        iterations = config.iterations
+        turntable = 0.06 * config.turntable_frames
         reading = {"loading": 3.0}
         if isinstance(self.source, OwnPhotographs):
             reading["reading photographs"] = 0.03 * count
         if self.weights is None:
-            return {**reading, "field fit": 0.1 * iterations, "turntable": turntable, "mesh": 5.0}
+            rays = (config.input_pixels or config.render_size**2) * config.pixel_side**2
+            return {**reading, "field fit": 3e-5 * rays * iterations, "turntable": turntable, "mesh": 2.0}
 
         # With a prior there is more to do, and more to compare with.
         targets = self.targets or count
         return {
             **reading,
-            "distillation: EFT": 0.1 * (self.config.viewpoints + count),
-            "distillation": 0.3 * iterations,
-            "field without prior": 0.1 * iterations,
-            "EFT, a ray a pixel": 1.0 * targets,
-            "VLDM samples": 2.0 * targets,
+            "distillation: EFT": 0.17 * (config.viewpoints + count),
+            "distillation": 0.16 * iterations,
+            "field without prior": 0.035 * iterations,
+            "EFT, a ray a pixel": 2.5 * targets,
+            "VLDM samples": 0.8 * targets,
             "turntable": turntable,
-            "mesh": 5.0,
+            "mesh": 2.0,
         }
 
 

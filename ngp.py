@@ -7,12 +7,14 @@ Differences from the released code, which runs two CUDA extensions:
 - the index of the encoding is Instant NGP's spatial hash, not a tiled one (`FieldConfig.hashed`);
 - a coarse grid of occupied cells (`Occupancy`), carved by the input masks (`FieldConfig.carve`), decides where to
   sample; theirs is off, and every sample in the cube is evaluated
-  [released: distillation.py:505; nerf/renderer_df.py:647-650].
+  [released: distillation.py:505; nerf/renderer_df.py:647-650];
+- on a GPU the network learns in bfloat16; theirs is float32 [released: distillation.py:208, 514].
 
 Letters: `N` points, `G` occupancy cells a side, `V` views, `H W` rows and columns.
 """
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -181,8 +183,9 @@ class Field(nn.Module):
         field says of all directions. In training mode a GPU rounds the network's numbers to bfloat16.
         """
         # While it learns on a GPU, the network may round: to bfloat16, for gradients are too small for float16.
+        rounded = self.training and x.is_cuda and _has_bfloat16(x.device)
         features = self.encoding(x)
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.training and x.is_cuda, cache_enabled=False):
+        with torch.autocast("cuda", torch.bfloat16, enabled=rounded, cache_enabled=False):
             hidden = self.mlp[:-1](features)
             logits = self.mlp[-1](hidden).to(features)
             color = logits[:, 1:]
@@ -196,9 +199,15 @@ class Field(nn.Module):
         """Points (N, 3) -> density (N,)."""
         return self(x)[0]
 
-    def networks(self) -> list[nn.Parameter]:
+    def network_parameters(self) -> list[nn.Parameter]:
         """All that it learns beside the encoding's table."""
-        return [parameter for part in (self.mlp, self.view_mlp) if part is not None for parameter in part.parameters()]
+        return [x for name, x in self.named_parameters() if not name.startswith("encoding.")]
+
+
+@functools.cache
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU multiplies matrices of bfloat16 itself; those before compute capability 8.0 imitate it, slowly."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _linear(fan_in: int, fan_out: int, generator: torch.Generator | None) -> nn.Linear:

@@ -1,6 +1,6 @@
 """One update of what an instance learns: a loss, its gradient, a step of Adam. On a GPU all of it is one CUDA graph.
 
-An update is some thousand small kernels, and to launch them one by one takes several times longer than to run them. A
+An update is some thousand small kernels, a question about the parameters hundreds, and to launch them one by one takes several times longer than to run them. A
 CUDA graph is launched at once, and does the same with other numbers at the same places: hence a batch is a named tuple
 of tensors whose shapes never change, and a loss is a function of a batch that waits for nothing.
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 NEVER = 2**62     # an iteration that no run reaches
 WARM_UPS = 2      # updates before one is captured: torch picks algorithms and makes room in the first ones
 
-Function = Callable[[NamedTuple], Tensor]  # of a batch of tensors; a loss is a scalar
+Function = Callable[[NamedTuple], Tensor]  # of a batch of tensors, such as a loss, a scalar
 
 
 class Group(NamedTuple):
@@ -32,7 +32,7 @@ class Optimization:
     def __init__(self, groups: list[Group], betas: tuple[float, float], eps: float, device: torch.device):
         self.peak_rates = [group.rate for group in groups]
         self.graphed = device.type == "cuda"
-        self.graphs = {}  # of updates, by the name of their loss
+        self.graphs = {}  # of updates and of questions, by the names of their functions
 
         # A graph reads the rates where they stood when it was made, so there they are tensors.
         settings = []
@@ -58,16 +58,16 @@ class Optimization:
         self.iteration.fill_(iteration)
         if not self.graphed:
             return self._descend(view, loss, batch)
-        return self._replay(loss.__name__, lambda given: self._descend(view, loss, given), batch)
+        return self._replay(("update", loss.__name__), lambda given: self._descend(view, loss, given), batch)
 
     @torch.no_grad()
     def ask(self, function: Function, batch: NamedTuple) -> Tensor:
         """What a function makes of a batch where nothing is updated, by a graph, too."""
         if not self.graphed:
             return function(batch)
-        return self._replay(function.__name__, function, batch).clone()
+        return self._replay(("ask", function.__name__), function, batch).clone()
 
-    def _replay(self, name: str, function: Function, batch: NamedTuple) -> Tensor:
+    def _replay(self, name: tuple[str, str], function: Function, batch: NamedTuple) -> Tensor:
         """What a function makes of a batch, by the graph of that name, which this makes if there is none."""
         if name not in self.graphs:
             self.graphs[name] = _Graph(function, batch)

@@ -144,7 +144,7 @@ def reconstruct(scene: Scene, inputs: list[int], model: SparseFusion | None = No
             report.add_preview(previews, look(distillation, turned, inputs))
 
     optimize(distillation, title, checkpoint, save)
-    distillation.field.eval()
+    distillation.field.eval()  # nothing is rounded from here on
     return Reconstruction(distillation.field, distillation.occupancy, frame, config, distillation.seconds, earlier,
                           gone_on_from)
 
@@ -268,6 +268,7 @@ def goes_further(found: dict, wanted: dict) -> bool:
     if not isinstance(before, dict) or not before.get("iterations", math.inf) < wanted["config"]["iterations"]:
         return False
 
-    # The length of the bootstrap depends on them.
-    longer = {name: wanted["config"][name] for name in ("iterations", "bootstrap")}
+    # The length of the bootstrap depends on them, and how many rays a pixel has.
+    names = ("iterations", "bootstrap", "input_pixels", "pixel_side")
+    longer = {name: wanted["config"][name] for name in names}
     return not files.differences(found | {"config": before | longer}, wanted)

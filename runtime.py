@@ -346,11 +346,13 @@ def spare_the_cpu() -> None:
     """
     torch.set_flush_denormal(True)
     try:
-        allocator = ctypes.CDLL(None)
-        allocator.mallopt(M_MMAP_THRESHOLD, 2**30)
-        allocator.mallopt(M_TRIM_THRESHOLD, 2**30)
+        set_option = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
-        pass  # not glibc
+        return  # not glibc
+
+    # An older one takes no more than 32 MB, and says so.
+    if set_option(M_MMAP_THRESHOLD, 2**30) or set_option(M_MMAP_THRESHOLD, 2**25):
+        set_option(M_TRIM_THRESHOLD, 2**30)
 
 
 def map_threads(function: Callable, jobs: Sequence) -> list:

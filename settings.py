@@ -13,6 +13,7 @@ import ngp
 import vldm
 from ngp import FieldConfig
 
+MOST_FURTHER = 20_000  # iterations that many input views may add
 LONG = 4000  # iterations from which on a field without a prior learns more from several rays a pixel than from one
 
 
@@ -100,7 +101,8 @@ class DistillConfig:
         )
 
         # That is more to learn, of colors less blurred.
-        iterations = self.iterations + self.iterations_per_view * (views - self.reference_views)
+        further = min(self.iterations_per_view * (views - self.reference_views), MOST_FURTHER)
+        iterations = self.iterations + further
         footprint = max(round(self.footprint / growth / 2 - 0.5), 0) * 2 + 1  # odd
         fitted = replace(self, field=field, iterations=iterations, footprint=footprint, reference_views=0,
                          iterations_per_view=0)

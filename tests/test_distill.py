@@ -118,7 +118,8 @@ def test_a_sampler_is_its_models(tiny_weights):
     assert config.sampler.clip == 7
 
 
-@pytest.mark.parametrize("flags, iterations", [((), 15080), (("--iterations", "900"), 900)])
+@pytest.mark.parametrize("flags, iterations", [
+    ((), 15080), (("--iterations", "900"), 900), (("--set", "iterations=1200"), 1200)])
 def test_many_photographs_get_more_iterations_unless_their_number_is_asked_for(flags, iterations):
     """What a run is known by has the numbers that it is made with."""
     args = distill.parser().parse_args(["--no-prior", "--preset", "plain", *flags])

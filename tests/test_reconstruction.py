@@ -1,7 +1,7 @@
 """Runs that stop and go on: interrupted at any moment, extended, with a strip of previews; states that are none."""
 import json
 import signal
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -226,3 +226,13 @@ def test_a_state_without_a_part(missing, tmp_path):
     files.save_tensors(state, file)
     with pytest.raises(ValueError, match="field.pt: not a whole state of a field"):
         distill.reconstruct(ball(3, 32), [0, 1], config=SHORT, checkpoint=file)
+
+
+def test_a_longer_run_may_have_more_rays_a_pixel():
+    """As many photographs get from some number of iterations on; anything else still makes it another run."""
+    plain = PRESETS["plain"]
+    short, long = (asdict(config.fitted(100)) for config in (plain.with_iterations(900), plain))
+    assert short["pixel_side"] != long["pixel_side"]
+    assert reconstruction.goes_further({"config": short}, {"config": long})
+    assert not reconstruction.goes_further({"config": long}, {"config": short})
+    assert not reconstruction.goes_further({"config": short | {"footprint": 7}}, {"config": long})

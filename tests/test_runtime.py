@@ -1,9 +1,11 @@
 """Seeded draws, stopping, signs of life, several processes."""
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
+import types
 from concurrent.futures.process import BrokenProcessPool
 
 import pytest
@@ -289,14 +291,29 @@ def test_jobs_in_threads():
 
 # --- memory ---
 
-@pytest.mark.parametrize("broken", [None, OSError, AttributeError])
+@pytest.mark.parametrize("most, calls", [
+    (2**30, [(-3, 2**30), (-1, 2**30)]), (2**25, [(-3, 2**30), (-3, 2**25), (-1, 2**30)]), (0, [(-3, 2**30), (-3, 2**25)])])
+def test_freed_memory_stays(most, calls, monkeypatch):
+    """By a C library that takes numbers up to some most; one that takes none keeps its own ways."""
+    heard = []
+
+    def mallopt(option, number):
+        heard.append((option, number))
+        return int(option == -1 or number <= most)
+
+    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: types.SimpleNamespace(mallopt=mallopt))
+    runtime.spare_the_cpu()
+    torch.set_flush_denormal(False)
+    assert heard == calls
+
+
+@pytest.mark.parametrize("broken", [OSError, TypeError, AttributeError])
 def test_tiny_numbers_become_zero(broken, monkeypatch):
-    """Also where there is no glibc."""
+    """Also where the C library cannot be had, or is another one."""
     def absent(name):
         raise broken("no such library")
 
-    if broken:
-        monkeypatch.setattr(runtime.ctypes, "CDLL", absent)
+    monkeypatch.setattr(runtime.ctypes, "CDLL", absent)
     torch.set_flush_denormal(False)
     tiny = torch.tensor([1e-30])
     assert (tiny * 1e-9).item() > 0
@@ -305,3 +322,24 @@ def test_tiny_numbers_become_zero(broken, monkeypatch):
         assert (tiny * 1e-9).item() == 0 and (tiny * 1e-7).item() > 0
     finally:
         torch.set_flush_denormal(False)
+
+
+# --- processes that are asked to end before they can heed it ---
+
+def ask_at_once(path):
+    """What a process does that is asked to end before it knows how: it lives on until it listens."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    path.touch()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    path.with_name("deaf").touch()
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="no signal masks")
+def test_a_process_that_begins_hears_no_signal(tmp_path):
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with runtime._deaf_children():
+        process = multiprocessing.get_context("spawn").Process(target=ask_at_once, args=(tmp_path / "alive",))
+        process.start()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+    process.join()
+    assert (tmp_path / "alive").exists() and not (tmp_path / "deaf").exists() and process.exitcode == -signal.SIGTERM

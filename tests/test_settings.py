@@ -64,6 +64,7 @@ def test_more_photographs_bear_a_finer_field():
     assert (many.field.finest_resolution, many.iterations, many.footprint) == (800, 15080, 1)
     assert many.field.samples_per_ray > 2 * plain.field.samples_per_ray and many.field.occupancy_cells == 128
     assert many.pixel_side == 2 and many.input_pixels * 2 == plain.input_pixels and many.fitted(100) == many
+    assert plain.fitted(1000).iterations == plain.iterations + settings.MOST_FURTHER
     short = plain.with_iterations(800).fitted(100)  # what is asked for stays
     assert (short.iterations, short.field, short.pixel_side) == (800, many.field, 1)
     nano = settings.PRESETS["nano"]
