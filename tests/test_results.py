@@ -7,7 +7,8 @@ import files
 import results
 
 SETTINGS = {"seed": 0, "targets": 8, "feature_net": "a", "entry": {"sequence": "s", "frames": [1, 2]},
-            "config": {"iterations": 6, "bootstrap": 3, "mesh_resolution": 8, "field": {"levels": 3}}}
+            "config": {"iterations": 6, "bootstrap": 3, "input_pixels": 0, "pixel_side": 1, "mesh_resolution": 8,
+                       "field": {"levels": 3}}}
 
 
 def changed(**values):
@@ -45,7 +46,8 @@ def test_what_only_shows_may_differ(folder):
 
 def test_more_iterations_go_on(folder):
     assert results.conflict(folder, changed(iterations=9, bootstrap=6), True) == ""
-    for other in (dict(iterations=5), dict(iterations=9, seed=1), dict(bootstrap=4)):
+    assert results.conflict(folder, changed(iterations=9, input_pixels=4, pixel_side=2), True) == ""
+    for other in (dict(iterations=5), dict(iterations=9, seed=1), dict(bootstrap=4), dict(pixel_side=2)):
         assert results.conflict(folder, changed(**other), True)
 
 
