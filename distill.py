@@ -190,6 +190,8 @@ def _run_instance(instance: Instance, out: Path, overwrite: bool, extend: bool) 
     scene = loaded.scene
     world = loaded.world_as_data()
 
+    note_more_iterations(instance)
+
     # From here on the folder is this run's.
     if other:
         results.clear(out)
@@ -225,6 +227,14 @@ def _run_instance(instance: Instance, out: Path, overwrite: bool, extend: bool) 
     files.save_json(result, out / "metrics.json")
     (out / "field_alone.pt").unlink(missing_ok=True)
     return result
+
+
+def note_more_iterations(instance: Instance) -> None:
+    """One line where so many input views take longer than a preset's iterations."""
+    iterations = instance.fitted_config().iterations
+    if iterations > instance.config.iterations:
+        print(f"{iterations} iterations instead of {instance.config.iterations}, for there are many input views "
+              "(--iterations N decides)")
 
 
 def versions(device: str) -> dict[str, str]:

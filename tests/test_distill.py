@@ -120,7 +120,7 @@ def test_a_sampler_is_its_models(tiny_weights):
 
 @pytest.mark.parametrize("flags, iterations", [
     ((), 15080), (("--iterations", "900"), 900), (("--set", "iterations=1200"), 1200)])
-def test_many_photographs_get_more_iterations_unless_their_number_is_asked_for(flags, iterations):
+def test_many_photographs_get_more_iterations_unless_their_number_is_asked_for(flags, iterations, capsys):
     """What a run is known by has the numbers that it is made with."""
     args = distill.parser().parse_args(["--no-prior", "--preset", "plain", *flags])
     names = [f"{i}.png" for i in range(108)]
@@ -128,6 +128,13 @@ def test_many_photographs_get_more_iterations_unless_their_number_is_asked_for(f
     instance = distill.instance_from_flags(args, source, distill.config_from_flags(args, True), no_prior=True)
     assert replace(instance, views=0).settings()["config"]["iterations"] == iterations
     assert replace(instance, views=12).settings()["config"]["iterations"] == (iterations if flags else 1000)
+
+    # Who gets more is told.
+    distill.note_more_iterations(replace(instance, views=12))
+    assert capsys.readouterr().out == ""
+    distill.note_more_iterations(replace(instance, views=0))
+    assert capsys.readouterr().out == (
+        "" if flags else "15080 iterations instead of 1000, for there are many input views (--iterations N decides)\n")
 
 
 def test_presets_by_the_models_name(monkeypatch):
