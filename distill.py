@@ -13,7 +13,6 @@ Letters: `T` target views, `S` side of the image.
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import time
 from dataclasses import replace
@@ -41,7 +40,7 @@ from photographs import read_capture
 from protocol import PROTOCOLS
 from reconstruction import Distance, Reconstruction, reconstruct
 from report import Views
-from runtime import begin, device_name, peak_gb, planned
+from runtime import begin, peak_gb, planned, versions
 from scenes import Scene
 from settings import PRESETS, RELEASED, DistillConfig
 from sparsefusion import SparseFusion
@@ -175,7 +174,6 @@ def run_instance(instance: Instance, out: Path, overwrite: bool = False, extend:
 def _run_instance(instance: Instance, out: Path, overwrite: bool, extend: bool) -> dict:
     began = time.monotonic()
     begin("loading")
-    config = instance.config
     settings = instance.settings()
     other = results.conflict(out, settings, extend)
     if other and not overwrite:
@@ -183,14 +181,14 @@ def _run_instance(instance: Instance, out: Path, overwrite: bool, extend: bool) 
 
     # What is given.
     inputs = instance.inputs()
-    targets = choose_targets(instance.source, inputs, instance.targets, config.metrics_on_inputs)
+    targets = choose_targets(instance.source, inputs, instance.targets, instance.config.metrics_on_inputs)
     model = None if instance.weights is None else sparsefusion.load(instance.weights, instance.device)
     distances = load_distances(instance)
     loaded = load_views(instance, model)
     scene = loaded.scene
     world = loaded.world_as_data()
 
-    note_more_iterations(instance)
+    instance.note_more_iterations()
 
     # From here on the folder is this run's.
     if other:
@@ -199,12 +197,12 @@ def _run_instance(instance: Instance, out: Path, overwrite: bool, extend: bool) 
 
     # The method, and what it is compared with.
     title = "field fit" if model is None else "distillation"
-    ours = reconstruct(scene, inputs, model, config, instance.seed, distances.loss, out / "field.pt", title,
+    ours = reconstruct(scene, inputs, model, instance.config, instance.seed, distances.loss, out / "field.pt", title,
                        out / "previews.png", extend, {"world": world})
     pictures = show_all(scene, inputs, targets, model, instance, ours, out)
-    per_view = {}
-    for method, views in pictures.items():
-        per_view[method] = measure(views, scene.images[targets], scene.masks[targets], distances.metric)
+    truth = scene[targets]
+    per_view = {method: measure(views, truth.images, truth.masks, distances.metric)
+                for method, views in pictures.items()}
 
     # Pictures, mesh, numbers.
     write_outputs(scene, inputs, targets, pictures, ours, loaded.world, out)
@@ -227,19 +225,6 @@ def _run_instance(instance: Instance, out: Path, overwrite: bool, extend: bool) 
     files.save_json(result, out / "metrics.json")
     (out / "field_alone.pt").unlink(missing_ok=True)
     return result
-
-
-def note_more_iterations(instance: Instance) -> None:
-    """One line where so many input views take longer than a preset's iterations."""
-    iterations = instance.fitted_config().iterations
-    if iterations > instance.config.iterations:
-        print(f"{iterations} iterations instead of {instance.config.iterations}, for there are many input views "
-              "(--iterations N decides)")
-
-
-def versions(device: str) -> dict[str, str]:
-    """What the numbers of a run may depend on beside its settings."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "device": device_name(device)}
 
 
 # ---------------------------------------------------------------------------------------------- the command

@@ -206,6 +206,13 @@ class Instance:
         """Its numbers, for as many input views as it has."""
         return self.config.fitted(len(self.input_frames) or self.views or len(self.source.possible_inputs))
 
+    def note_more_iterations(self) -> None:
+        """One line where so many input views take longer than a preset's iterations."""
+        iterations = self.fitted_config().iterations
+        if iterations > self.config.iterations:
+            print(f"{iterations} iterations instead of {self.config.iterations}, for there are many input views "
+                  "(--iterations N decides)")
+
     def inputs(self) -> list[int]:
         """Positions of the input views."""
         # Those that were asked for, or random ones.

@@ -1,8 +1,9 @@
 """One update of what an instance learns: a loss, its gradient, a step of Adam. On a GPU all of it is one CUDA graph.
 
-An update is some thousand small kernels, a question about the parameters hundreds, and to launch them one by one takes several times longer than to run them. A
-CUDA graph is launched at once, and does the same with other numbers at the same places: hence a batch is a named tuple
-of tensors whose shapes never change, and a loss is a function of a batch that waits for nothing.
+An update is some thousand small kernels, a question about the parameters hundreds, and to launch them one by one
+takes several times longer than to run them. A CUDA graph is launched at once, and does the same with other numbers at
+the same places: hence a batch is a named tuple of tensors whose shapes never change, and a loss is a function of a
+batch that waits for nothing.
 
 Different from the released code, which launches one kernel at a time.
 """

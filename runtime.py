@@ -7,6 +7,7 @@ import ctypes
 import functools
 import multiprocessing
 import os
+import platform
 import signal
 import sys
 import threading
@@ -402,6 +403,11 @@ def peak_gb(device: str | torch.device) -> float | None:
     # Kilobytes, but bytes on a Mac.
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
+
+
+def versions(device: str | torch.device) -> dict[str, str]:
+    """What the numbers of a run may depend on beside its settings."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "device": device_name(device)}
 
 
 def device_name(device: str | torch.device) -> str:

@@ -130,9 +130,9 @@ def test_many_photographs_get_more_iterations_unless_their_number_is_asked_for(f
     assert replace(instance, views=12).settings()["config"]["iterations"] == (iterations if flags else 1000)
 
     # Who gets more is told.
-    distill.note_more_iterations(replace(instance, views=12))
+    replace(instance, views=12).note_more_iterations()
     assert capsys.readouterr().out == ""
-    distill.note_more_iterations(replace(instance, views=0))
+    replace(instance, views=0).note_more_iterations()
     assert capsys.readouterr().out == (
         "" if flags else "15080 iterations instead of 1000, for there are many input views (--iterations N decides)\n")
 
