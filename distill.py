@@ -187,7 +187,6 @@ def _run_instance(instance: Instance, out: Path, overwrite: bool, extend: bool) 
     loaded = load_views(instance, model)
     scene = loaded.scene
     world = loaded.world_as_data()
-
     instance.note_more_iterations()
 
     # From here on the folder is this run's.
