@@ -34,7 +34,7 @@ from torch import Tensor, nn
 import volume
 from cameras import Cameras, pixel_grid
 from lattice import Lattice, random_lattice, upsample
-from losses import brightness_mask, footprint_colors, fusion_weight, opacity_loss, photometric_loss
+from losses import brightness_mask, footprint_means, fusion_weight, opacity_loss, photometric_loss
 from ngp import Field, Occupancy
 from optimization import Group, Optimization
 from runtime import Progress, rand
@@ -143,7 +143,8 @@ class Distillation:
         self.input_error = torch.zeros((), device=device)  # mean squared, of the last colors, for the progress bar
 
         # What the input views teach, and what the bootstrap does.
-        self.colors = footprint_colors(inputs.images, inputs.masks, config.footprint)
+        self.colors = footprint_means(inputs.images, inputs.valid, config.footprint)
+        self.masks = footprint_means(inputs.masks, inputs.valid, config.footprint)
         self.shown = (inputs.valid.flatten() > 0.5).nonzero().squeeze(-1)  # pixels of all views that show anything
         self.eft_images = None
         if prior is not None:
@@ -235,7 +236,7 @@ class Distillation:
         lattice = random_lattice(self.config.render_size, self.inputs.images.shape[-1], rng)
         rays = self.draw_rays(self.inputs.cameras[view], lattice)
         color = as_rows(lattice.pick(self.colors[view:view + 1]))
-        mask = as_rows(lattice.pick(self.inputs.masks[view:view + 1]))
+        mask = as_rows(lattice.pick(self.masks[view:view + 1]))
         valid = as_rows(lattice.pick(self.inputs.valid[view:view + 1]))
         return InputPixels(rays, color, mask, valid, torch.full((len(color),), view, device=color.device))
 
@@ -261,7 +262,7 @@ class Distillation:
         row = place // size
         column = place % size
         color = self.colors[view, :, row, column]
-        mask = self.inputs.masks[view, :, row, column]
+        mask = self.masks[view, :, row, column]
         return InputPixels(rays, color, mask, torch.ones_like(mask), view)
 
     def draw_imagined(self, iteration: int) -> ImaginedPixels:

@@ -50,18 +50,17 @@ def fusion_weight(noise_level: float) -> float:
     return torch.sigmoid(-log_snr).item()
 
 
-def footprint_colors(images: Tensor, masks: Tensor, footprint: int) -> Tensor:
-    """Colors (B, 3, H, W), means over squares of `footprint` pixels a side, of the object in premultiplied images.
+def footprint_means(images: Tensor, valid: Tensor, footprint: int) -> Tensor:
+    """Means of (B, C, H, W) over squares of `footprint` pixels a side around each pixel.
 
-    images (B, 3, H, W), masks (B, 1, H, W) in [0, 1]. Only the object counts, or background and what is outside of the
-    picture would darken its rim. Premultiplied again by the masks, which stay sharp.
+    valid (B, 1, H, W) is 0 where pictures show nothing: that, and what is outside of them, does not count. Premultiplied
+    colors and their masks are filtered alike, so that the object keeps its color up to the rim.
     """
     # A single pixel is its own mean.
     if footprint == 1:
         return images
 
-    # The mask's mean is 0 only where the pixel's own mask is, too.
+    # Where nothing valid is near, the mean is 0.
     pool = partial(F.avg_pool2d, kernel_size=footprint, stride=1, padding=footprint // 2)
-    share = pool(masks)
-    color = pool(images) / torch.where(share > 0, share, 1)
-    return color * masks
+    share = pool(valid)
+    return pool(images * valid) / torch.where(share > 0, share, 1)

@@ -39,7 +39,7 @@ class DistillConfig:
     eps: float = 1e-8                    # Adam's smallest denominator [released: distillation.py:165]
     lr_exposure: float = 0.0             # Adam's rate for the gains of the input views; 0: all were exposed alike
     weight_exposure: float = 0.3         # of the gains' spread; at 0 the colors of two sides become gains
-    footprint: int = 1                   # pixels a side, odd, of the squares over which input views' colors are means
+    footprint: int = 1                   # pixels a side, odd, of the squares over which an input view is blurred
     weight_background: float = 1.0       # of pixels outside an input's mask; below 1 where masks are rough
     weight_opacity: float = 1e-3         # of the opacity term [released: distillation.py:150-151]
     weight_perceptual: float = 0.1       # of the perceptual term of distillation [released: distillation.py:312-314]
@@ -123,20 +123,21 @@ _LEAST = {"iterations": 1, "viewpoints": 1, "jitter": 0, "image_size": 1, "rende
 # released ones: they are what measured best on the tuning toys.
 PRESETS = {
     # As many samples as NeRF's two passes, in one: where empty space is skipped it finds as much.
-    "paper": DistillConfig(denoise_batch=8, field=replace(ngp.PAPER, samples_per_ray=128, importance_samples=0)),
+    "paper": DistillConfig(denoise_batch=16, field=replace(ngp.PAPER, samples_per_ray=128, importance_samples=0)),
     "nano": DistillConfig(
         iterations=500, bootstrap=120, viewpoints=24, image_size=128, render_size=64,
         lr_grid=5e-2, lr_mlp=1e-2, final_lr_fraction=0.1, betas=(0.9, 0.99), eps=1e-15,
         min_noise_level=0.2, denoise_batch=8, sampler=vldm.NANO_SAMPLER, field=ngp.NANO,
     ),
-    # Photographs without a prior, a dozen of them or more: exposure varies, masks are rough, and resizing without a
-    # filter aliases. (The gains of the exposures are NeRF in the Wild's appearance codes, Martin-Brualla et al. 2021,
+    # Photographs without a prior, a dozen of them or more: highlights move, exposure varies, masks are rough, and
+    # resizing without a filter aliases. (The gains of the exposures are NeRF in the Wild's appearance codes, Martin-Brualla et al. 2021,
     # reduced to three numbers a view.)
     "plain": DistillConfig(
         iterations=1000, bootstrap=666, image_size=256, render_size=64, input_pixels=4096, picture_side=2,
         lr_grid=3e-2, lr_mlp=1e-2, final_lr_fraction=0.05, betas=(0.9, 0.99), eps=1e-15,
-        lr_exposure=1e-2, footprint=5, weight_background=0.3, reference_views=12, iterations_per_view=160,
-        field=replace(ngp.NANO, levels=6, finest_resolution=96, log2_hashmap_size=17, samples_per_ray=64),
+        lr_exposure=1e-2, footprint=3, weight_background=0.3, reference_views=12, iterations_per_view=160,
+        field=replace(ngp.NANO, levels=6, finest_resolution=96, log2_hashmap_size=17, samples_per_ray=64,
+                      view_degree=4),
     ),
 }
 
@@ -160,6 +161,7 @@ RELEASED = (
     "final_lr_fraction=1",
     "lr_exposure=0",
     "footprint=1",
+    "field.view_degree=0",
     "weight_background=1",
     "eft_train_mode=true",
     "metrics_on_inputs=true",

@@ -181,7 +181,8 @@ def test_settings_tell_a_capture_from_others(shoot, tmp_path, capsys):
     assert "has the results of these settings already" in capsys.readouterr().out
     picture = folder / "images" / "001.png"
     picture.write_bytes(picture.read_bytes() + b" ")
-    one_line(capsys, distill.main, ["--capture", folder, "--out", out, *flags], "pictures differ", "--overwrite")
+    one_line(capsys, distill.main, ["--capture", folder, "--device", "cpu", "--out", out, *flags],
+             "pictures differ", "--overwrite")
     assert command(folder, out, *flags, "--overwrite")["settings"] != first["settings"]
 
 

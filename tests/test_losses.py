@@ -49,20 +49,31 @@ def test_fusion_weight_at_the_ends():
 
 @pytest.mark.parametrize("footprint", [1, 3, 5])
 def test_a_footprint_makes_no_dark_rims(footprint):
-    """A white object stays as white as its soft mask says, at its rim and where the picture cuts it."""
     masks = torch.zeros(2, 1, 16, 16)
-    masks[0, :, :9, 4:] = 1      # cut above and on the right
+    masks[0, :, 4:9, 4:] = 1     # reaches the picture's border
     masks[0, :, 9, 4:] = 0.3     # a soft rim
     masks[1, :, 8, 8] = 0.5      # a single pixel
-    images = masks.expand(2, 3, 16, 16)
-    parity.assert_close(losses.footprint_colors(images, masks, footprint), images, atol=1e-6)
-    tinted = images * torch.tensor([0.2, 0.5, 0.9])[:, None, None]
-    parity.assert_close(losses.footprint_colors(tinted, masks, footprint), tinted, atol=1e-6)
+    color = torch.tensor([0.2, 0.5, 0.9])[:, None, None]
+    blurred = losses.footprint_means(masks, torch.ones_like(masks), footprint)
+    parity.assert_close(losses.footprint_means(masks * color, torch.ones_like(masks), footprint), blurred * color,
+                        atol=1e-6)
+    if footprint > 1:  # a straight edge is half seen where it is, and the border of the picture darkens nothing
+        edge = footprint // 2
+        assert blurred[0, 0, 4, 4 + edge:].allclose(torch.tensor((edge + 1) / footprint))
+        assert blurred[0, 0, 4 + edge, 4 + edge:].allclose(torch.tensor(1.0))
+
+
+def test_a_footprint_leaves_out_what_no_picture_shows():
+    g = torch.Generator().manual_seed(0)
+    images, valid = torch.rand(1, 3, 8, 8, generator=g), torch.ones(1, 1, 8, 8)
+    valid[..., 5:, :] = 0
+    given = images.clone()
+    given[..., 5:, :] = 7.0
+    parity.assert_close(losses.footprint_means(given, valid, 3)[..., :5, :],
+                        losses.footprint_means(images[..., :5, :], valid[..., :5, :], 3), atol=1e-6)
+    assert not losses.footprint_means(given, valid, 3)[..., 6:, :].any()  # and there is no division by 0
 
 
 def test_a_footprint_of_one_pixel_is_the_picture():
-    g = torch.Generator().manual_seed(0)
-    images, masks = torch.rand(2, 3, 8, 8, generator=g), torch.rand(2, 1, 8, 8, generator=g)
-    assert losses.footprint_colors(images, masks * (masks > 0.5), 1) is images
-    black = losses.footprint_colors(images * 0, masks * 0, 5)  # no object, no color, and no division by 0
-    assert not black.any()
+    images = torch.rand(2, 3, 8, 8)
+    assert losses.footprint_means(images, torch.zeros(2, 1, 8, 8), 1) is images

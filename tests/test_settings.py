@@ -31,8 +31,8 @@ def test_fewer_iterations_shorten_the_bootstrap_only_where_they_must():
 def test_the_paper_preset_has_the_released_numbers():
     paper = settings.PRESETS["paper"]
     assert (paper.iterations, paper.bootstrap, paper.render_size) == (3000, 1001, 128)
-    released = replace(DistillConfig(), denoise_batch=8, field=replace(ngp.PAPER, samples_per_ray=128,
-                                                                       importance_samples=0))
+    released = replace(DistillConfig(), denoise_batch=16, field=replace(ngp.PAPER, samples_per_ray=128,
+                                                                        importance_samples=0))
     assert paper == released
     assert (paper.betas, paper.eps, paper.final_lr_fraction) == ((0.9, 0.999), 1e-8, 1)
     assert (paper.sampler.plms_steps, paper.sampler.sample_steps) == (50, 500)
@@ -53,7 +53,7 @@ def test_the_released_settings_fit_every_preset(preset):
     assert config.sampler.ancestral and config.sampler.unnoised_start and config.sampler.sample_steps == 500
     assert samplers.start_time(0.99, config.sampler) == 1
     assert (config.iterations, config.lr_grid) == (preset.iterations, preset.lr_grid)
-    assert (config.denoise_batch, config.input_pixels, config.picture_side) == (1, 0, 1)
+    assert (config.denoise_batch, config.input_pixels, config.picture_side, config.field.view_degree) == (1, 0, 1, 0)
     assert config.fitted(100) == replace(config, iterations_per_view=0)
 
 
