@@ -13,7 +13,6 @@ Letters: `T` target views, `S` side of the image.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -40,7 +39,7 @@ from photographs import read_capture
 from protocol import PROTOCOLS
 from reconstruction import Distance, Reconstruction, reconstruct
 from report import Views
-from runtime import begin, peak_gb, planned, versions
+from runtime import begin, planned
 from scenes import Scene
 from settings import PRESETS, RELEASED, DistillConfig
 from sparsefusion import SparseFusion
@@ -188,11 +187,7 @@ def _run_instance(instance: Instance, out: Path, overwrite: bool, extend: bool) 
     scene = loaded.scene
     world = loaded.world_as_data()
     instance.note_more_iterations()
-
-    # From here on the folder is this run's.
-    if other:
-        results.clear(out)
-    files.save_json(settings, out / "settings.json")
+    results.claim(out, settings, clear=bool(other))
 
     # The method, and what it is compared with.
     title = "field fit" if model is None else "distillation"
@@ -213,14 +208,8 @@ def _run_instance(instance: Instance, out: Path, overwrite: bool, extend: bool) 
         "per_view": per_view,
         "perceptual_name": distances.metric_name,
         "world": world,
-        "command": " ".join(sys.argv),
         "settings": settings,
-        "gone_on_from": ours.gone_on_from,
-        "versions": versions(instance.device),
-        "seconds": round(time.monotonic() - began + ours.earlier_seconds, 1),
-        "distillation_seconds": round(ours.seconds, 1),
-        "peak_gb": peak_gb(instance.device),
-    }
+    } | results.account(ours, instance.device, began)
     files.save_json(result, out / "metrics.json")
     (out / "field_alone.pt").unlink(missing_ok=True)
     return result

@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kernels import without_toolkit
+from kernels import compile_kernels
 
 PRIMES = (1, 2654435761, 805459861)  # factors of the spatial hash (Instant NGP, Eq. 4)
 
@@ -207,7 +206,7 @@ def kernels_for(x: Tensor, table: Tensor) -> Kernels | None:
     channels = table.shape[1]
     if channels not in KERNEL_CHANNELS or len(x) >= 2**31:
         return None
-    return compile_kernels(channels, x.device.index)
+    return _compile(channels, x.device.index)
 
 
 def kernel_options(channels: int) -> list[str]:
@@ -216,27 +215,11 @@ def kernel_options(channels: int) -> list[str]:
 
 
 @functools.cache
-def compile_kernels(channels: int, device: int) -> Kernels | None:
-    """The kernels for `channels` features a level on a GPU; None where they cannot be had, which is said once."""
-    try:
-        source = KERNEL_SOURCE.read_text()
-        options = kernel_options(channels)
-        with torch.cuda.device(device), without_toolkit():
-            forward = torch.cuda._compile_kernel(source, "encode_forward", nvcc_options=options)
-            backward = torch.cuda._compile_kernel(source, "encode_backward", nvcc_options=options)
-
-    # The compiler is private to torch: another version may lack it or fail in any way.
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        _say_plain_torch_serves(reason[:200])
-        return None
-    return Kernels(forward, backward)
-
-
-@functools.cache
-def _say_plain_torch_serves(reason: str) -> None:
-    """Say, once, why a GPU encodes slowly."""
-    print(f"hash encoding: by plain torch, many times slower than by hashgrid.cu ({reason})", file=sys.stderr)
+def _compile(channels: int, device: int) -> Kernels | None:
+    """The kernels for `channels` features a level on a GPU; None where they cannot be had."""
+    names = ("encode_forward", "encode_backward")
+    compiled = compile_kernels(KERNEL_SOURCE, names, kernel_options(channels), device)
+    return None if compiled is None else Kernels(*compiled)
 
 
 class _EncodeByKernels(torch.autograd.Function):

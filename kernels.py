@@ -25,7 +25,11 @@ def compile_kernels(source: Path, names: tuple[str, ...], options: list[str], de
     try:
         text = source.read_text()
         with torch.cuda.device(device), without_toolkit():
-            return [torch.cuda._compile_kernel(text, name, nvcc_options=options) for name in names]
+            first = torch.cuda._compile_kernel(text, names[0], nvcc_options=options)
+
+            # What was compiled is the whole file: once more for each of the others would take a second each.
+            module = torch.cuda._utils._CudaModule(first.module)
+            return [getattr(module, name) for name in names]
 
     # A private function may be missing or fail in any way.
     except Exception as error:

@@ -53,8 +53,8 @@ def fusion_weight(noise_level: float) -> float:
 def footprint_means(images: Tensor, valid: Tensor, footprint: int) -> Tensor:
     """Means of (B, C, H, W) over squares of `footprint` pixels a side around each pixel.
 
-    valid (B, 1, H, W) is 0 where pictures show nothing: that, and what is outside of them, does not count. Premultiplied
-    colors and their masks are filtered alike, so that the object keeps its color up to the rim.
+    valid (B, 1, H, W) is 0 where pictures show nothing: that, and what is outside of them, does not count.
+    Premultiplied colors and their masks are filtered alike, so that the object keeps its color up to the rim.
     """
     # A single pixel is its own mean.
     if footprint == 1:

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from graphs import recording
+
 NEVER = 2**62     # an iteration that no run reaches
 WARM_UPS = 2      # updates before one is captured: torch picks algorithms and makes room in the first ones
 
@@ -33,7 +35,7 @@ class Optimization:
     def __init__(self, groups: list[Group], betas: tuple[float, float], eps: float, device: torch.device):
         self.peak_rates = [group.rate for group in groups]
         self.graphed = device.type == "cuda"
-        self.graphs = {}  # of updates and of questions, by the names of their functions
+        self.forget_graphs()
 
         # A graph reads the rates where they stood when it was made, so there they are tensors.
         settings = []
@@ -66,12 +68,12 @@ class Optimization:
         """What a function makes of a batch where nothing is updated, by a graph, too."""
         if not self.graphed:
             return function(batch)
-        return self._replay(("ask", function.__name__), function, batch).clone()
+        return self._replay(("ask", function.__name__), function, batch)
 
     def _replay(self, name: tuple[str, str], function: Function, batch: NamedTuple) -> Tensor:
         """What a function makes of a batch, by the graph of that name, which this makes if there is none."""
         if name not in self.graphs:
-            self.graphs[name] = _Graph(function, batch)
+            self.graphs[name] = _Graph(function, batch, self.pool)
         return self.graphs[name](batch)
 
     def _descend(self, view: str, loss: Function, batch: NamedTuple) -> Tensor:
@@ -88,8 +90,11 @@ class Optimization:
         return value
 
     def forget_graphs(self) -> None:
-        """Make new ones, for what they do has changed."""
-        self.graphs.clear()
+        """Make new ones, for what they do has changed; or free their memory, for the work is done."""
+        self.graphs = {}  # of updates and of questions, by the names of their functions
+        self.pool = None  # the memory of all of them, as one runs after the other
+        if self.graphed:
+            self.pool = torch.cuda.graph_pool_handle()
 
     def check_losses(self) -> None:
         """Raise `FloatingPointError` if a loss was not finite so far, naming the view and the iteration."""
@@ -115,8 +120,9 @@ class Optimization:
 class _Graph:
     """A function of a batch as a CUDA graph: the first calls run as usual, then one is captured and replayed."""
 
-    def __init__(self, function: Function, batch: NamedTuple):
+    def __init__(self, function: Function, batch: NamedTuple, pool: tuple[int, int]):
         self.function = function
+        self.pool = pool
         self.batch = _clone(batch)
         self.stream = torch.cuda.Stream()
         self.graph = None
@@ -132,7 +138,7 @@ class _Graph:
         if self.graph is None:
             self._capture()
         self.graph.replay()
-        return self.result
+        return self.result.clone()  # where other graphs do not write
 
     def _run_on_stream(self) -> Tensor:
         """As usual, but on the stream of the capture, as torch asks for."""
@@ -145,7 +151,7 @@ class _Graph:
     def _capture(self) -> None:
         """Record what one call does; nothing is done yet."""
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=self.stream):
+        with recording(self.graph, pool=self.pool, stream=self.stream):
             self.result = self.function(self.batch)
 
 

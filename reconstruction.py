@@ -108,27 +108,20 @@ def reconstruct(scene: Scene, inputs: list[int], model: SparseFusion | None = No
     every mask.
     """
     # The numbers of the model's kind, unless others are given.
-    if config is None:
-        config = PRESETS["plain" if model is None else model.preset.name]
+    config = config or PRESETS["plain" if model is None else model.preset.name]
     config = config.fitted(len(inputs))
 
-    # The field lives in the object frame: the axes of the scene's first camera, the world's origin (Sec. 3.2)
-    # [released: camera_utils.py:116-118; distillation.py:66-76].
-    frame = scene.cameras[0]
-    turned = replace(scene, cameras=object_frame(scene.cameras, frame))
+    # The field lives in the object frame, and an earlier run in its checkpoint.
+    turned = turn(scene)
     wanted = None
     if checkpoint is not None:
         wanted = reconstruction_settings(scene, inputs, model, config, seed, perceptual_loss)
     state = read_state(checkpoint, wanted, extend)
 
-    # What the EFT sees from every query viewpoint, unless no iteration is left to ask.
+    # Unless no iteration is left to ask it.
     prior = None
     if model is not None and (state is None or state["completed"] < config.iterations):
-        viewpoints = query_viewpoints(turned.cameras, config, seed)
-        given = turned[inputs]
-        condition = model.condition(given.images, given.cameras, viewpoints, model.depth_range(scene.cameras),
-                                    train_mode=config.eft_train_mode, title=title and f"{title}: EFT", seed=seed)
-        prior = Prior(model, viewpoints, condition, perceptual_loss or model.feature_distance)
+        prior = ask_prior(model, scene, inputs, config, seed, perceptual_loss, title)
 
     # Optimize, from where an earlier run stopped.
     distillation = Distillation(turned[inputs], config, seed, prior)
@@ -138,15 +131,32 @@ def reconstruct(scene: Scene, inputs: list[int], model: SparseFusion | None = No
     earlier = distillation.seconds
 
     def save() -> None:
-        beside = {"settings": wanted, "frame": frame.R, "gone_on_from": gone_on_from} | (notes or {})
+        beside = {"settings": wanted, "frame": scene.cameras[0].R, "gone_on_from": gone_on_from} | (notes or {})
         files.save_tensors(distillation.state_dict() | beside, checkpoint)
         if previews is not None:
             report.add_preview(previews, look(distillation, turned, inputs))
 
     optimize(distillation, title, checkpoint, save)
-    distillation.field.eval()  # nothing is rounded from here on
-    return Reconstruction(distillation.field, distillation.occupancy, frame, config, distillation.seconds, earlier,
-                          gone_on_from)
+    return Reconstruction(distillation.field, distillation.occupancy, scene.cameras[0], config, distillation.seconds,
+                          earlier, gone_on_from)
+
+
+def turn(scene: Scene) -> Scene:
+    """A scene in its object frame: the axes of its first camera, the world's origin (Sec. 3.2) [released:
+    camera_utils.py:116-118; distillation.py:66-76].
+    """
+    return replace(scene, cameras=object_frame(scene.cameras, scene.cameras[0]))
+
+
+def ask_prior(model: SparseFusion, scene: Scene, inputs: list[int], config: DistillConfig, seed: int,
+              perceptual_loss: Distance | None, title: str | None) -> Prior:
+    """What the EFT sees from every query viewpoint, and who makes something of it."""
+    turned = turn(scene)
+    given = turned[inputs]
+    viewpoints = query_viewpoints(turned.cameras, config, seed)
+    condition = model.condition(given.images, given.cameras, viewpoints, model.depth_range(scene.cameras),
+                                train_mode=config.eft_train_mode, title=title and f"{title}: EFT", seed=seed)
+    return Prior(model, viewpoints, condition, perceptual_loss or model.feature_distance)
 
 
 def take_up(distillation: Distillation, state: dict, checkpoint: Path) -> list[int]:
@@ -186,6 +196,10 @@ def optimize(distillation: Distillation, title: str | None, checkpoint: Path | N
             raise
         if checkpoint is not None and distillation.completed > done:
             save()
+
+    # From here on nothing is rounded, and what was only for the optimization needs no memory.
+    distillation.field.eval()
+    distillation.optimization.forget_graphs()
 
 
 @torch.no_grad()

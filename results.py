@@ -8,11 +8,14 @@ Settings say under "config" what the numbers of the distillation are, and under 
 """
 from __future__ import annotations
 
+import sys
+import time
 from pathlib import Path
 
 import files
-from reconstruction import OUTPUT_FIELDS, goes_further
+from reconstruction import OUTPUT_FIELDS, Reconstruction, goes_further
 from report import LABELS
+from runtime import peak_gb, seconds_by_step, versions
 
 # What is shown, and what else a run leaves.
 PICTURES = ("comparison.png", "turntable.gif", "mesh.ply")
@@ -49,10 +52,27 @@ def _of_the_field(settings: dict) -> dict:
     return kept
 
 
-def clear(folder: Path) -> None:
-    """Remove what an earlier run wrote into a folder, and nothing else."""
-    for name in (*LEFT_BESIDE, *PICTURES):
-        (folder / name).unlink(missing_ok=True)
+def claim(folder: Path, settings: dict, clear: bool) -> None:
+    """From here on a folder is that of a run of these settings; with `clear`, what an earlier run wrote there goes, and
+    nothing else.
+    """
+    if clear:
+        for name in (*LEFT_BESIDE, *PICTURES):
+            (folder / name).unlink(missing_ok=True)
+    files.save_json(settings, folder / "settings.json")
+
+
+def account(ours: Reconstruction, device: str, began: float) -> dict:
+    """How a result came about, and what it took since the moment `began` of the monotonic clock."""
+    return {
+        "command": " ".join(sys.argv),
+        "gone_on_from": ours.gone_on_from,
+        "versions": versions(device),
+        "seconds": round(time.monotonic() - began + ours.earlier_seconds, 1),
+        "seconds_by_step": seconds_by_step(),
+        "distillation_seconds": round(ours.seconds, 1),
+        "peak_gb": peak_gb(device),
+    }
 
 
 def finished(folder: Path, settings: dict) -> dict | None:

@@ -138,7 +138,7 @@ class Plan:
         self.share = 1.0                 # of it, that no earlier run has done
         self.began = time.monotonic()
         self.spoken = time.monotonic()   # when the last line was printed
-        self.seconds = 0.0               # that finished steps took
+        self.took = {}                   # title of a finished step -> seconds
         self.cost = 0.0                  # that was expected of them
 
     def begin(self, title: str, share: float = 1.0) -> None:
@@ -146,11 +146,16 @@ class Plan:
         # The step before is over.
         now = time.monotonic()
         if self.title is not None:
-            self.seconds += now - self.began
+            self.took = self.so_far()
             self.cost += self.share * self.costs[self.title]
         self.title = title
         self.share = share
         self.began = now
+
+    def so_far(self) -> dict[str, float]:
+        """Title of a step -> seconds, of the one that runs as well."""
+        earlier = self.took.get(self.title, 0.0)
+        return self.took | {self.title: earlier + time.monotonic() - self.began}
 
     def place(self) -> str:
         """Which step it is."""
@@ -159,7 +164,7 @@ class Plan:
     def left(self, done: float) -> float:
         """Seconds that the later steps may take, once a part `done` in (0, 1] of this one is done."""
         # As much longer than expected as all was so far.
-        seconds = self.seconds + time.monotonic() - self.began
+        seconds = sum(self.so_far().values())
         cost = self.cost + done * self.share * self.costs[self.title]
         later = self.titles[self.titles.index(self.title) + 1:]
         return seconds / cost * sum(self.costs[title] for title in later)
@@ -188,6 +193,13 @@ def begin(title: str) -> None:
     if not sys.stderr.isatty() and time.monotonic() - plan.spoken >= LOG_SECONDS:
         print(f"{plan.place()}{title}", file=sys.stderr, flush=True)
         plan.spoken = time.monotonic()
+
+
+def seconds_by_step() -> dict[str, float]:
+    """How long each step of the plan took so far, rounded; empty where nothing is planned."""
+    if Plan.active is None or Plan.active.title is None:
+        return {}
+    return {title: round(seconds, 1) for title, seconds in Plan.active.so_far().items()}
 
 
 def duration(seconds: float) -> str:

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from graphs import Graphed, half_copy
 from groupnorm import group_norm
 
+AT_ONCE = 4  # pictures that a GPU encodes or decodes at once: more are no faster, and the largest maps take memory
+
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -215,8 +217,8 @@ class VAE(nn.Module):
         self.fast = None
         if self.quant_conv.weight.is_cuda:
             half = half_copy(self)
-            encode = Graphed("the autoencoder's encoder", half.encode, self.encode_exactly)
-            decode = Graphed("the autoencoder's decoder", half.decode, self.decode_exactly)
+            encode = Graphed("the autoencoder's encoder", half.encode, self.encode_exactly, AT_ONCE)
+            decode = Graphed("the autoencoder's decoder", half.decode, self.decode_exactly, AT_ONCE)
             self.fast = FastVAE(half, encode, decode)
         return self
 

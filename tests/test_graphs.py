@@ -1,4 +1,6 @@
 """Networks as they run on a GPU: without one the graphs are stand-ins, and the rest is what it is."""
+import gc
+
 import pytest
 import torch
 
@@ -39,12 +41,19 @@ def scaled(x, factor):
 
 def test_a_graph_for_every_size_that_fits_its_batches(captured, noise):
     function = Graphed("scaling", scaled, scaled)
-    for count, size in ((1, 1), (5, 8), (8, 8), (17, 17)):
+    for count, size in ((1, 1), (5, 8), (8, 8), (11, 12)):
         x, factor = noise(count, 4, 2)(), noise(count, 1, 1, seed=1)()
         first, again = function(x, factor), function(2 * x, factor)
         assert torch.equal(first, x * factor) and torch.equal(again, 2 * first)
         assert captured[-1] == [(size, 4, 2), (size, 1, 1)]
     assert len(captured) == 3
+
+
+@pytest.mark.parametrize("most, count, sizes", [(16, 35, [16, 4]), (4, 9, [4, 1])])
+def test_a_large_batch_goes_in_parts(captured, noise, most, count, sizes):
+    function, x, factor = Graphed("scaling", scaled, scaled, most), noise(count, 4)(), noise(count, 1, seed=1)()
+    assert torch.equal(function(x, factor), x * factor)
+    assert [shapes[0][0] for shapes in captured] == sizes
 
 
 @pytest.mark.parametrize("wrong", [lambda x: x + 0.1, lambda x: x * float("nan"), lambda x: x / 0])
@@ -86,6 +95,29 @@ def test_graphs_of_several_sizes_share_memory_and_do_not_mix(noise):
     for x, y in zip(inputs, first):
         assert torch.equal(function(x), y) and y.dtype == torch.float32
         parity.assert_close(y, network(x).detach().cpu(), std=0.02)
+
+
+@CUDA
+def test_garbage_waits_for_the_end_of_a_capture():
+    """A graph in a cycle that nothing holds any more would be freed in the middle of the capture of another."""
+    def record(function):
+        graph = torch.cuda.CUDAGraph()
+        with graphs.recording(graph):
+            function()
+        return graph
+
+    x = torch.ones(4, device="cuda")
+    old = [record(lambda: x * 2)]
+    old.append(old)
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    try:
+        del old
+        y = x.clone()
+        record(lambda: ([[] for _ in range(100)], y.add_(1))).replay()
+    finally:
+        gc.set_threshold(*thresholds)
+    assert torch.equal(y, x + 1)
 
 
 def half_copy_of(network):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import hashgrid
+import kernels
 import parity
 from hashgrid import HashGrid
 
@@ -238,8 +239,8 @@ def test_kernels_in_a_cuda_graph():
 def fresh():
     """No kernels compiled before, nothing said, and nothing kept of what the test does."""
     def clear():
-        hashgrid.compile_kernels.cache_clear()
-        hashgrid._say_plain_torch_serves.cache_clear()
+        hashgrid._compile.cache_clear()
+        kernels._say_plain_torch_serves.cache_clear()
     clear()
     yield
     clear()
@@ -250,7 +251,7 @@ def test_plain_torch_serves_where_the_compiler_is_missing(fresh, monkeypatch, ca
     encoding = tiny().cuda()
     x = points("random", 1000)
     expected = encoding(x)
-    hashgrid.compile_kernels.cache_clear()
+    hashgrid._compile.cache_clear()
     monkeypatch.delattr(torch.cuda, "_compile_kernel")
     for _ in range(3):
         features = encoding(x)
@@ -270,13 +271,13 @@ def test_kernels_that_cannot_be_had_are_said_once(fault, fresh, monkeypatch, tmp
     elif torch.cuda.is_available():
         pytest.skip("there is CUDA")
     for _ in range(3):
-        assert hashgrid.compile_kernels(2, 0) is None
-    assert hashgrid.compile_kernels(4, 0) is None
+        assert hashgrid._compile(2, 0) is None
+    assert hashgrid._compile(4, 0) is None
     assert len(capfd.readouterr().err.splitlines()) == 1
 
 
 def test_no_kernels_are_looked_for_on_a_cpu(fresh, monkeypatch, capfd):
-    monkeypatch.setattr(hashgrid, "compile_kernels", lambda *_: pytest.fail("a kernel for a CPU"))
+    monkeypatch.setattr(hashgrid, "_compile", lambda *_: pytest.fail("a kernel for a CPU"))
     tiny()(torch.rand(5, 3)).sum().backward()
     assert capfd.readouterr() == ("", "")
 
@@ -286,7 +287,7 @@ def test_torch_needs_no_toolkit_to_compile(monkeypatch):
     extension = importlib.import_module("torch.utils.cpp_extension")
     for home in (None, "/opt/cuda"):
         monkeypatch.setattr(extension, "CUDA_HOME", home)
-        with pytest.raises(ZeroDivisionError), hashgrid.without_toolkit():
+        with pytest.raises(ZeroDivisionError), kernels.without_toolkit():
             extension.include_paths("cuda")
             raise ZeroDivisionError
         assert extension.CUDA_HOME == home
@@ -296,7 +297,7 @@ def test_torch_needs_no_toolkit_to_compile(monkeypatch):
 def test_kernels_compile_without_a_toolkit(fresh, monkeypatch):
     extension = importlib.import_module("torch.utils.cpp_extension")
     monkeypatch.setattr(extension, "CUDA_HOME", None)
-    assert hashgrid.compile_kernels(2, 0) is not None
+    assert hashgrid._compile(2, 0) is not None
     assert extension.CUDA_HOME is None
 
 
@@ -309,7 +310,7 @@ def test_kernels_compile_for_any_gpu(capability):
     source = hashgrid.KERNEL_SOURCE.read_text()
     for channels, kernel in itertools.product(hashgrid.KERNEL_CHANNELS, ["encode_forward", "encode_backward"]):
         try:
-            with hashgrid.without_toolkit():
+            with kernels.without_toolkit():
                 options = hashgrid.kernel_options(channels)
                 binary, _ = compiler._nvrtc_compile(source, kernel, capability, nvcc_options=options)
         except RuntimeError as error:

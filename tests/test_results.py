@@ -67,8 +67,12 @@ def test_settings_that_cannot_be_read(text, tmp_path):
 def test_only_a_runs_own_files_go(folder):
     for name in (*results.LEFT_BESIDE, *results.PICTURES, "mine.txt"):
         (folder / name).write_text("")
-    results.clear(folder)
-    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+    results.claim(folder, {"seed": 7}, clear=True)
+    assert {path.name for path in folder.iterdir()} == {"mine.txt", "settings.json"}
+    assert json.loads((folder / "settings.json").read_text()) == {"seed": 7}
+    (folder / "field.pt").write_text("kept")
+    results.claim(folder, {"seed": 8}, clear=False)
+    assert (folder / "field.pt").read_text() == "kept"
 
 
 # --- what is there already ---

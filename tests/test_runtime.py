@@ -182,6 +182,22 @@ def test_a_plan_of_which_an_earlier_run_has_done_a_part(monkeypatch, capsys):
     assert runtime.Plan.active is None
 
 
+def test_seconds_by_step(monkeypatch):
+    """Of steps with progress and without, in several parts, and of the one that runs."""
+    clock = Clock(monkeypatch)
+    assert runtime.seconds_by_step() == {}
+    with runtime.planned({"loading": 1, "fitting": 1, "meshing": 1}):
+        runtime.begin("loading")
+        clock.now += 2
+        for _ in Progress(range(4), "fitting"):
+            clock.now += 1.26
+        runtime.begin("loading")
+        clock.now += 1
+        assert runtime.seconds_by_step() == {"loading": 3.0, "fitting": 5.0}
+        runtime.begin("meshing")
+        assert runtime.seconds_by_step() == {"loading": 3.0, "fitting": 5.0, "meshing": 0.0}
+
+
 def test_a_step_without_progress_says_so_after_a_silence(monkeypatch, capsys):
     clock = Clock(monkeypatch)
     with runtime.planned({"a": 1, "b": 1, "c": 1}):
