@@ -65,6 +65,7 @@ class Row:
     gigaflops: float   # operations, not a rate
     floor_ms: float
     reached: float     # floor / median
+    reserved_gb: float | None  # of a GPU's memory, after a run with an empty cache; graphs keep theirs
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ def _distance_both_ways(model: sparsefusion.SparseFusion, images: Tensor) -> Ten
 
 
 def epipolar_transformer(device: torch.device) -> Iterator[Part]:
-    """What the EFT says of whole views, from 2, 6 and 24 input views: encoded once, then every viewpoint.
+    """What the EFT says of whole views, from more and from larger input views: encoded once, then every viewpoint.
 
     Operations are those of the linear layers and of attention as the paper draws them. Bytes are those of a token, read
     and written once a layer, by each of the two sublayers. On a GPU it runs in half precision.
@@ -224,19 +225,20 @@ def epipolar_transformer(device: torch.device) -> Iterator[Part]:
     large = device.type == "cuda"
     model = sparsefusion.SparseFusion(sparsefusion.PRESETS["paper" if large else "nano"]).to(device).eval()
     preset, viewpoints = model.preset, 82 if large else 1
-    for views in (2, 6, 24) if large else (2, 6):
+    for views, side in ((2, 256), (6, 256), (24, 256), (2, 128), (2, 512)) if large else ((2, 128), (6, 128)):
         around = _cameras_around(views + viewpoints).to(device)
-        images = torch.rand(views, 3, preset.image_size, preset.image_size, device=device)
-        run = partial(model.condition, images, around[:views], around[views:], (3.0, 13.0))
+        images = torch.rand(views, 3, side, side, device=device)
+        map_size = preset.map_size * side // preset.image_size
+        run = partial(model.condition, images, around[:views], around[views:], (3.0, 13.0), map_size)
 
         # Tokens of T1 and of T2 are as many; those of T3 are few.
         config = preset.eft
-        tokens = 2 * viewpoints * preset.map_size**2 * views * config.depths
+        tokens = 2 * viewpoints * map_size**2 * views * config.depths
         linear = 4 * config.width**2 + 2 * config.width * config.feedforward
         attention = config.width * (views + config.depths)
         operations = tokens * config.layers * 2 * (linear + attention)
         moved = tokens * config.layers * 2 * 2 * config.width * (2 if large else 4)
-        yield Part("EFT", f"{viewpoints} viewpoints, {views} inputs, {preset.name}", run, moved, operations)
+        yield Part("EFT", f"{viewpoints} viewpoints, {views} inputs of {side}^2, {preset.name}", run, moved, operations)
 
 
 def _cameras_around(count: int) -> cameras.Cameras:
@@ -372,7 +374,15 @@ def measure(part: Part, machine: Machine, device: torch.device) -> Row:
     memory = part.bytes / machine.copy_gb_per_s / 1e6
     arithmetic = part.operations / machine.matrix_gflop_per_s / 1e6
     floor = max(memory, arithmetic)
-    return Row(part.name, part.size, median, spread, part.bytes / 1e9, part.operations / 1e9, floor, floor / median)
+
+    # How much room it takes.
+    reserved = None
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        part.run()
+        reserved = torch.cuda.memory_reserved() / 1e9
+    return Row(part.name, part.size, median, spread, part.bytes / 1e9, part.operations / 1e9, floor, floor / median,
+               reserved)
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -388,7 +398,8 @@ def main(argv: list[str] | None = None) -> None:
     machine = examine(args.device)
     print(f"{machine.name}, torch {machine.torch}: copies {machine.copy_gb_per_s:.0f} GB/s, multiplies matrices at "
           f"{machine.matrix_gflop_per_s / 1e3:.1f} TFLOP/s\n")
-    print(f"{'part':<28}{'size':<45}{'ms':>9}{'spread':>9}{'GB':>8}{'GFLOP':>8}{'floor ms':>10}{'reached':>9}")
+    print(f"{'part':<28}{'size':<45}{'ms':>9}{'spread':>9}{'GB':>8}{'GFLOP':>8}{'floor ms':>10}{'reached':>9}"
+          f"{'GB room':>9}")
 
     rows = []
     for parts in PARTS:
@@ -397,8 +408,9 @@ def main(argv: list[str] | None = None) -> None:
         for part in parts(args.device):
             row = measure(part, machine, args.device)
             rows.append(row)
+            room = "" if row.reserved_gb is None else f"{row.reserved_gb:>9.2f}"
             print(f"{row.part:<28}{row.size:<45}{row.median_ms:>9.3f}{row.spread_ms:>9.3f}{row.gigabytes:>8.3f}"
-                  f"{row.gigaflops:>8.3f}{row.floor_ms:>10.3f}{row.reached:>9.1%}", flush=True)
+                  f"{row.gigaflops:>8.3f}{row.floor_ms:>10.3f}{row.reached:>9.1%}{room}", flush=True)
 
     if args.json:
         files.save_json({"machine": asdict(machine), "rows": [asdict(row) for row in rows]}, args.json)
