@@ -97,6 +97,7 @@ def show_all(scene: Scene, inputs: list[int], targets: list[int], model: SparseF
     size = scene.images.shape[-1]
     pictures = {"nearest": baselines.nearest_input(scene, inputs, targets)}
     if model is None:
+        begin("pictures")
         pictures["ngp"] = ours.render(cameras, size)
         return pictures
 
@@ -110,6 +111,7 @@ def show_all(scene: Scene, inputs: list[int], targets: list[int], model: SparseF
                                            "EFT, a ray a pixel")
     begin("VLDM samples")
     pictures["vldm"] = baselines.vldm_samples(scene, inputs, targets, model, config, instance.seed)
+    begin("pictures")
     pictures["sparsefusion"] = ours.render(cameras, size)
     return pictures
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 import volume
 from cameras import Cameras, pixel_grid
 from lattice import Lattice, random_lattice, upsample
-from losses import brightness_mask, footprint_means, fusion_weight, opacity_loss, photometric_loss
+from losses import blurred, brightness_mask, fusion_weight, opacity_loss, photometric_loss
 from ngp import Field, Occupancy
 from optimization import Group, Optimization
 from runtime import Progress, rand
@@ -143,8 +143,8 @@ class Distillation:
         self.input_error = torch.zeros((), device=device)  # mean squared, of the last colors, for the progress bar
 
         # What the input views teach, and what the bootstrap does.
-        self.colors = footprint_means(inputs.images, inputs.valid, config.footprint)
-        self.masks = footprint_means(inputs.masks, inputs.valid, config.footprint)
+        self.colors = blurred(inputs.images, inputs.valid, config.blur)
+        self.masks = blurred(inputs.masks, inputs.valid, config.blur)
         self.shown = (inputs.valid.flatten() > 0.5).nonzero().squeeze(-1)  # pixels of all views that show anything
         self.eft_images = None
         if prior is not None:

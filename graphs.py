@@ -85,7 +85,7 @@ class Graphed:
         `most`: of a batch goes through a graph at once, for a graph keeps its memory.
         """
         self.name = name
-        self.most = most
+        self.most = min(most, SIZES[-1])
         self.half = half
         self.full = full
         self.half_serves = True

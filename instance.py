@@ -226,16 +226,16 @@ class Instance:
         count = len(self.source.names)
         config = self.fitted_config()
         iterations = config.iterations
-        turntable = 0.06 * config.turntable_frames
+        targets = self.targets or count
+        shown = {"pictures": 0.2 * targets, "turntable": 0.06 * config.turntable_frames, "mesh": 2.0}
         reading = {"loading": 3.0}
         if isinstance(self.source, OwnPhotographs):
             reading["reading photographs"] = 0.03 * count
         if self.weights is None:
             rays = (config.input_pixels or config.render_size**2) * config.pixel_side**2
-            return {**reading, "field fit": 3e-5 * rays * iterations, "turntable": turntable, "mesh": 2.0}
+            return {**reading, "field fit": 3e-5 * rays * iterations, **shown}
 
         # With a prior there is more to do, and more to compare with.
-        targets = self.targets or count
         return {
             **reading,
             "distillation: EFT": 0.17 * (config.viewpoints + count),
@@ -243,8 +243,7 @@ class Instance:
             "field without prior": 0.035 * iterations,
             "EFT, a ray a pixel": 2.5 * targets,
             "VLDM samples": 0.8 * targets,
-            "turntable": turntable,
-            "mesh": 2.0,
+            **shown,
         }
 
 

@@ -50,17 +50,17 @@ def fusion_weight(noise_level: float) -> float:
     return torch.sigmoid(-log_snr).item()
 
 
-def footprint_means(images: Tensor, valid: Tensor, footprint: int) -> Tensor:
-    """Means of (B, C, H, W) over squares of `footprint` pixels a side around each pixel.
+def blurred(images: Tensor, valid: Tensor, side: int) -> Tensor:
+    """Means of (B, C, H, W) over squares of `side` pixels a side, an odd number, around each pixel.
 
     valid (B, 1, H, W) is 0 where pictures show nothing: that, and what is outside of them, does not count.
     Premultiplied colors and their masks are filtered alike, so that the object keeps its color up to the rim.
     """
     # A single pixel is its own mean.
-    if footprint == 1:
+    if side == 1:
         return images
 
     # Where nothing valid is near, the mean is 0.
-    pool = partial(F.avg_pool2d, kernel_size=footprint, stride=1, padding=footprint // 2)
+    pool = partial(F.avg_pool2d, kernel_size=side, stride=1, padding=side // 2)
     share = pool(valid)
     return pool(images * valid) / torch.where(share > 0, share, 1)

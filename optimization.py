@@ -35,6 +35,7 @@ class Optimization:
     def __init__(self, groups: list[Group], betas: tuple[float, float], eps: float, device: torch.device):
         self.peak_rates = [group.rate for group in groups]
         self.graphed = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if self.graphed else None  # of all graphs, for they share memory
         self.forget_graphs()
 
         # A graph reads the rates where they stood when it was made, so there they are tensors.
@@ -73,7 +74,7 @@ class Optimization:
     def _replay(self, name: tuple[str, str], function: Function, batch: NamedTuple) -> Tensor:
         """What a function makes of a batch, by the graph of that name, which this makes if there is none."""
         if name not in self.graphs:
-            self.graphs[name] = _Graph(function, batch, self.pool)
+            self.graphs[name] = _Graph(function, batch, self.pool, self.stream)
         return self.graphs[name](batch)
 
     def _descend(self, view: str, loss: Function, batch: NamedTuple) -> Tensor:
@@ -120,11 +121,11 @@ class Optimization:
 class _Graph:
     """A function of a batch as a CUDA graph: the first calls run as usual, then one is captured and replayed."""
 
-    def __init__(self, function: Function, batch: NamedTuple, pool: tuple[int, int]):
+    def __init__(self, function: Function, batch: NamedTuple, pool: tuple[int, int], stream: torch.cuda.Stream):
         self.function = function
         self.pool = pool
+        self.stream = stream
         self.batch = _clone(batch)
-        self.stream = torch.cuda.Stream()
         self.graph = None
         self.result = None
         self.calls = 0

@@ -197,7 +197,7 @@ def optimize(distillation: Distillation, title: str | None, checkpoint: Path | N
         if checkpoint is not None and distillation.completed > done:
             save()
 
-    # From here on nothing is rounded, and what was only for the optimization needs no memory.
+    # From here on nothing is rounded, and nobody needs the graphs and their memory.
     distillation.field.eval()
     distillation.optimization.forget_graphs()
 

@@ -39,7 +39,7 @@ class DistillConfig:
     eps: float = 1e-8                    # Adam's smallest denominator [released: distillation.py:165]
     lr_exposure: float = 0.0             # Adam's rate for the gains of the input views; 0: all were exposed alike
     weight_exposure: float = 0.3         # of the gains' spread; at 0 the colors of two sides become gains
-    footprint: int = 1                   # pixels a side, odd, of the squares over which an input view is blurred
+    blur: int = 1                        # pixels a side, odd, of the squares over which input views are blurred
     weight_background: float = 1.0       # of pixels outside an input's mask; below 1 where masks are rough
     weight_opacity: float = 1e-3         # of the opacity term [released: distillation.py:150-151]
     weight_perceptual: float = 0.1       # of the perceptual term of distillation [released: distillation.py:312-314]
@@ -67,8 +67,8 @@ class DistillConfig:
         # Numbers that must fit each other, and those with an upper end.
         if not 0 <= self.bootstrap <= self.iterations:
             raise ValueError(f"bootstrap {self.bootstrap} is not between 0 and the {self.iterations} iterations")
-        if self.footprint < 1 or self.footprint % 2 == 0:
-            raise ValueError(f"footprint {self.footprint} is not an odd number of pixels")
+        if self.blur < 1 or self.blur % 2 == 0:
+            raise ValueError(f"blur {self.blur} is not an odd number of pixels")
         if not 0 <= self.min_noise_level <= 1:
             raise ValueError(f"min_noise_level {self.min_noise_level} is not in [0, 1]")
         if not 0 < self.final_lr_fraction:
@@ -103,9 +103,8 @@ class DistillConfig:
         # That is more to learn, of colors less blurred.
         further = min(self.iterations_per_view * (views - self.reference_views), MOST_FURTHER)
         iterations = self.iterations + further
-        footprint = max(round(self.footprint / growth / 2 - 0.5), 0) * 2 + 1  # odd
-        fitted = replace(self, field=field, iterations=iterations, footprint=footprint, reference_views=0,
-                         iterations_per_view=0)
+        blur = max(round(self.blur / growth / 2 - 0.5), 0) * 2 + 1  # odd
+        fitted = replace(self, field=field, iterations=iterations, blur=blur, reference_views=0, iterations_per_view=0)
 
         # Where there is time for it, what a pixel sees beside its center.
         if iterations < LONG:
@@ -135,7 +134,7 @@ PRESETS = {
     "plain": DistillConfig(
         iterations=1000, bootstrap=666, image_size=256, render_size=64, input_pixels=4096, picture_side=2,
         lr_grid=3e-2, lr_mlp=1e-2, final_lr_fraction=0.05, betas=(0.9, 0.99), eps=1e-15,
-        lr_exposure=1e-2, footprint=3, weight_background=0.3, reference_views=12, iterations_per_view=160,
+        lr_exposure=1e-2, blur=3, weight_background=0.3, reference_views=12, iterations_per_view=160,
         field=replace(ngp.NANO, levels=6, finest_resolution=96, log2_hashmap_size=17, samples_per_ray=64,
                       view_degree=4),
     ),
@@ -160,7 +159,7 @@ RELEASED = (
     "eps=1e-8",
     "final_lr_fraction=1",
     "lr_exposure=0",
-    "footprint=1",
+    "blur=1",
     "field.view_degree=0",
     "weight_background=1",
     "eft_train_mode=true",

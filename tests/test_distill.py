@@ -112,7 +112,7 @@ def test_a_sampler_is_its_models(tiny_weights):
     """Whatever preset the other numbers come from."""
     argv = ["--weights", str(tiny_weights), "--preset", "plain"]
     config = distill.config_from_flags(distill.parser().parse_args(argv))
-    assert config.sampler == PRESETS["nano"].sampler and config.footprint == PRESETS["plain"].footprint
+    assert config.sampler == PRESETS["nano"].sampler and config.blur == PRESETS["plain"].blur
     assert 0 < config.bootstrap < config.iterations
     config = distill.config_from_flags(distill.parser().parse_args([*argv, "--set", "clip=7"]))
     assert config.sampler.clip == 7
@@ -202,7 +202,7 @@ def check_outputs(out, result, methods, size, frames):
     """All that is promised is there and can be opened."""
     promised = {"sequence", "input_frames", "target_frames", "seconds", "methods", "command", "settings", "versions",
                 "seconds_by_step"}
-    assert promised <= set(result)
+    assert promised <= set(result) and {"loading", "pictures", "turntable", "mesh"} <= set(result["seconds_by_step"])
     assert set(result["methods"]) == set(methods)
     for row in result["methods"].values():
         assert {"psnr", "ssim", "perceptual"} <= set(row)

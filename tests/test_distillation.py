@@ -315,8 +315,7 @@ def test_everything_that_a_field_has_learns():
 
 
 def test_a_gloss_needs_the_viewing_direction():
-    """A ball as bright as the camera is far to the right: a color for all directions is a compromise, one for each fits.
-    """
+    """A ball as bright as the camera is far to the right: one color for all directions is a compromise."""
     scene = ball(12, 32)
     x = scene.cameras.centers()[:, 0]
     gain = 0.3 + 0.7 * (x - x.min()) / (x.max() - x.min())
@@ -355,19 +354,25 @@ def test_sides_of_different_color_do_not_pass_for_exposures():
     assert work.exposures.log_gains.abs().max() < 0.1 and quality[1e-2] > quality[0] - 1
 
 
-def test_footprint():
+def test_blur():
     """Input views and their masks are blurred alike, by means over squares; what the masks carve stays sharp."""
     scene = ball(2, 32)
-    work, plain = (Distillation(scene, replace(SHORT, footprint=n), 0) for n in (5, 1))
+    work, plain = (Distillation(scene, replace(SHORT, blur=n), 0) for n in (5, 1))
     row = int(scene.masks[0, 0, :, 16].nonzero()[0])  # at the rim
     square = (slice(row - 2, row + 3), slice(14, 19))
     assert 0 < scene.masks[0, 0][square].mean() < 1
     parity.assert_close(work.colors[0, :, row, 16], scene.images[0][:, *square].mean((1, 2)), rtol=1e-5)
     parity.assert_close(work.masks[0, 0, row, 16], scene.masks[0, 0][square].mean(), rtol=1e-5)
     assert torch.equal(plain.colors, scene.images) and torch.equal(plain.masks, scene.masks)
-    assert torch.equal(work.inputs.masks, scene.masks) and torch.equal(work.occupancy.possible, plain.occupancy.possible)
+    assert torch.equal(work.inputs.masks, scene.masks)
+    assert torch.equal(work.occupancy.possible, plain.occupancy.possible)
+    padded = replace(scene, valid=scene.valid.clone())
+    padded.valid[..., 15:, :] = 0  # what nothing shows counts nowhere
+    seen = Distillation(padded, replace(SHORT, blur=5), 0)
+    parity.assert_close(seen.masks[0, 0, 14, 16], scene.masks[0, 0, 12:15, 14:19].mean(), rtol=1e-5)
+    parity.assert_close(seen.colors[0, :, 14, 16], scene.images[0, :, 12:15, 14:19].mean((1, 2)), rtol=1e-5)
     for pixels in (0, 64):  # both ways of drawing look at them
-        work = Distillation(scene, replace(SHORT, footprint=5, input_pixels=pixels), 0)
+        work = Distillation(scene, replace(SHORT, blur=5, input_pixels=pixels), 0)
         batch = work.draw_inputs(0)
         assert ((batch.mask > 0.01) & (batch.mask < 0.99)).any()
 

@@ -1,5 +1,6 @@
 """Networks as they run on a GPU: without one the graphs are stand-ins, and the rest is what it is."""
 import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ import torch
 import graphs
 import parity
 import sparsefusion
+import vae
 from graphs import Graphed, half_copy
 from small import SHORT, tiny_model
 
@@ -81,6 +83,34 @@ def test_the_half_of_an_autoencoder():
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
+def test_garbage_is_not_collected_while_a_graph_is_recorded(monkeypatch):
+    """And is again afterwards, whatever happens, where it was before."""
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **where: nullcontext())
+    with graphs.recording(None, pool=1):
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(ZeroDivisionError), graphs.recording(None):
+        raise ZeroDivisionError
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with graphs.recording(None):
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_an_autoencoder_takes_a_few_pictures_at_once(monkeypatch):
+    """For its largest maps take much memory."""
+    model = tiny_model().vae
+    taken = []
+    monkeypatch.setattr(vae, "Graphed", lambda *given: taken.append(given[3]))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    model.accelerate()
+    assert taken == [vae.AT_ONCE] * 2 and vae.AT_ONCE < max(graphs.SIZES)
+
+
 # --- on a GPU ---
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -106,18 +136,23 @@ def test_garbage_waits_for_the_end_of_a_capture():
             function()
         return graph
 
-    x = torch.ones(4, device="cuda")
-    old = [record(lambda: x * 2)]
-    old.append(old)
+    y = torch.ones(4, device="cuda")
+    held = [record(lambda: y * 2)]
+
+    def makes_garbage():
+        cycle = [held.pop()]
+        cycle.append(cycle)
+        del cycle
+        assert len([[] for _ in range(100)]) == 100
+        y.add_(1)
+
     thresholds = gc.get_threshold()
     gc.set_threshold(1, 1, 1)
     try:
-        del old
-        y = x.clone()
-        record(lambda: ([[] for _ in range(100)], y.add_(1))).replay()
+        record(makes_garbage).replay()
     finally:
         gc.set_threshold(*thresholds)
-    assert torch.equal(y, x + 1)
+    assert y.tolist() == [2] * 4
 
 
 def half_copy_of(network):

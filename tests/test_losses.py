@@ -1,4 +1,4 @@
-"""Losses: released numbers, ends, footprints."""
+"""Losses: released numbers, ends, blurred pictures."""
 import math
 from functools import partial
 
@@ -47,33 +47,33 @@ def test_fusion_weight_at_the_ends():
     assert losses.fusion_weight(0.5) == pytest.approx(1 - math.cos(0.508 / 1.008 * math.pi / 2) ** 2, rel=1e-5)
 
 
-@pytest.mark.parametrize("footprint", [1, 3, 5])
-def test_a_footprint_makes_no_dark_rims(footprint):
+@pytest.mark.parametrize("side", [1, 3, 5])
+def test_blur_makes_no_dark_rims(side):
     masks = torch.zeros(2, 1, 16, 16)
     masks[0, :, 4:9, 4:] = 1     # reaches the picture's border
     masks[0, :, 9, 4:] = 0.3     # a soft rim
     masks[1, :, 8, 8] = 0.5      # a single pixel
     color = torch.tensor([0.2, 0.5, 0.9])[:, None, None]
-    blurred = losses.footprint_means(masks, torch.ones_like(masks), footprint)
-    parity.assert_close(losses.footprint_means(masks * color, torch.ones_like(masks), footprint), blurred * color,
+    seen = losses.blurred(masks, torch.ones_like(masks), side)
+    parity.assert_close(losses.blurred(masks * color, torch.ones_like(masks), side), seen * color,
                         atol=1e-6)
-    if footprint > 1:  # a straight edge is half seen where it is, and the border of the picture darkens nothing
-        edge = footprint // 2
-        assert blurred[0, 0, 4, 4 + edge:].allclose(torch.tensor((edge + 1) / footprint))
-        assert blurred[0, 0, 4 + edge, 4 + edge:].allclose(torch.tensor(1.0))
+    if side > 1:  # a straight edge is half seen where it is, and the border of the picture darkens nothing
+        edge = side // 2
+        assert seen[0, 0, 4, 4 + edge:].allclose(torch.tensor((edge + 1) / side))
+        assert seen[0, 0, 4 + edge, 4 + edge:].allclose(torch.tensor(1.0))
 
 
-def test_a_footprint_leaves_out_what_no_picture_shows():
+def test_blur_leaves_out_what_no_picture_shows():
     g = torch.Generator().manual_seed(0)
     images, valid = torch.rand(1, 3, 8, 8, generator=g), torch.ones(1, 1, 8, 8)
     valid[..., 5:, :] = 0
     given = images.clone()
     given[..., 5:, :] = 7.0
-    parity.assert_close(losses.footprint_means(given, valid, 3)[..., :5, :],
-                        losses.footprint_means(images[..., :5, :], valid[..., :5, :], 3), atol=1e-6)
-    assert not losses.footprint_means(given, valid, 3)[..., 6:, :].any()  # and there is no division by 0
+    parity.assert_close(losses.blurred(given, valid, 3)[..., :5, :],
+                        losses.blurred(images[..., :5, :], valid[..., :5, :], 3), atol=1e-6)
+    assert not losses.blurred(given, valid, 3)[..., 6:, :].any()  # and there is no division by 0
 
 
-def test_a_footprint_of_one_pixel_is_the_picture():
+def test_a_blur_of_one_pixel_is_the_picture():
     images = torch.rand(2, 3, 8, 8)
-    assert losses.footprint_means(images, torch.zeros(2, 1, 8, 8), 1) is images
+    assert losses.blurred(images, torch.zeros(2, 1, 8, 8), 1) is images

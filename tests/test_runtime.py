@@ -308,7 +308,10 @@ def test_jobs_in_threads():
 # --- memory ---
 
 @pytest.mark.parametrize("most, calls", [
-    (2**30, [(-3, 2**30), (-1, 2**30)]), (2**25, [(-3, 2**30), (-3, 2**25), (-1, 2**30)]), (0, [(-3, 2**30), (-3, 2**25)])])
+    (2**30, [(-3, 2**30), (-1, 2**30)]),
+    (2**25, [(-3, 2**30), (-3, 2**25), (-1, 2**30)]),
+    (0, [(-3, 2**30), (-3, 2**25)]),
+])
 def test_freed_memory_stays(most, calls, monkeypatch):
     """By a C library that takes numbers up to some most; one that takes none keeps its own ways."""
     heard = []

@@ -12,7 +12,7 @@ from small import SHORT
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"iterations": 0}, "at least 1"), ({"bootstrap": 7}, "bootstrap 7"), ({"footprint": 2}, "footprint 2"),
+    ({"iterations": 0}, "at least 1"), ({"bootstrap": 7}, "bootstrap 7"), ({"blur": 2}, "blur 2"),
     ({"min_noise_level": 1.5}, "min_noise_level"), ({"final_lr_fraction": 0.0}, "final_lr_fraction"),
     ({"render_size": 1}, "render_size"), ({"betas": (0.9, 1.0)}, "betas"), ({"lr_grid": -1.0}, "lr_grid"),
     ({"weight_opacity": -1.0}, "weight_opacity"), ({"denoise_batch": 0}, "denoise_batch"),
@@ -36,6 +36,9 @@ def test_the_paper_preset_has_the_released_numbers():
     assert paper == released
     assert (paper.betas, paper.eps, paper.final_lr_fraction) == ((0.9, 0.999), 1e-8, 1)
     assert (paper.sampler.plms_steps, paper.sampler.sample_steps) == (50, 500)
+    nano, plain = settings.PRESETS["nano"], settings.PRESETS["plain"]
+    assert (nano.sampler.solver, nano.sampler.plms_steps, nano.denoise_batch) == ("dpmpp", 3, 8)
+    assert (plain.blur, plain.field.view_degree, nano.blur, nano.field.view_degree) == (3, 4, 1, 0)
     for name, fraction in (("nano", 0.1), ("plain", 0.05)):
         tuned = settings.PRESETS[name]
         assert (tuned.betas, tuned.eps, tuned.final_lr_fraction) == ((0.9, 0.99), 1e-15, fraction)
@@ -46,7 +49,7 @@ def test_the_released_settings_fit_every_preset(preset):
     """Whatever the preset, the same behavior comes out; only sizes, rates and the length of things are its own."""
     config = cli.apply_settings(preset, settings.RELEASED)
     paper = cli.apply_settings(settings.PRESETS["paper"], settings.RELEASED)
-    same = ("betas", "eps", "final_lr_fraction", "min_noise_level", "eft_train_mode", "metrics_on_inputs", "footprint",
+    same = ("betas", "eps", "final_lr_fraction", "min_noise_level", "eft_train_mode", "metrics_on_inputs", "blur",
             "lr_exposure", "weight_background", "weight_opacity", "weight_perceptual")
     assert all(getattr(config, name) == getattr(paper, name) for name in same)
     assert not config.field.hashed and not config.field.carve and config.eft_train_mode and config.metrics_on_inputs
@@ -61,7 +64,7 @@ def test_more_photographs_bear_a_finer_field():
     plain = settings.PRESETS["plain"]
     assert plain.fitted(2) == plain.fitted(12) == replace(plain, reference_views=0, iterations_per_view=0)
     many = plain.fitted(100)
-    assert (many.field.finest_resolution, many.iterations, many.footprint) == (800, 15080, 1)
+    assert (many.field.finest_resolution, many.iterations, many.blur) == (800, 15080, 1)
     assert many.field.samples_per_ray > 2 * plain.field.samples_per_ray and many.field.occupancy_cells == 128
     assert many.pixel_side == 2 and many.input_pixels * 2 == plain.input_pixels and many.fitted(100) == many
     assert plain.fitted(1000).iterations == plain.iterations + settings.MOST_FURTHER
