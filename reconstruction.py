@@ -113,21 +113,17 @@ def reconstruct(scene: Scene, inputs: list[int], model: SparseFusion | None = No
 
     # The field lives in the object frame, and an earlier run in its checkpoint.
     turned = turn(scene)
-    wanted = None
-    if checkpoint is not None:
-        wanted = reconstruction_settings(scene, inputs, model, config, seed, perceptual_loss)
+    wanted = checkpoint and reconstruction_settings(scene, inputs, model, config, seed, perceptual_loss)
     state = read_state(checkpoint, wanted, extend)
 
-    # Unless no iteration is left to ask it.
+    # A prior, unless no iteration is left that would ask it.
     prior = None
     if model is not None and (state is None or state["completed"] < config.iterations):
         prior = ask_prior(model, scene, inputs, config, seed, perceptual_loss, title)
 
     # Optimize, from where an earlier run stopped.
     distillation = Distillation(turned[inputs], config, seed, prior)
-    gone_on_from = []
-    if state is not None:
-        gone_on_from = take_up(distillation, state, checkpoint)
+    gone_on_from = [] if state is None else take_up(distillation, state, checkpoint)
     earlier = distillation.seconds
 
     def save() -> None:
