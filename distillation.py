@@ -183,8 +183,8 @@ class Distillation:
             loss = self.optimization.update("query", iteration, self.distillation_loss, denoised)
 
         # To look at a loss is to wait for the GPU, so it happens where that is done anyway.
-        looks_at_space = iteration % self.config.occupancy_every == self.config.occupancy_every - 1
-        if looks_at_space or iteration % 10 == 0 or iteration == self.config.iterations - 1:
+        looks_at_space = self.looks_at_space(iteration)
+        if looks_at_space or iteration == self.config.iterations - 1:
             self.optimization.check_losses()
 
         # Where nothing is, nothing needs to be looked at.
@@ -192,6 +192,10 @@ class Distillation:
             self.occupancy.update(self.field, self.generator)
             self.fit_buffer()
         return loss
+
+    def looks_at_space(self, iteration: int) -> bool:
+        """Whether an iteration ends with a look at where space is empty."""
+        return (iteration + 1) % self.config.occupancy_every == 0
 
     def input_loss(self, batch: InputPixels) -> Tensor:
         """Pixels of input views against their photographs: color, silhouette, opacity, exposures."""
@@ -281,10 +285,13 @@ class Distillation:
 
         query = self.choose_query(iteration)
         rays = self.draw_rays(self.prior.viewpoints[query.view], query.lattice)
-        row = rays.o.new_tensor(query.lattice.row)
-        column = rays.o.new_tensor(query.lattice.column)
-        weight = rays.o.new_tensor(fusion_weight(query.noise_level))
-        return DenoisedView(rays, row, column, self.denoised[place:place + 1], weight)
+        x_hat = self.denoised[place:place + 1]
+
+        # Filled, not copied, for a copy waits until a GPU has done all before it.
+        row = rays.o.new_full((), query.lattice.row)
+        column = rays.o.new_full((), query.lattice.column)
+        weight = rays.o.new_full((), fusion_weight(query.noise_level))
+        return DenoisedView(rays, row, column, x_hat, weight)
 
     def choose_query(self, iteration: int) -> Query:
         """What an iteration looks at from where nobody took a photograph."""
@@ -307,10 +314,10 @@ class Distillation:
             color = self.optimization.ask(self.color, rays)
             images.append(self.full_image(color, query.lattice.row, query.lattice.column))
 
-        views = [query.view for query in queries]
+        features = torch.stack([self.prior.condition.features[query.view] for query in queries])
         noise_levels = [query.noise_level for query in queries]
-        self.denoised = self.prior.model.denoise(torch.cat(images), self.prior.condition.features[views], noise_levels,
-                                                 self.generator, self.config.sampler)
+        self.denoised = self.prior.model.denoise(torch.cat(images), features, noise_levels, self.generator,
+                                                 self.config.sampler)
         self.denoised_from = first
 
     # ------------------------------------------------------------------ rendering
@@ -388,7 +395,7 @@ class Distillation:
             self.seconds += time.monotonic() - began
 
             # Now and then: how it goes, and something to go on from.
-            if iteration % 10 == 0:
+            if self.looks_at_space(iteration):
                 psnr = -10 * math.log10(float(self.input_error) + 1e-10)
                 progress.note = f"loss {float(loss):.4f}, input view {psnr:.1f} dB"
             if save is not None and time.monotonic() - saved > SAVE_SECONDS:

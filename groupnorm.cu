@@ -1,4 +1,5 @@
-// Group normalization (Wu and He 2018), a modulation and SiLU in one pass, and the gradient in the map: CUDA kernels.
+// Group normalization (Wu and He 2018), a modulation and SiLU in one pass, and the gradient in the map; the sum of a
+// residual block: CUDA kernels.
 //
 // `groupnorm.py` compiles this file at run time; its plain torch is the same arithmetic and the reference for this one.
 //
@@ -7,7 +8,8 @@
 // are columns of VECTOR neighboring channels, which lie in one group, times rows of pixels.
 //
 // A first kernel sums over every chunk, a second one adds up the chunks and writes. Sums are in float32 and always in
-// the same order, so that results repeat bit by bit.
+// the same order, so that results repeat bit by bit. A map may still lack the bias of the convolution that made it: then
+// `offset` (C) is added whenever it is read. Pointers to what there is not are null.
 //
 // Letters: B images, P pixels, C channels, G groups, K chunks an image.
 
@@ -43,7 +45,7 @@ struct Place {
     long long base;  // of the image, in Packs
 };
 
-__device__ Place find_place(int pixels, int groups)
+__device__ Place find_place(int pixels)
 {
     Place place;
     int chunk = (pixels + gridDim.x - 1) / gridDim.x;
@@ -106,30 +108,35 @@ __device__ float2 read_means(const float* sums, float2* shared, int chunks, int 
     return make_float2(total.x / count, total.y / count);
 }
 
+// VECTOR numbers of a row, or zeros where there is none.
+__device__ void read_row(const Pack* row, int column, float* values)
+{
+    for (int i = 0; i < VECTOR; i++)
+        values[i] = row ? to_float(row[column].value[i]) : 0.0f;
+}
+
 // What is known of a thread's channels before their pixels are read.
 struct Layer {
-    float count;         // of the numbers in a group
-    float mean;
+    float count;           // of the numbers in a group
+    float center[VECTOR];  // the mean, less what is still to be added to x
     float inverse_std;
     float gain[VECTOR];
     float bias[VECTOR];
 };
 
-__device__ Layer find_layer(const Place& place, const float* sums, float2* shared, const Pack* gain, const Pack* bias,
-                            int pixels, int groups, int chunks, double eps)
+__device__ Layer find_layer(const Place& place, const float* sums, float2* shared, const Pack* offset, const Pack* gain,
+                            const Pack* bias, int pixels, int groups, int chunks, double eps)
 {
     Layer layer;
     layer.count = (float)pixels * VECTOR * (place.columns / groups);
     float2 means = read_means(sums, shared, chunks, groups, layer.count);
-    layer.mean = means.x;
     layer.inverse_std = rsqrtf(fmaxf(means.y - means.x * means.x, 0.0f) + (float)eps);
 
-    Pack gains = gain[place.column];
-    Pack biases = bias[place.column];
-    for (int i = 0; i < VECTOR; i++) {
-        layer.gain[i] = to_float(gains.value[i]);
-        layer.bias[i] = to_float(biases.value[i]);
-    }
+    read_row(gain, place.column, layer.gain);
+    read_row(bias, place.column, layer.bias);
+    read_row(offset, place.column, layer.center);
+    for (int i = 0; i < VECTOR; i++)
+        layer.center[i] = means.x - layer.center[i];
     return layer;
 }
 
@@ -137,15 +144,18 @@ __device__ Layer find_layer(const Place& place, const float* sums, float2* share
 // ------------------------------------------------------------------------------------------ the normalization
 
 // Sum x and x^2 over chunks: sums (B, K, G, 2).
-extern "C" __global__ void moments(const Pack* x, float* sums, int pixels, int groups)
+extern "C" __global__ void moments(const Pack* x, const Pack* offset, float* sums, int pixels, int groups)
 {
     extern __shared__ float2 shared[];
-    Place place = find_place(pixels, groups);
+    Place place = find_place(pixels);
+    float offsets[VECTOR];
+    read_row(offset, place.column, offsets);
+
     float2 sum = make_float2(0, 0);
     for (int pixel = place.first; pixel < place.end; pixel += blockDim.y) {
         Pack pack = x[place.base + (long long)pixel * place.columns + place.column];
         for (int i = 0; i < VECTOR; i++) {
-            float value = to_float(pack.value[i]);
+            float value = to_float(pack.value[i]) + offsets[i];
             sum.x += value;
             sum.y += value * value;
         }
@@ -154,28 +164,28 @@ extern "C" __global__ void moments(const Pack* x, float* sums, int pixels, int g
 }
 
 // y = act(normalized x * gain + bias), then with a modulation (B, 2 C) by (1 + its first half) and the other half.
-extern "C" __global__ void apply(const Pack* x, const float* sums, const Pack* gain, const Pack* bias,
-                                 const Pack* modulation, Pack* y, int modulated, int silu, int pixels, int groups,
+extern "C" __global__ void apply(const Pack* x, const Pack* offset, const float* sums, const Pack* gain,
+                                 const Pack* bias, const Pack* modulation, Pack* y, int silu, int pixels, int groups,
                                  int chunks, double eps)
 {
     extern __shared__ float2 shared[];
-    Place place = find_place(pixels, groups);
-    Layer layer = find_layer(place, sums, shared, gain, bias, pixels, groups, chunks, eps);
+    Place place = find_place(pixels);
+    Layer layer = find_layer(place, sums, shared, offset, gain, bias, pixels, groups, chunks, eps);
 
     // All that happens to a channel is one factor and one summand.
     float factor[VECTOR], summand[VECTOR];
     for (int i = 0; i < VECTOR; i++) {
         factor[i] = layer.inverse_std * layer.gain[i];
-        summand[i] = layer.bias[i] - layer.mean * factor[i];
+        summand[i] = layer.bias[i] - layer.center[i] * factor[i];
     }
-    if (modulated) {
-        long long row = (long long)blockIdx.y * 2 * place.columns;
-        Pack scales = modulation[row + place.column];
-        Pack shifts = modulation[row + place.columns + place.column];
+    if (modulation) {
+        float scale[VECTOR], shift[VECTOR];
+        const Pack* row = modulation + (long long)blockIdx.y * 2 * place.columns;
+        read_row(row, place.column, scale);
+        read_row(row, place.columns + place.column, shift);
         for (int i = 0; i < VECTOR; i++) {
-            float scale = 1.0f + to_float(scales.value[i]);
-            factor[i] *= scale;
-            summand[i] = summand[i] * scale + to_float(shifts.value[i]);
+            factor[i] *= 1.0f + scale[i];
+            summand[i] = summand[i] * (1.0f + scale[i]) + shift[i];
         }
     }
 
@@ -196,7 +206,7 @@ extern "C" __global__ void apply(const Pack* x, const float* sums, const Pack* g
 // The normalized x of a channel and the gradient in it, from the gradient in y; without a modulation.
 __device__ float2 normalized_and_gradient(const Layer& layer, int i, unsigned short x, unsigned short grad, int silu)
 {
-    float normalized = (to_float(x) - layer.mean) * layer.inverse_std;
+    float normalized = (to_float(x) - layer.center[i]) * layer.inverse_std;
     float slope = 1.0f;
     if (silu) {
         float value = normalized * layer.gain[i] + layer.bias[i];
@@ -207,13 +217,13 @@ __device__ float2 normalized_and_gradient(const Layer& layer, int i, unsigned sh
 }
 
 // Sum the gradient in the normalized x, and its product with it, over chunks: grad_sums (B, K, G, 2).
-extern "C" __global__ void gradient_moments(const Pack* x, const float* sums, const Pack* gain, const Pack* bias,
-                                            const Pack* grad, float* grad_sums, int silu, int pixels, int groups,
-                                            int chunks, double eps)
+extern "C" __global__ void gradient_moments(const Pack* x, const Pack* offset, const float* sums, const Pack* gain,
+                                            const Pack* bias, const Pack* grad, float* grad_sums, int silu, int pixels,
+                                            int groups, int chunks, double eps)
 {
     extern __shared__ float2 shared[];
-    Place place = find_place(pixels, groups);
-    Layer layer = find_layer(place, sums, shared, gain, bias, pixels, groups, chunks, eps);
+    Place place = find_place(pixels);
+    Layer layer = find_layer(place, sums, shared, offset, gain, bias, pixels, groups, chunks, eps);
 
     float2 sum = make_float2(0, 0);
     for (int pixel = place.first; pixel < place.end; pixel += blockDim.y) {
@@ -231,13 +241,13 @@ extern "C" __global__ void gradient_moments(const Pack* x, const float* sums, co
 }
 
 // The gradient in x: that in the normalized x, less its mean and its share along it, over the standard deviation.
-extern "C" __global__ void gradient_apply(const Pack* x, const float* sums, const Pack* gain, const Pack* bias,
-                                          const Pack* grad, const float* grad_sums, Pack* grad_x, int silu, int pixels,
-                                          int groups, int chunks, double eps)
+extern "C" __global__ void gradient_apply(const Pack* x, const Pack* offset, const float* sums, const Pack* gain,
+                                          const Pack* bias, const Pack* grad, const float* grad_sums, Pack* grad_x,
+                                          int silu, int pixels, int groups, int chunks, double eps)
 {
     extern __shared__ float2 shared[];
-    Place place = find_place(pixels, groups);
-    Layer layer = find_layer(place, sums, shared, gain, bias, pixels, groups, chunks, eps);
+    Place place = find_place(pixels);
+    Layer layer = find_layer(place, sums, shared, offset, gain, bias, pixels, groups, chunks, eps);
     float2 means = read_means(grad_sums, shared, chunks, groups, layer.count);
 
     for (int pixel = place.first; pixel < place.end; pixel += blockDim.y) {
@@ -249,5 +259,33 @@ extern "C" __global__ void gradient_apply(const Pack* x, const float* sums, cons
             out.value[i] = to_half(layer.inverse_std * (both.y - means.x - both.x * means.y));
         }
         grad_x[at] = out;
+    }
+}
+
+
+// ------------------------------------------------------------------------------------------ the sum of a residual block
+
+// y = a + b * gate (B, C), where either map may still lack its offset.
+extern "C" __global__ void add(const Pack* a, const Pack* a_offset, const Pack* b, const Pack* b_offset,
+                               const Pack* gate, Pack* y, int pixels)
+{
+    // What every pixel gets.
+    Place place = find_place(pixels);
+    float summand[VECTOR], b_offsets[VECTOR], factor[VECTOR];
+    read_row(a_offset, place.column, summand);
+    read_row(b_offset, place.column, b_offsets);
+    read_row(gate, blockIdx.y * place.columns + place.column, factor);
+    for (int i = 0; i < VECTOR; i++) {
+        factor[i] = gate ? factor[i] : 1.0f;
+        summand[i] += b_offsets[i] * factor[i];
+    }
+
+    for (int pixel = place.first; pixel < place.end; pixel += blockDim.y) {
+        long long at = place.base + (long long)pixel * place.columns + place.column;
+        Pack sum = a[at];
+        Pack other = b[at];
+        for (int i = 0; i < VECTOR; i++)
+            sum.value[i] = to_half(to_float(sum.value[i]) + to_float(other.value[i]) * factor[i] + summand[i]);
+        y[at] = sum;
     }
 }

@@ -187,7 +187,7 @@ class Field(nn.Module):
         features = self.encoding(x)
         with torch.autocast("cuda", torch.bfloat16, enabled=rounded, cache_enabled=False):
             hidden = self.mlp[:-1](features)
-            logits = self.mlp[-1](hidden).to(features)
+            logits = _linear_by_eights(hidden, self.mlp[-1]).to(features)
             color = logits[:, 1:]
             if self.view_mlp is not None and directions is not None:
                 harmonics = spherical_harmonics(directions, self.config.view_degree)
@@ -208,6 +208,18 @@ class Field(nn.Module):
 def _has_bfloat16(device: torch.device) -> bool:
     """Whether a GPU multiplies matrices of bfloat16 itself; those before compute capability 8.0 imitate it, slowly."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _linear_by_eights(x: Tensor, layer: nn.Linear) -> Tensor:
+    """A linear layer (N, C) -> (N, 4). On a GPU it has outputs that nobody asks for, up to eight: 16 bytes a row, which
+    multiplying in half precision takes a third of the time with.
+    """
+    if not x.is_cuda:
+        return layer(x)
+    missing = -layer.out_features % 8
+    weight = F.pad(layer.weight, (0, 0, 0, missing))
+    bias = F.pad(layer.bias, (0, missing))
+    return F.linear(x, weight, bias)[:, :layer.out_features]
 
 
 def _linear(fan_in: int, fan_out: int, generator: torch.Generator | None) -> nn.Linear:

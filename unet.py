@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from groupnorm import group_norm
+from groupnorm import Convolved, add, convolve, group_norm
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class TransformerBlock(nn.Module):
 
 
 class GlobalContext(nn.Module):
-    """A gate from the whole map (Cao et al. 2019): (B, C, H, W) -> a factor in [0, 1] for a channel, (B, C, 1, 1)."""
+    """A gate from the whole map (Cao et al. 2019): (B, C, H, W) -> a factor in [0, 1] for a channel, (B, C)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -178,14 +178,17 @@ class GlobalContext(nn.Module):
         widen = nn.Conv2d(channels // 2, channels, 1)
         self.net = nn.Sequential(narrow, nn.SiLU(), widen, nn.Sigmoid())
 
-    def forward(self, x: Tensor) -> Tensor:
-        weights = self.key(x).flatten(2).softmax(dim=-1)                      # (B, 1, N)
-        pooled = torch.einsum("bcn,bin->bc", x.flatten(2), weights)
+    def forward(self, x: Convolved) -> Tensor:
+        # What is added to all keys alike does not change the weights, and what is added to the map, not more than it.
+        weights = F.conv2d(x.map, self.key.weight).flatten(2).softmax(dim=-1)  # (B, 1, N)
+        pooled = torch.einsum("bcn,bin->bc", x.map.flatten(2), weights)
+        if x.bias is not None:
+            pooled = pooled + x.bias
 
         # As linear layers, which add their bias as they go; convolutions of a single pixel do not.
         narrow, activation, widen, gate = self.net
         hidden = activation(F.linear(pooled, narrow.weight.flatten(1), narrow.bias))
-        return gate(F.linear(hidden, widen.weight.flatten(1), widen.bias))[..., None, None]
+        return gate(F.linear(hidden, widen.weight.flatten(1), widen.bias))
 
 
 class ResBlock(nn.Module):
@@ -209,15 +212,15 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
         # First half, and a look at the time tokens.
-        h = self.conv1(group_norm(x, self.norm1))
+        h = convolve(group_norm(x, self.norm1), self.conv1)
         if self.cross_attention is not None:
-            h = h + to_map(self.cross_attention(to_tokens(h), tokens), h)
+            seen = h.complete()
+            h = Convolved(seen + to_map(self.cross_attention(to_tokens(seen), tokens), seen))
 
         # Second half: the time becomes a scale and a shift a channel. Then the gate.
-        h = self.conv2(group_norm(h, self.norm2, modulation=self.time(t)))
-        if self.gate is None:
-            return h + self.shortcut(x)
-        return torch.addcmul(self.shortcut(x), h, self.gate(h))
+        h = convolve(group_norm(h, self.norm2, modulation=self.time(t)), self.conv2)
+        gate = None if self.gate is None else self.gate(h)
+        return add(convolve(x, self.shortcut), h, gate)
 
 
 class ParallelConv(nn.Module):
@@ -233,6 +236,18 @@ class ParallelConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv3(x) + self.conv1(x)
+
+
+class PixelShuffle(nn.Module):
+    """Channels become pixels (Shi et al. 2016), as by `nn.PixelShuffle(2)`: (B, 4 C, H, W) -> (B, C, 2 H, 2 W).
+
+    A map whose channels are last in memory stays so on a GPU, too, where torch's would be reordered by all that follow.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1).unflatten(-1, (-1, 2, 2))                   # (B, H, W, C, 2, 2)
+        x = x.permute(0, 1, 4, 2, 5, 3)                                       # (B, H, 2, W, 2, C)
+        return x.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 class UNetStage(nn.Module):
@@ -283,7 +298,7 @@ def up_stage(config: UNetConfig, i: int) -> UNetStage:
     # Twice the resolution, channels becoming pixels (Shi et al. 2016). The finest stage keeps its resolution, but draws
     # the layer, so that a seed gives the weights that it always gave.
     widen = nn.Conv2d(c_in, 4 * c_out, 1)
-    resize = nn.Sequential(widen, nn.SiLU(), nn.PixelShuffle(2))
+    resize = nn.Sequential(widen, nn.SiLU(), PixelShuffle())
     if i == 0:
         resize = nn.Identity()
     return UNetStage(c_in, config, config.attention[i], resize, c_skip=c_out)

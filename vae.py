@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphs import Graphed, half_copy
-from groupnorm import group_norm
+from groupnorm import add, convolve, group_norm
 
 AT_ONCE = 4  # pictures that a GPU encodes or decodes at once: more are no faster, and the largest maps take memory
 
@@ -58,9 +58,9 @@ class VAEBlock(nn.Module):
         self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(group_norm(x, self.norm1))
-        h = self.conv2(group_norm(h, self.norm2))
-        return self.shortcut(x) + h
+        h = convolve(group_norm(x, self.norm1), self.conv1)
+        h = convolve(group_norm(h, self.norm2), self.conv2)
+        return add(convolve(x, self.shortcut), h)
 
 
 class VAEAttention(nn.Module):

@@ -219,7 +219,7 @@ def _integrate(field: Field, rays_o: Tensor, rays_d: Tensor, near: Tensor, far: 
     # Integration along the rays.
     density, color = evaluate_samples(field, rays_o, rays_d, t, occupancy, buffer)
     weights = compositing_weights(density, t, stratum)
-    color = torch.einsum("rd,rdc->rc", weights, color)
+    color = (weights[..., None] * color).sum(1)
     depth = (weights * t.clamp(near, far)).sum(-1)
     return Rendering(color, weights.sum(-1), depth)
 

@@ -7,6 +7,7 @@ from torch import nn
 import groupnorm
 import kernels
 import parity
+import unet
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -40,11 +41,38 @@ def test_definition(noise, silu, modulated, grad):
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_sum_of_a_residual_block(noise, gated):
+    shortcut, layer = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 3, padding=1)
+    x, gate = noise(2, 3, 5, 5)(), noise(2, 4, seed=1)() if gated else None
+    y = groupnorm.add(groupnorm.convolve(x, shortcut), groupnorm.convolve(x, layer), gate)
+    factor = 1 if gate is None else gate[..., None, None]
+    parity.assert_close(y, shortcut(x) + layer(x) * factor, atol=1e-6)
+    assert torch.equal(groupnorm.convolve(x, nn.Identity()).complete(), x)
+
+
+def test_a_bias_may_wait(noise):
+    """Whoever reads a convolution's map adds it, and every number comes out as with a bias at once."""
+    norm, x, bias, gate = random_norm(2, 6), noise(3, 6, 4, 5)(), noise(6, seed=1)(), noise(3, 6, seed=2)()
+    waiting, complete = groupnorm.Convolved(x, bias), groupnorm.Convolved(x + bias[:, None, None])
+    parity.assert_close(waiting.complete(), complete.map, atol=0)
+    for silu in (True, False):
+        parity.assert_close(groupnorm.group_norm(waiting, norm, silu), groupnorm.group_norm(complete, norm, silu),
+                            atol=0)
+    parity.assert_close(groupnorm.add(waiting, waiting, gate), groupnorm.add(complete, complete, gate), atol=0)
+    context = unet.GlobalContext(6)
+    parity.assert_close(context(waiting), context(complete), atol=1e-6)
+
+
 def test_kernels_are_for_half_precision_on_a_gpu(monkeypatch, noise):
     monkeypatch.setattr(groupnorm, "_compile", lambda *_: pytest.fail("a kernel for a CPU"))
     norm = random_norm(2, 8)
     groupnorm.group_norm(noise(1, 8, 2, 2)(), norm)
     groupnorm.group_norm(noise(1, 8, 2, 2)().half(), norm.half())
+    layer, x = nn.Conv2d(8, 8, 3).half(), noise(1, 8, 4, 4)().half()
+    convolved = groupnorm.convolve(x, layer)
+    assert convolved.bias is None
+    groupnorm.add(convolved, convolved)
 
 
 @pytest.mark.parametrize("groups, channels, vector", [(8, 2048, 8), (32, 128, 4), (8, 96, 4), (8, 24, 1), (4, 8, 2)])
@@ -74,13 +102,54 @@ def test_kernels_against_plain_torch(noise, groups, channels, side, batch, silu)
     x = (2 * noise(batch, channels, side, side)() + 0.7).half().cuda().contiguous(memory_format=torch.channels_last)
     modulation = noise(batch, 2 * channels, seed=1)().half().cuda()
     assert groupnorm._kernels_for(x, half) is not None
+    offset = noise(channels, seed=3)().half().cuda()
     for factors in (None, modulation):
-        y = groupnorm.group_norm(x, half, silu, factors)
-        exact = groupnorm.group_norm(x.float(), full, silu, None if factors is None else factors.float())
-        parity.assert_close(y, exact.cpu(), std=1e-3, rtol=1e-3)
-        assert torch.equal(y, groupnorm.group_norm(x, half, silu, factors))
+        for bias in (None, offset):
+            given = groupnorm.Convolved(x, bias)
+            y = groupnorm.group_norm(given, half, silu, factors)
+            given = groupnorm.Convolved(x.float(), None if bias is None else bias.float())
+            exact = groupnorm.group_norm(given, full, silu, None if factors is None else factors.float())
+            parity.assert_close(y, exact.cpu(), std=1e-3, rtol=1e-3)
+            assert torch.equal(y, groupnorm.group_norm(groupnorm.Convolved(x, bias), half, silu, factors))
+
+    # The gradient, of a map that lacks its bias.
     grad = noise(batch, channels, side, side, seed=2)().cuda()
     x_half, x_full = x.clone().requires_grad_(), x.float().requires_grad_()
-    groupnorm.group_norm(x_half, half, silu).backward(grad.half())
-    groupnorm.group_norm(x_full, full, silu).backward(grad.half().float())
+    groupnorm.group_norm(groupnorm.Convolved(x_half, offset), half, silu).backward(grad.half())
+    groupnorm.group_norm(groupnorm.Convolved(x_full, offset.float()), full, silu).backward(grad.half().float())
     parity.assert_close(x_half.grad, x_full.grad.cpu(), std=2e-3, rtol=2e-3)
+
+
+@CUDA
+@pytest.mark.parametrize("channels, side, batch", [(256, 32, 1), (2048, 4, 3), (128, 64, 2), (24, 33, 2), (4, 5, 3)])
+@pytest.mark.parametrize("gated", [True, False])
+def test_sum_by_kernel(noise, channels, side, batch, gated):
+    draws = [noise(batch, channels, side, side, seed=seed)().half().cuda() for seed in (0, 1, 2)]
+    a, b, grad = (x.contiguous(memory_format=torch.channels_last) for x in draws)
+    a_bias, b_bias = (noise(channels, seed=seed)().half().cuda() for seed in (3, 4))
+    gate = noise(batch, channels, seed=5)().half().cuda() if gated else None
+    for bias in (None, a_bias):
+        exact = a.float() + (b.float() + b_bias.float()[:, None, None]) * (gate[..., None, None].float() if gated else 1)
+        exact = exact if bias is None else exact + bias.float()[:, None, None]
+        y = groupnorm.add(groupnorm.Convolved(a, bias), groupnorm.Convolved(b, b_bias), gate)
+        parity.assert_close(y, exact.cpu(), std=1e-3, rtol=1e-3)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
+    # Its gradient is that of both maps.
+    a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
+    y = groupnorm.add(groupnorm.Convolved(a), groupnorm.Convolved(b, b_bias), gate)
+    if gated:
+        with pytest.raises(NotImplementedError):
+            y.backward(grad)
+        return
+    y.backward(grad)
+    assert torch.equal(a.grad, grad) and torch.equal(b.grad, grad)
+
+
+@CUDA
+def test_the_bias_of_a_convolution_waits(noise):
+    layer = nn.Conv2d(8, 16, 3, stride=2, padding=1).half().cuda().requires_grad_(False)
+    x = noise(2, 8, 9, 9)().half().cuda()
+    convolved = groupnorm.convolve(x, layer)
+    assert convolved.bias is layer.bias
+    parity.assert_close(convolved.complete(), layer(x).cpu().float(), std=2e-3, rtol=2e-3)

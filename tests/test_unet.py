@@ -145,3 +145,11 @@ def test_half_precision_copy_is_close_and_leaves_the_network_alone(small):
     out = half.predict(f["in_x"], cosine_log_snr(f["in_t"]), half.embed_features(f["in_cond"])).float()
     parity.assert_close(out, f["out_eps"], std=0.02)
     assert (out - f["out_eps"]).pow(2).mean().sqrt() < 0.003 * f["out_eps"].std()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pixel_shuffle_is_torchs_and_ends_with_channels_last(noise, layout):
+    x = noise(2, 12, 3, 5)().contiguous(memory_format=layout)
+    y = unet.PixelShuffle()(x)
+    assert torch.equal(y, torch.nn.PixelShuffle(2)(x))
+    assert y.is_contiguous(memory_format=torch.channels_last)
