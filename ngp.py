@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import mlp
 from cameras import Cameras
 from hashgrid import HashGrid
 from runtime import rand
@@ -182,16 +183,16 @@ class Field(nn.Module):
         With the directions (N, 3) that the points are seen in, the color is as seen in them; without, it is what the
         field says of all directions. In training mode a GPU rounds the network's numbers to bfloat16.
         """
-        # While it learns on a GPU, the network may round: to bfloat16, for gradients are too small for float16.
+        # While it learns on a GPU, the network may round.
         rounded = self.training and x.is_cuda and _has_bfloat16(x.device)
         features = self.encoding(x)
-        with torch.autocast("cuda", torch.bfloat16, enabled=rounded, cache_enabled=False):
-            hidden = self.mlp[:-1](features)
-            logits = _linear_by_eights(hidden, self.mlp[-1]).to(features)
-            color = logits[:, 1:]
-            if self.view_mlp is not None and directions is not None:
-                harmonics = spherical_harmonics(directions, self.config.view_degree)
-                color = color + self.view_mlp(torch.cat([hidden, harmonics], -1)).to(features)
+        hidden = mlp.run(self.mlp[:-1], features, rounded)
+        logits = mlp.run(self.mlp[-1:], hidden, rounded).to(features)
+        color = logits[:, 1:]
+        if self.view_mlp is not None and directions is not None:
+            harmonics = spherical_harmonics(directions, self.config.view_degree)
+            seen = torch.cat([hidden, harmonics.to(hidden)], -1)
+            color = color + mlp.run(self.view_mlp, seen, rounded).to(features)
         density = _TruncatedExp.apply(logits[:, 0] + self.blob(x))
         return density, torch.sigmoid(color)
 
@@ -208,18 +209,6 @@ class Field(nn.Module):
 def _has_bfloat16(device: torch.device) -> bool:
     """Whether a GPU multiplies matrices of bfloat16 itself; those before compute capability 8.0 imitate it, slowly."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def _linear_by_eights(x: Tensor, layer: nn.Linear) -> Tensor:
-    """A linear layer (N, C) -> (N, 4). On a GPU it has outputs that nobody asks for, up to eight: 16 bytes a row, which
-    multiplying in half precision takes a third of the time with.
-    """
-    if not x.is_cuda:
-        return layer(x)
-    missing = -layer.out_features % 8
-    weight = F.pad(layer.weight, (0, 0, 0, missing))
-    bias = F.pad(layer.bias, (0, missing))
-    return F.linear(x, weight, bias)[:, :layer.out_features]
 
 
 def _linear(fan_in: int, fan_out: int, generator: torch.Generator | None) -> nn.Linear:

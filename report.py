@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 import files
+from runtime import map_threads
 from scenes import Scene, evenly_spaced, open_picture
 
 # Methods in the order of every table: short name -> what readers see.
@@ -45,6 +46,11 @@ def to_image(x: Tensor) -> Image.Image:
     """(3, H, W) in [0, 1] -> a picture."""
     pixels = (x.clamp(0, 1) * 255).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def to_palette(x: Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] -> a picture of the 256 colors that suit it best."""
+    return to_image(x).convert("P", palette=Image.Palette.ADAPTIVE)
 
 
 def comparison(scene: Scene, inputs: list[int], targets: list[int], pictures: dict[str, Views],
@@ -109,7 +115,8 @@ def add_preview(path: Path, image: Tensor) -> None:
 
 def save_animation(images: Tensor, path: Path, milliseconds: int = 80) -> None:
     """Write pictures (T, 3, H, W) in [0, 1] as an endless GIF."""
-    frames = [to_image(x) for x in images]
+    # Choosing 256 colors for a frame takes the time.
+    frames = map_threads(to_palette, images.cpu())
     with files.write_atomically(path) as temporary:
         frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 
@@ -124,11 +131,11 @@ def save_views(pictures: dict[str, Views], truth: Tensor, names: list[str], fold
             old.unlink()
 
     # A frame is called what its data say, a file is not.
-    for i, frame in enumerate(names):
-        name = files.safe_name(frame)
-        save_picture(to_image(truth[i]), folder / f"{name}_truth.png")
-        for method, views in pictures.items():
-            save_picture(to_image(views.images[i]), folder / f"{name}_{method}.png")
+    jobs = []
+    for method, images in [("truth", truth), *((method, views.images) for method, views in pictures.items())]:
+        for frame, image in zip(names, images.cpu()):
+            jobs.append((image, folder / f"{files.safe_name(frame)}_{method}.png"))
+    map_threads(lambda job: save_picture(to_image(job[0]), job[1]), jobs)
 
 
 # ---------------------------------------------------------------------------------------------- tables

@@ -25,7 +25,7 @@ from cameras import Cameras, pixel_grid
 from ngp import Field, FieldConfig, Occupancy, cube
 from runtime import rand
 
-CHUNK = {"cpu": 2**11, "cuda": 2**15}  # rays of a picture that are followed at once
+CHUNK = {"cpu": 2**11, "cuda": 2**13}  # rays of a picture that are followed at once
 
 
 class Rendering(NamedTuple):

@@ -31,7 +31,7 @@ def test_fewer_iterations_shorten_the_bootstrap_only_where_they_must():
 def test_the_paper_preset_has_the_released_numbers():
     paper = settings.PRESETS["paper"]
     assert (paper.iterations, paper.bootstrap, paper.render_size) == (3000, 1001, 128)
-    released = replace(DistillConfig(), denoise_batch=16, field=replace(ngp.PAPER, samples_per_ray=128,
+    released = replace(DistillConfig(), denoise_batch=32, field=replace(ngp.PAPER, samples_per_ray=128,
                                                                         importance_samples=0))
     assert paper == released
     assert (paper.betas, paper.eps, paper.final_lr_fraction) == ((0.9, 0.999), 1e-8, 1)
