@@ -27,7 +27,7 @@ def compile_kernels(source: Path, names: tuple[str, ...], options: list[str], de
         with torch.cuda.device(device), without_toolkit():
             first = torch.cuda._compile_kernel(text, names[0], nvcc_options=options)
 
-            # What was compiled is the whole file: once more for each of the others would take a second each.
+            # What was compiled is the whole file: each of the others would take as long once more.
             module = torch.cuda._utils._CudaModule(first.module)
             return [getattr(module, name) for name in names]
 

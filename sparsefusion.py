@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parent
 SHIPPED = ROOT / "sample" / "nano.pt"
 
 # Bytes of the tokens that go through the EFT at once, in float32: what fits a CPU's caches, what fills a GPU.
-EFT_BYTES = {"cpu": 2**21, "cuda": 2**28}
+EFT_BYTES = {"cpu": 2**21, "cuda": 2**29}
 
 
 # ---------------------------------------------------------------------------------------------- presets

@@ -179,8 +179,9 @@ class GlobalContext(nn.Module):
         self.net = nn.Sequential(narrow, nn.SiLU(), widen, nn.Sigmoid())
 
     def forward(self, x: Convolved) -> Tensor:
-        # What is added to all keys alike does not change the weights, and what is added to the map, not more than it.
-        weights = F.conv2d(x.map, self.key.weight).flatten(2).softmax(dim=-1)  # (B, 1, N)
+        # A bias that is added to all keys alike does not change the weights, so it may wait for ever. That of the map
+        # is added to its mean.
+        weights = convolve(x.map, self.key).map.flatten(2).softmax(dim=-1)    # (B, 1, N)
         pooled = torch.einsum("bcn,bin->bc", x.map.flatten(2), weights)
         if x.bias is not None:
             pooled = pooled + x.bias

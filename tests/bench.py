@@ -155,7 +155,7 @@ def denoiser(device: torch.device) -> Iterator[Part]:
         model = sparsefusion.SparseFusion(sparsefusion.PRESETS[name])
     torch.nn.init.normal_(model.vldm.unet.final_conv.weight, std=0.02)
     model = sparsefusion.ready(model, device)
-    for batch in (1, 8, 16) if device.type == "cuda" else (1, 4):
+    for batch in (1, 8, 16, 32) if device.type == "cuda" else (1, 4):
         yield from _denoiser_of(model, batch, device)
 
 
