@@ -44,6 +44,7 @@ from sparsefusion import Condition, SparseFusion
 from volume import SampleBuffer
 
 SAVE_SECONDS = 60  # between two checkpoints of a running distillation
+LOOK_EVERY = 16    # iterations, at most, between two looks at the losses
 
 
 # ---------------------------------------------------------------------------------------------- the algorithm
@@ -165,7 +166,7 @@ class Distillation:
         """One iteration (Sec. 3.2 and supplement): an update from an input view, then one from a query view. Returns
         the last loss.
 
-        Raises `FloatingPointError` where a loss was not finite, in this iteration or in one of the last few.
+        Raises `FloatingPointError` where a loss was not finite, in this iteration or since losses were last looked at.
         """
         # Everything random in an iteration follows from the seed and its number, so a resumed run goes on as it would
         # have.
@@ -182,20 +183,21 @@ class Distillation:
             denoised = self.draw_denoised(iteration)
             loss = self.optimization.update("query", iteration, self.distillation_loss, denoised)
 
-        # To look at a loss is to wait for the GPU, so it happens where that is done anyway.
-        looks_at_space = self.looks_at_space(iteration)
-        if looks_at_space or iteration == self.config.iterations - 1:
+        # To look at a loss is to wait for the GPU.
+        if self.waits(iteration) or iteration == self.config.iterations - 1:
             self.optimization.check_losses()
 
         # Where nothing is, nothing needs to be looked at.
-        if looks_at_space:
+        if (iteration + 1) % self.config.occupancy_every == 0:
             self.occupancy.update(self.field, self.generator)
             self.fit_buffer()
         return loss
 
-    def looks_at_space(self, iteration: int) -> bool:
-        """Whether an iteration ends with a look at where space is empty."""
-        return (iteration + 1) % self.config.occupancy_every == 0
+    def waits(self, iteration: int) -> bool:
+        """Whether an iteration ends with a wait for the GPU: where space is looked at, which waits anyway, or before
+        that is too long ago.
+        """
+        return (iteration + 1) % min(self.config.occupancy_every, LOOK_EVERY) == 0
 
     def input_loss(self, batch: InputPixels) -> Tensor:
         """Pixels of input views against their photographs: color, silhouette, opacity, exposures."""
@@ -395,7 +397,7 @@ class Distillation:
             self.seconds += time.monotonic() - began
 
             # Now and then: how it goes, and something to go on from.
-            if self.looks_at_space(iteration):
+            if self.waits(iteration):
                 psnr = -10 * math.log10(float(self.input_error) + 1e-10)
                 progress.note = f"loss {float(loss):.4f}, input view {psnr:.1f} dB"
             if save is not None and time.monotonic() - saved > SAVE_SECONDS:

@@ -92,8 +92,8 @@ def read_tensors(path: str | Path, entry: str = "weights") -> dict:
 
 
 def fingerprint(path: str | Path) -> str:
-    """Sixteen hexadecimal digits that tell this file's content from any other's: SHA-256, of a large file that of its
-    pieces' digests.
+    """Sixteen hexadecimal digits that tell this file's content from any other's: SHA-256, of a file above 64 MiB that
+    of its pieces' digests.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
@@ -106,8 +106,9 @@ def _fingerprint(path: str, date: int, size: int) -> str:
     """Gigabytes are read once, as long as date and size stay, and by several threads."""
     with ThreadPoolExecutor() as threads:
         digests = list(threads.map(partial(_digest_of_piece, path), range(0, max(size, 1), PIECE)))
-    whole = digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digests)).digest()
-    return whole.hex()[:16]
+    if len(digests) == 1:
+        return digests[0].hex()[:16]
+    return hashlib.sha256(b"pieces" + b"".join(digests)).hexdigest()[:16]
 
 
 def _digest_of_piece(path: str, first: int) -> bytes:

@@ -8,8 +8,10 @@
 // are columns of VECTOR neighboring channels, which lie in one group, times rows of pixels.
 //
 // A first kernel sums over every chunk, a second one adds up the chunks and writes. Sums are in float32 and always in
-// the same order, so that results repeat bit by bit. A map may still lack the bias of the convolution that made it: then
-// `offset` (C) is added whenever it is read. Pointers to what there is not are null.
+// the same order, so that results repeat bit by bit.
+//
+// A map may still lack the bias of the convolution that made it: then `offset` (C) is added whenever it is read.
+// Pointers to what there is not are null.
 //
 // Letters: B images, P pixels, C channels, G groups, K chunks an image.
 
@@ -263,7 +265,7 @@ extern "C" __global__ void gradient_apply(const Pack* x, const Pack* offset, con
 }
 
 
-// ------------------------------------------------------------------------------------------ the sum of a residual block
+// ------------------------------------------------------------------------------------------ a residual block's sum
 
 // y = a + b * gate (B, C), where either map may still lack its offset.
 extern "C" __global__ void add(const Pack* a, const Pack* a_offset, const Pack* b, const Pack* b_offset,

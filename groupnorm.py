@@ -1,5 +1,5 @@
-"""Group normalization (Wu and He 2018) followed by a modulation and SiLU, and the sum at the end of a residual block, as
-VAE and UNet have them everywhere.
+"""Group normalization (Wu and He 2018) followed by a modulation and SiLU, and the sum at the end of a residual block,
+as VAE and UNet have them everywhere.
 
 Plain torch, on any device, is the reference. On a GPU in half precision the kernels of `groupnorm.cu` take its place:
 torch's own reorder a map whose channels are last in memory before and after, and its moments, the modulation and SiLU
@@ -27,6 +27,7 @@ SOURCE = Path(__file__).with_name("groupnorm.cu")
 THREADS = 256      # of a block, about
 BLOCKS = 528       # on the whole GPU, about: what keeps its processors busy
 MOST_CHUNKS = 128  # of an image, whose sums every block adds up
+MOST_COLUMNS = 1024  # of channels: a block has no more threads
 
 
 class Convolved(NamedTuple):
@@ -44,7 +45,7 @@ def convolve(x: Tensor, layer: nn.Conv2d | nn.Identity) -> Convolved:
     bias = getattr(layer, "bias", None)
     if bias is None or not _is_for_kernels(x, bias):
         return Convolved(layer(x))
-    return Convolved(F.conv2d(x, layer.weight, None, layer.stride, layer.padding), bias)
+    return Convolved(F.conv2d(x, layer.weight, None, layer.stride, layer.padding, layer.dilation, layer.groups), bias)
 
 
 def group_norm(x: Tensor | Convolved, norm: nn.GroupNorm, silu: bool = True,
@@ -55,7 +56,7 @@ def group_norm(x: Tensor | Convolved, norm: nn.GroupNorm, silu: bool = True,
     x alone, and only without a modulation.
     """
     x = x if isinstance(x, Convolved) else Convolved(x)
-    compiled = _kernels_for(x.map, norm)
+    compiled = _kernels_for(x.map, norm.weight, _vector(norm))
     if compiled is not None:
         return _NormByKernels.apply(x.map, x.bias, norm, silu, modulation, compiled)
 
@@ -72,10 +73,10 @@ def add(shortcut: Convolved, x: Convolved, gate: Tensor | None = None) -> Tensor
 
     On a GPU and in half precision it is differentiable in the maps alone, and only without a gate.
     """
-    if _is_for_kernels(shortcut.map, x.bias):
-        compiled = _compile(math.gcd(x.map.shape[1], 8), x.map.device.index)
-        if compiled is not None:
-            return _SumByKernel.apply(shortcut.map, shortcut.bias, x.map, x.bias, gate, compiled)
+    alike = shortcut.map.dtype == x.map.dtype and shortcut.map.shape == x.map.shape
+    compiled = _kernels_for(x.map, x.bias, math.gcd(x.map.shape[1], 8)) if alike else None
+    if compiled is not None:
+        return _SumByKernel.apply(shortcut.map, shortcut.bias, x.map, x.bias, gate, compiled)
 
     # Plain torch.
     if gate is None:
@@ -99,11 +100,11 @@ class Kernels(NamedTuple):
     add: Callable
 
 
-def _kernels_for(x: Tensor, norm: nn.GroupNorm) -> Kernels | None:
-    """The kernels for a map; None where plain torch serves."""
-    if not _is_for_kernels(x, norm.weight) or x.shape[1] // _vector(norm) > 1024:
+def _kernels_for(x: Tensor, weight: Tensor | None, vector: int) -> Kernels | None:
+    """The kernels for a map and a layer's weight, for columns of `vector` channels; None where plain torch serves."""
+    if not _is_for_kernels(x, weight) or x.shape[1] // vector > MOST_COLUMNS or len(x) == 0:
         return None
-    return _compile(_vector(norm), x.device.index)
+    return _compile(vector, x.device.index)
 
 
 def _vector(norm: nn.GroupNorm) -> int:

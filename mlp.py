@@ -1,8 +1,9 @@
-"""Small networks of linear layers and ReLU on millions of points, as a GPU learns them fast: in bfloat16.
+"""Small networks of linear layers and ReLU on millions of points, trained fast on a GPU: in bfloat16.
 
 There, reading and writing what is between two layers takes longer than the products. So the bias and ReLU are part of
-the product before them, the gradient of a bias is a product, too, and a result has as many numbers a row as make 16
-bytes. bfloat16 rather than float16, for gradients are too small for that. Elsewhere it is what `nn.Sequential` does.
+the product before them, the gradient of a bias is a product, too, and a layer's result has as many numbers a row as
+make 16 bytes. bfloat16 rather than float16, for gradients are too small for that. Elsewhere it is what `nn.Sequential`
+does.
 
 Letters: `N` points, `C` channels of a layer's input, `D` of its output.
 """
@@ -17,13 +18,15 @@ IN_16_BYTES = 8  # numbers of bfloat16
 
 
 def run(layers: nn.Sequential, x: Tensor, rounded: bool = False) -> Tensor:
-    """What linear layers and ReLUs make of points (N, C): (N, D). `rounded`: in bfloat16, and that is the result."""
+    """What linear layers make of points (N, C), with a ReLU between two and perhaps one behind the last: (N, D).
+
+    `rounded`: in bfloat16, and so is the result.
+    """
     if not rounded:
         return layers(x)
     x = x.bfloat16()
-    for layer, following in zip(layers, [*layers[1:], None]):
-        if isinstance(layer, nn.Linear):
-            x = rounded_linear(x, layer, isinstance(following, nn.ReLU))
+    for i in range(0, len(layers), 2):
+        x = rounded_linear(x, layers[i], relu=i + 1 < len(layers))
     return x
 
 
@@ -36,12 +39,20 @@ def rounded_linear(x: Tensor, layer: nn.Linear, relu: bool) -> Tensor:
     return _Linear.apply(x, weight, bias, relu)[:, :layer.out_features]
 
 
+def _addmm_relu(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """What torch can do in one pass over memory, in two."""
+    return torch.addmm(bias, x, weight).relu_()
+
+
 class _Linear(torch.autograd.Function):
     """x W^T + b and perhaps ReLU, for x (N, C), W (D, C), b (D,), in the precision of all three."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-        y = torch._addmm_activation(bias, x, weight.t()) if relu else torch.addmm(bias, x, weight.t())
+        multiply = torch.addmm
+        if relu:
+            multiply = getattr(torch, "_addmm_activation", _addmm_relu)  # private to torch, so it may go
+        y = multiply(bias, x, weight.t())
         ctx.relu = relu
         ctx.save_for_backward(x, weight, y if relu else None)
         return y

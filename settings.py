@@ -44,7 +44,8 @@ class DistillConfig:
     weight_opacity: float = 1e-3         # of the opacity term [released: distillation.py:150-151]
     weight_perceptual: float = 0.1       # of the perceptual term of distillation [released: distillation.py:312-314]
     min_noise_level: float = 0.0         # noise levels are drawn from U(this, 1)
-    denoise_batch: int = 1               # query views denoised at once, each the target of one of as many iterations
+    # Query views denoised at once, each the target of one of as many iterations; a GPU divides those above 32.
+    denoise_batch: int = 1
     # Input views that these numbers are for; more of them bear a finer field (`fitted`). 0: the numbers stay.
     reference_views: int = 0
     iterations_per_view: int = 0         # that each input view beyond those adds

@@ -203,7 +203,7 @@ class SparseFusion(nn.Module):
         # The samplers want the highest level first. The noise is drawn in the images' order.
         order = sorted(range(count), key=lambda image: -levels[image])
         levels = [levels[image] for image in order]
-        order = torch.tensor(order, device=images.device)
+        order = torch.tensor(order, device=images.device)  # one copy, where every use of a list would be one
 
         # Encode, noise and denoise, decode.
         latents = self.vae.encode(images)

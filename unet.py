@@ -179,8 +179,8 @@ class GlobalContext(nn.Module):
         self.net = nn.Sequential(narrow, nn.SiLU(), widen, nn.Sigmoid())
 
     def forward(self, x: Convolved) -> Tensor:
-        # A bias that is added to all keys alike does not change the weights, so it may wait for ever. That of the map
-        # is added to its mean.
+        # The key is linear, so its own bias and that of the map shift all keys alike, which the softmax does not see.
+        # The mean does.
         weights = convolve(x.map, self.key).map.flatten(2).softmax(dim=-1)    # (B, 1, N)
         pooled = torch.einsum("bcn,bin->bc", x.map.flatten(2), weights)
         if x.bias is not None:
@@ -246,6 +246,8 @@ class PixelShuffle(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            return F.pixel_shuffle(x, 2)
         x = x.permute(0, 2, 3, 1).unflatten(-1, (-1, 2, 2))                   # (B, H, W, C, 2, 2)
         x = x.permute(0, 1, 4, 2, 5, 3)                                       # (B, H, 2, W, 2, C)
         return x.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)

@@ -25,7 +25,8 @@ from cameras import Cameras, pixel_grid
 from ngp import Field, FieldConfig, Occupancy, cube
 from runtime import rand
 
-CHUNK = {"cpu": 2**11, "cuda": 2**13}  # rays of a picture that are followed at once
+# Rays of a picture that are followed at once: what fits a CPU's caches; what fills a GPU, but not its memory.
+CHUNK = {"cpu": 2**11, "cuda": 2**13}
 
 
 class Rendering(NamedTuple):

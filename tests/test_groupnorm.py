@@ -8,6 +8,7 @@ import groupnorm
 import kernels
 import parity
 import unet
+import vae
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -51,17 +52,40 @@ def test_sum_of_a_residual_block(noise, gated):
     assert torch.equal(groupnorm.convolve(x, nn.Identity()).complete(), x)
 
 
-def test_a_bias_may_wait(noise):
-    """Whoever reads a convolution's map adds it, and every number comes out as with a bias at once."""
-    norm, x, bias, gate = random_norm(2, 6), noise(3, 6, 4, 5)(), noise(6, seed=1)(), noise(3, 6, seed=2)()
-    waiting, complete = groupnorm.Convolved(x, bias), groupnorm.Convolved(x + bias[:, None, None])
-    parity.assert_close(waiting.complete(), complete.map, atol=0)
-    for silu in (True, False):
-        parity.assert_close(groupnorm.group_norm(waiting, norm, silu), groupnorm.group_norm(complete, norm, silu),
-                            atol=0)
-    parity.assert_close(groupnorm.add(waiting, waiting, gate), groupnorm.add(complete, complete, gate), atol=0)
-    context = unet.GlobalContext(6)
-    parity.assert_close(context(waiting), context(complete), atol=1e-6)
+@pytest.mark.parametrize("kind", ["UNet", "encoder", "decoder"])
+def test_a_bias_may_wait(kind, monkeypatch, noise):
+    """Whole networks say the same when every bias waits for whoever reads the map, and plain torch adds it there."""
+    torch.manual_seed(0)
+    if kind == "UNet":
+        network = unet.UNet(unet.UNetConfig(cond_channels=4, widths=(16, 16, 32), attention=(False, True), groups=4,
+                                            heads=2, head_dim=8, time_dim=16, token_dim=8))
+        torch.nn.init.normal_(network.final_conv.weight)
+        given = noise(2, 4, 8, 8)(), torch.tensor([0.3, -2.0]), noise(2, 4, 8, 8, seed=1)()
+        run = network
+    else:
+        network = vae.VAE(vae.VAEConfig(widths=(16, 32), groups=4))
+        run = network.encode_exactly if kind == "encoder" else network.decode_exactly
+        given = (noise(2, 3 if kind == "encoder" else 4, 8, 8)(),)
+    for name, weight in network.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight)
+    network.requires_grad_(False)
+    known = run(*given)
+
+    waited = []
+    monkeypatch.setattr(groupnorm, "_is_for_kernels", lambda x, weight: waited.append(weight) or weight is not None)
+    monkeypatch.setattr(groupnorm, "_compile", lambda vector, device: None)
+    parity.assert_close(run(*given), known, std=1e-5)
+    assert len(waited) > 10
+
+
+@pytest.mark.parametrize("how", [dict(stride=2, padding=1), dict(dilation=2), dict(groups=2), {}])
+def test_a_convolution_whose_bias_waits_is_the_same(how, monkeypatch, noise):
+    layer, x = nn.Conv2d(4, 6, 3, **how), noise(2, 4, 9, 9)()
+    monkeypatch.setattr(groupnorm, "_is_for_kernels", lambda *_: True)
+    convolved = groupnorm.convolve(x, layer)
+    assert convolved.bias is layer.bias
+    parity.assert_close(convolved.complete(), layer(x), atol=1e-6)
 
 
 def test_kernels_are_for_half_precision_on_a_gpu(monkeypatch, noise):
@@ -121,7 +145,8 @@ def test_kernels_against_plain_torch(noise, groups, channels, side, batch, silu)
 
 
 @CUDA
-@pytest.mark.parametrize("channels, side, batch", [(256, 32, 1), (2048, 4, 3), (128, 64, 2), (24, 33, 2), (4, 5, 3)])
+@pytest.mark.parametrize("channels, side, batch", [
+    (256, 32, 1), (2048, 4, 3), (128, 64, 2), (24, 33, 2), (4, 5, 3), (6, 5, 2), (5, 5, 2), (1025, 3, 2)])
 @pytest.mark.parametrize("gated", [True, False])
 def test_sum_by_kernel(noise, channels, side, batch, gated):
     draws = [noise(batch, channels, side, side, seed=seed)().half().cuda() for seed in (0, 1, 2)]
@@ -129,7 +154,8 @@ def test_sum_by_kernel(noise, channels, side, batch, gated):
     a_bias, b_bias = (noise(channels, seed=seed)().half().cuda() for seed in (3, 4))
     gate = noise(batch, channels, seed=5)().half().cuda() if gated else None
     for bias in (None, a_bias):
-        exact = a.float() + (b.float() + b_bias.float()[:, None, None]) * (gate[..., None, None].float() if gated else 1)
+        factor = gate[..., None, None].float() if gated else 1
+        exact = a.float() + (b.float() + b_bias.float()[:, None, None]) * factor
         exact = exact if bias is None else exact + bias.float()[:, None, None]
         y = groupnorm.add(groupnorm.Convolved(a, bias), groupnorm.Convolved(b, b_bias), gate)
         parity.assert_close(y, exact.cpu(), std=1e-3, rtol=1e-3)

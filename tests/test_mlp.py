@@ -20,10 +20,24 @@ def test_gradients_by_finite_differences(relu):
     assert torch.autograd.gradcheck(mlp._Linear.apply, (x, weight, bias, relu))
 
 
-def test_unrounded_it_is_the_sequence_itself(noise):
+def test_without_layers_points_are_only_rounded(noise):
+    x = noise(7, 6)()
+    assert torch.equal(mlp.run(nn.Sequential(), x), x)
+    assert torch.equal(mlp.run(nn.Sequential(), x, rounded=True), x.bfloat16())
+
+
+def test_a_torch_without_the_private_product(noise, monkeypatch):
     layers, x = network(), noise(7, 6)()
-    assert torch.equal(mlp.run(layers, x), layers(x))
-    assert mlp.run(layers[:0], x) is x or torch.equal(mlp.run(layers[:0], x), x)
+    known = mlp.run(layers, x, rounded=True)
+    monkeypatch.delattr(torch, "_addmm_activation")
+    assert torch.equal(mlp.run(layers, x, rounded=True), known)
+
+
+def test_a_relu_behind_the_last_layer(noise):
+    layers, x = network()[:4], noise(7, 6)()
+    y = mlp.run(layers, x, rounded=True)
+    parity.assert_close(y.float(), layers(x), atol=0.02)
+    assert y.min() == 0
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(

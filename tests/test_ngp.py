@@ -266,6 +266,28 @@ def test_the_viewing_direction_colors_and_nothing_else():
     assert without.view_mlp is None and torch.equal(without(x, directions)[1], without(x)[1])
 
 
+def test_a_direction_teaches_the_layers_below():
+    """Its network's gradient in the hidden layer and in the table, by finite differences."""
+    config = dataclasses.replace(TINY, view_degree=2)
+    field = ngp.Field(config, seeded()).double()
+    field.view_mlp[-1].weight.data.normal_(generator=seeded(3))
+    field.encoding.table.data.normal_(generator=seeded(4))
+    x, directions = torch.rand(20, 3, generator=seeded(1)).double(), torch.randn(20, 3, generator=seeded(2)).double()
+
+    def total():
+        return field(x, directions)[1].square().sum()
+
+    weight = field.mlp[0].weight
+    total().backward()
+    step = torch.randn(weight.shape, generator=seeded(5)).double()
+    with torch.no_grad():
+        ends = []
+        for sign in (1, -2):
+            weight += sign * 1e-5 * step
+            ends.append(total())
+    parity.assert_close((weight.grad * step).sum(), (ends[0] - ends[1]) / 2e-5, rtol=1e-5)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_field_that_learns_on_a_gpu_rounds_a_little():
     """To 8 bits of the network's numbers, and so of its gradients; a finished field rounds nothing."""

@@ -1,4 +1,7 @@
-"""The sheet that compares methods, and the pictures of the views."""
+"""The sheet that compares methods, the pictures of the views, the turntable's."""
+import torch
+from PIL import Image
+
 import report
 from small import ball
 
@@ -18,12 +21,26 @@ def test_many_inputs_are_many_rows():
 def test_pictures_of_views_are_called_by_their_frames(tmp_path):
     """Whatever the data call these; those of another run's views go, what somebody else put there stays."""
     scene = ball(3, 32)
-    views = {"ngp": report.Views(scene.images, None)}
+    views = {"ngp": report.Views(1 - scene.images, None)}
     folder = tmp_path / "views"
     report.save_views(views, scene.images, ["1", "2", "../../3"], folder)
+    for frame, i in (("1", 0), ("2", 1)):
+        for method, images in (("truth", scene.images), ("ngp", 1 - scene.images)):
+            picture = Image.open(folder / f"{frame}_{method}.png")
+            assert picture.tobytes() == report.to_image(images[i]).tobytes()
     names = sorted(path.name for path in folder.iterdir())
     assert names[2:] == ["2_ngp.png", "2_truth.png", *names[4:]] and len(names) == 6
     assert [path.name for path in tmp_path.iterdir()] == ["views"]
     (folder / "mine.png").write_bytes(b"")
     report.save_views(views, scene.images[:1], ["7"], folder)
     assert sorted(path.name for path in folder.iterdir()) == ["7_ngp.png", "7_truth.png", "mine.png"]
+
+
+def test_an_animation_has_all_frames_in_their_order(tmp_path):
+    levels = [0.2, 0.9, 0.0, 0.6]
+    report.save_animation(torch.stack([torch.full((3, 8, 8), level) for level in levels]), tmp_path / "t.gif")
+    with Image.open(tmp_path / "t.gif") as animation:
+        assert animation.n_frames == len(levels) and animation.info["loop"] == 0
+        for i, level in enumerate(levels):
+            animation.seek(i)
+            assert animation.convert("RGB").getpixel((4, 4)) == (round(255 * level),) * 3

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 
 import cli
+import graphs
 import ngp
 import samplers
 import settings
@@ -39,6 +40,7 @@ def test_the_paper_preset_has_the_released_numbers():
     nano, plain = settings.PRESETS["nano"], settings.PRESETS["plain"]
     assert (nano.sampler.solver, nano.sampler.plms_steps, nano.denoise_batch) == ("dpmpp", 3, 8)
     assert (plain.blur, plain.field.view_degree, nano.blur, nano.field.view_degree) == (3, 4, 1, 0)
+    assert max(paper.denoise_batch, nano.denoise_batch) <= graphs.SIZES[-1]  # or a GPU would divide a batch
     for name, fraction in (("nano", 0.1), ("plain", 0.05)):
         tuned = settings.PRESETS[name]
         assert (tuned.betas, tuned.eps, tuned.final_lr_fraction) == ((0.9, 0.99), 1e-15, fraction)
