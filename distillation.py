@@ -194,8 +194,8 @@ class Distillation:
         return loss
 
     def waits(self, iteration: int) -> bool:
-        """Whether an iteration ends with a wait for the GPU: where space is looked at, which waits anyway, or before
-        that is too long ago.
+        """Whether an iteration ends with a look at its losses, which waits for the GPU: as often as one at space, which
+        waits anyway, but at least every `LOOK_EVERY` iterations.
         """
         return (iteration + 1) % min(self.config.occupancy_every, LOOK_EVERY) == 0
 

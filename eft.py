@@ -333,6 +333,7 @@ class EFT(nn.Module):
         grid = pixel_grid(size, size, full=images.shape[-1], device=images.device)
 
         def ask(xy: Tensor) -> Prediction:
+            """What the network says about the rays at NDC (R, 2)."""
             return self(maps, images, cameras, query, xy, near, far)
 
         # Dropout draws from one stream of random numbers, so its chunks have an order.

@@ -169,6 +169,7 @@ class _NormByKernels(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        """The gradient in y (B, C, H, W) -> in x, the same shape."""
         if ctx.modulated:
             raise NotImplementedError("a modulated group normalization in half precision has no gradient")
 
@@ -208,6 +209,7 @@ class _SumByKernel(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, Tensor, None, None, None]:
+        """The gradient in the sum (B, C, H, W), which is that in both maps."""
         if ctx.gated:
             raise NotImplementedError("a gated sum in half precision has no gradient")
         return grad, None, grad, None, None, None

@@ -172,6 +172,7 @@ class _Encode(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[None, Tensor, None]:
+        """The gradient in the features (N, L * C) -> in the table, of its shape; points have none."""
         index, weights = ctx.saved_tensors
         rows, channels = ctx.table_shape
         at_once = len(index) if grad.is_cuda else ADDED
@@ -240,6 +241,7 @@ class _EncodeByKernels(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[None, Tensor, None, None]:
+        """The gradient in the features (N, L * C) -> in the table, of its shape; points have none."""
         x, = ctx.saved_tensors
         table_grad = grad.new_zeros(ctx.table_shape)
         _launch(ctx.kernels.backward, KERNEL_RUN, x, table_grad, ctx.levels, _readable(grad))

@@ -203,6 +203,7 @@ def _colors_below(field: Field, vertices: Tensor, faces: Tensor, step: Tensor, o
     depths = (torch.arange(samples, device=vertices.device) + 0.5) * step
 
     def mean_color(rays: Tensor) -> Tensor:
+        """What rays (N, 6), origins and directions, see in the thickness of the surface: (N, 3) in [0, 1]."""
         t = depths.expand(len(rays), -1)
         density, color = evaluate_samples(field, rays[:, :3], rays[:, 3:], t, occupancy)
         weights = compositing_weights(density, t, step.expand(len(rays), 1))

@@ -60,11 +60,12 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+        """The gradient in y (N, D) -> in x (N, C), W (D, C) and b (D,)."""
         x, weight, y = ctx.saved_tensors
         if ctx.relu:
             grad = torch.ops.aten.threshold_backward(grad, y, 0)
 
-        # The sum over all points as a product, of which any column will do, which is faster than a sum.
+        # The sum over all points as a product, which is faster; its columns are all the same.
         ones = grad.new_ones(len(grad), IN_16_BYTES)
         bias_grad = (grad.t() @ ones)[:, 0]
         x_grad = grad @ weight if ctx.needs_input_grad[0] else None

@@ -118,6 +118,7 @@ class _TruncatedExp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
+        """The gradient in exp(x) -> in x, the same shape, finite however large x is."""
         x, = ctx.saved_tensors
         return grad * x.clamp(-15, 15).exp()
 

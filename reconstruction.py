@@ -127,6 +127,7 @@ def reconstruct(scene: Scene, inputs: list[int], model: SparseFusion | None = No
     earlier = distillation.seconds
 
     def save() -> None:
+        """Write the checkpoint, and one preview more."""
         beside = {"settings": wanted, "frame": scene.cameras[0].R, "gone_on_from": gone_on_from} | (notes or {})
         files.save_tensors(distillation.state_dict() | beside, checkpoint)
         if previews is not None:

@@ -103,6 +103,7 @@ class TensorPickle:
 
     @staticmethod
     def load(file, **options):
+        """What the file holds, foreign objects inert."""
         return TensorUnpickler(file, **options).load()
 
 

@@ -68,6 +68,7 @@ def comparison(scene: Scene, inputs: list[int], targets: list[int], pictures: di
     draw = ImageDraw.Draw(sheet)
 
     def place(row: int, column: int, label: str, image: Tensor) -> None:
+        """Paste an image (3, S, S) under its label."""
         left = column * size
         top = row * (size + TEXT)
         draw.text((left + 4, top + 2), label, fill="white")

@@ -383,6 +383,7 @@ def map_threads(function: Callable, jobs: Sequence) -> list:
     recording = torch.is_grad_enabled()
 
     def work(job):
+        """One job, with one core, recording gradients or not as the caller does."""
         torch.set_num_threads(1)
         with torch.set_grad_enabled(recording):
             return function(job)

@@ -158,6 +158,7 @@ def _map(scene: Scene, place: Stand, x: int, y: int) -> Image.Image:
     scale = TILE / (2.3 * place.distance.max().item())  # pixels a unit of length
 
     def spot(position: Tensor) -> tuple[float, float]:
+        """Column and row on the tile of a position (3,) in the world."""
         column = TILE / 2 + scale * position[x].item()
         row = TILE / 2 - scale * position[y].item()
         return column, row

@@ -154,6 +154,7 @@ def _depths(view: Silhouette, camera: Cameras, start: Tensor, step: Tensor) -> t
     high = (view.greatest - camera.principal) / camera.focal
 
     def heights(x: Tensor) -> Tensor:
+        """How far points (P, 3) in view coordinates are on the right side of each plane: (P, 5)."""
         across = x[:, :2]
         along = x[:, 2:]
         return torch.cat([across - low * along, high * along - across, along], 1)

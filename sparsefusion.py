@@ -233,6 +233,7 @@ class SparseFusion(nn.Module):
             return partial(randn, *like.shape, generator=generator, device=like.device)
 
         def draw() -> Tensor:
+            """Standard normal noise like the latents, every image's by its own generator."""
             return torch.stack([randn(*like.shape[1:], generator=one, device=like.device) for one in generator])
         return draw
 

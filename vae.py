@@ -286,6 +286,7 @@ class ScaledGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        """The gradient in the numbers, times the factor: the same shape."""
         return grad * ctx.factor, None
 
 
