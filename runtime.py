@@ -300,7 +300,8 @@ def map_processes(function: Callable, jobs: list, workers: int) -> Iterator:
     """`function(job)` of every job, in their order, by as many processes as `workers`, which share the cores; 1: by
     this one.
 
-    Processes are spawned, since a fork of one with CUDA or threads can hang; one that dies raises `BrokenProcessPool`.
+    Processes are spawned, since a fork of one with CUDA or threads can hang. Where one dies the others are killed, and
+    it raises `BrokenProcessPool`.
     """
     workers = min(workers, len(jobs))
     if workers <= 1:
@@ -310,12 +311,17 @@ def map_processes(function: Callable, jobs: list, workers: int) -> Iterator:
     # Each process takes its share of the cores, or they would get in one another's way.
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
+    strangers = multiprocessing.active_children()
     with ProcessPoolExecutor(workers, context, _begin_process, (threads,)) as pool:
         try:
             with _deaf_children():
                 results = pool.map(partial(_do_job, function), jobs)
             yield from results
         except BrokenProcessPool:
+            # The pool asks the others to end and waits for them, but they wait for a job before they heed it.
+            for process in multiprocessing.active_children():
+                if process not in strangers:
+                    process.kill()
             heed()  # or it died because it was asked to
             raise
 

@@ -245,10 +245,6 @@ def fail(x):
     return x
 
 
-def die(x):
-    os._exit(1)
-
-
 @pytest.mark.parametrize("workers,jobs", [(1, 3), (0, 3), (4, 1), (4, 0)])
 def test_one_process_is_this_one(workers, jobs):
     results = list(runtime.map_processes(square, list(range(jobs)), workers))
@@ -271,9 +267,46 @@ def test_an_error_of_a_job_arrives(workers):
         next(results)
 
 
-def test_a_process_that_dies_is_noticed():
+def die_or_wait(job):
+    """One process dies two seconds after the other has begun to wait so long, or has nothing left to do."""
+    path, seconds = job
+    path.touch()
+    if seconds is not None:
+        time.sleep(seconds)
+        return
+    while not path.with_name("other").exists():
+        time.sleep(0.1)
+    time.sleep(2)
+    os._exit(1)
+
+
+@pytest.fixture
+def in_time():
+    """A test that hangs fails after a minute."""
+    def end(number, frame):
+        """What the alarm does."""
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="no alarms")
+@pytest.mark.parametrize("seconds", [0, 300])
+def test_a_process_that_dies_takes_the_others_along(tmp_path, in_time, seconds):
+    """Those of its pool: the other one waits, for the end of its job or for another job."""
+    stranger = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(300,))
+    stranger.start()
     with pytest.raises(BrokenProcessPool):
-        list(runtime.map_processes(die, [0, 1], 2))
+        list(runtime.map_processes(die_or_wait, [(tmp_path / "first", None), (tmp_path / "other", seconds)], 2))
+    assert multiprocessing.active_children() == [stranger]
+    stranger.kill()
+    stranger.join()
 
 
 # --- the machine ---
