@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kernels import compile_kernels
+from kernels import compile_kernels, readable
 
 PRIMES = (1, 2654435761, 805459861)  # factors of the spatial hash (Instant NGP, Eq. 4)
 
@@ -228,14 +228,14 @@ class _EncodeByKernels(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, table: Tensor, levels: Levels, kernels: Kernels) -> Tensor:
-        x = _readable(x)
+        x = readable(x)
         ctx.save_for_backward(x)
         ctx.table_shape = table.shape
         ctx.levels = levels
         ctx.kernels = kernels
 
         features = x.new_empty(len(x), len(levels.scale) * table.shape[1])
-        _launch(kernels.forward, 1, x, _readable(table), levels, features)
+        _launch(kernels.forward, 1, x, readable(table), levels, features)
         return features
 
     @staticmethod
@@ -244,14 +244,8 @@ class _EncodeByKernels(torch.autograd.Function):
         """The gradient in the features (N, L * C) -> in the table, of its shape; points have none."""
         x, = ctx.saved_tensors
         table_grad = grad.new_zeros(ctx.table_shape)
-        _launch(ctx.kernels.backward, KERNEL_RUN, x, table_grad, ctx.levels, _readable(grad))
+        _launch(ctx.kernels.backward, KERNEL_RUN, x, table_grad, ctx.levels, readable(grad))
         return None, table_grad, None, None
-
-
-def _readable(tensor: Tensor) -> Tensor:
-    """The same numbers as a kernel can read them: one behind the other, from an address for reads of 16 bytes."""
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def _launch(kernel: Callable, run: int, x: Tensor, table: Tensor, levels: Levels, features: Tensor) -> None:

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 
 def compile_kernels(source: Path, names: tuple[str, ...], options: list[str], device: int) -> list[Callable] | None:
@@ -42,6 +43,12 @@ def compile_kernels(source: Path, names: tuple[str, ...], options: list[str], de
 def _say_plain_torch_serves(name: str, reason: str) -> None:
     """Say, once, why a GPU is slow."""
     print(f"{name} does not compile here; plain torch takes its place and is slower ({reason})", file=sys.stderr)
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """The same numbers as a kernel can read them: one behind the other, from an address for reads of 16 bytes."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 @contextmanager

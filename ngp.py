@@ -14,7 +14,6 @@ Letters: `N` points, `G` occupancy cells a side, `V` views, `H W` rows and colum
 """
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -184,16 +183,17 @@ class Field(nn.Module):
         With the directions (N, 3) that the points are seen in, the color is as seen in them; without, it is what the
         field says of all directions. In training mode a GPU rounds the network's numbers to bfloat16.
         """
-        # While it learns on a GPU, the network may round.
-        rounded = self.training and x.is_cuda and _has_bfloat16(x.device)
+        # While it learns, the network may round.
         features = self.encoding(x)
-        hidden = mlp.run(self.mlp[:-1], features, rounded)
-        logits = mlp.run(self.mlp[-1:], hidden, rounded).to(features)
-        color = logits[:, 1:]
-        if self.view_mlp is not None and directions is not None:
+        if self.view_mlp is None or directions is None:
+            logits = mlp.run(self.mlp, features, self.training)
+            color = logits[:, 1:]
+        else:
+            hidden = mlp.run(self.mlp[:-1], features, self.training)
+            logits = mlp.run(self.mlp[-1:], hidden, self.training)
             harmonics = spherical_harmonics(directions, self.config.view_degree)
-            seen = torch.cat([hidden, harmonics.to(hidden)], -1)
-            color = color + mlp.run(self.view_mlp, seen, rounded).to(features)
+            seen = torch.cat([hidden, harmonics], -1)
+            color = logits[:, 1:] + mlp.run(self.view_mlp, seen, self.training)
         density = _TruncatedExp.apply(logits[:, 0] + self.blob(x))
         return density, torch.sigmoid(color)
 
@@ -204,12 +204,6 @@ class Field(nn.Module):
     def network_parameters(self) -> list[nn.Parameter]:
         """All that it learns beside the encoding's table."""
         return [x for name, x in self.named_parameters() if not name.startswith("encoding.")]
-
-
-@functools.cache
-def _has_bfloat16(device: torch.device) -> bool:
-    """Whether a GPU multiplies matrices of bfloat16 itself; those before compute capability 8.0 imitate it, slowly."""
-    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _linear(fan_in: int, fan_out: int, generator: torch.Generator | None) -> nn.Linear:

@@ -33,6 +33,8 @@ import co3d  # noqa: E402
 import distillation  # noqa: E402
 import files  # noqa: E402
 import hashgrid  # noqa: E402
+import mlp  # noqa: E402
+import ngp  # noqa: E402
 import runtime  # noqa: E402
 import scenes  # noqa: E402
 import settings  # noqa: E402
@@ -141,6 +143,34 @@ def _samples_of_rays(count: int) -> Tensor:
 def _forward_and_backward(encode: Callable, x: Tensor, table: Tensor, levels: hashgrid.Levels, grad: Tensor) -> None:
     table.grad = None
     encode(x, table, levels).backward(grad)
+
+
+def field_network(device: torch.device) -> Iterator[Part]:
+    """The paper's field network, 32 numbers a point to 4, and its gradient: by kernels and by plain torch in float32.
+
+    Bytes are those of the points, the results and their gradients, as if nothing else passed through the memory.
+    """
+    log2_points = 20 if device.type == "cuda" else 14
+    field = ngp.Field(settings.PRESETS["paper"].field).to(device)
+    widths = [field.mlp[0].in_features, *[layer.out_features for layer in field.mlp[::2]]]
+    products = sum(a * b for a, b in zip(widths, widths[1:]))
+    x = torch.randn(2**log2_points, widths[0], device=device, requires_grad=True)
+    grad = torch.randn(2**log2_points, widths[-1], device=device)
+
+    def both_ways(rounded: bool) -> None:
+        """The result and all gradients."""
+        x.grad = None
+        field.zero_grad()
+        mlp.run(field.mlp, x, rounded).backward(grad)
+
+    for path in ("kernel", "torch") if device.type == "cuda" else ("torch",):
+        rounded = path == "kernel"
+        forward = _as_graph(partial(torch.no_grad()(mlp.run), field.mlp, x, rounded), device)
+        both = _as_graph(partial(both_ways, rounded), device)
+        moved, operations = x.nbytes + grad.nbytes, 2 * len(x) * products
+        size = f"2^{log2_points} points, {' to '.join(str(width) for width in widths)}"
+        yield Part(f"network forward, {path}", size, forward, moved, operations)
+        yield Part(f"network both ways, {path}", size, both, 2 * moved + x.nbytes, 3 * operations)
 
 
 def denoiser(device: torch.device) -> Iterator[Part]:
@@ -315,7 +345,7 @@ def _as_graph(run: Callable, device: torch.device) -> Callable:
     return graph.replay
 
 
-PARTS = [encoding, rendering, denoiser, epipolar_transformer]
+PARTS = [encoding, field_network, rendering, denoiser, epipolar_transformer]
 
 
 # ---------------------------------------------------------------------------------------------- measuring
