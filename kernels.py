@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 
-def compile_kernels(source: Path, names: tuple[str, ...], options: list[str], device: int) -> list[Callable] | None:
-    """The kernels of a file with these names, for a GPU; None where they cannot be had, which is said once a file.
+def compile_kernels(source: Path, names: tuple[str, ...], options: list[str], device: int,
+                    shared_bytes: int = 0) -> list[Callable] | None:
+    """The kernels of a file with these names, for a GPU; None where they cannot be had, for which reason is said once.
 
-    A kernel is called with `grid`, `block`, `args` (tensors become pointers, numbers `int` or `double`) and
-    `shared_mem` bytes. Nothing compares the arguments with its signature. It runs on the current stream, and a CUDA
-    graph can capture it.
+    `shared_bytes`: of a block, the most that calls will ask for; a GPU may have fewer. A kernel is called with `grid`,
+    `block`, `args` (tensors become pointers, numbers `int` or `double`) and `shared_mem` bytes. Nothing compares the
+    arguments with its signature. It runs on the current stream, and a CUDA graph can capture it.
     """
     try:
         text = source.read_text()
@@ -30,7 +31,13 @@ def compile_kernels(source: Path, names: tuple[str, ...], options: list[str], de
 
             # What was compiled is the whole file: each of the others would take as long once more.
             module = torch.cuda._utils._CudaModule(first.module)
-            return [getattr(module, name) for name in names]
+            compiled = [getattr(module, name) for name in names]
+
+            # Blocks have 48 KiB unless a kernel asks for more.
+            if shared_bytes >= 48 * 1024:
+                for kernel in compiled:
+                    kernel.set_shared_memory_config(shared_bytes)
+            return compiled
 
     # A private function may be missing or fail in any way.
     except Exception as error:
@@ -42,7 +49,7 @@ def compile_kernels(source: Path, names: tuple[str, ...], options: list[str], de
 @cache
 def _say_plain_torch_serves(name: str, reason: str) -> None:
     """Say, once, why a GPU is slow."""
-    print(f"{name} does not compile here; plain torch takes its place and is slower ({reason})", file=sys.stderr)
+    print(f"{name} cannot be used here; plain torch takes its place and is slower ({reason})", file=sys.stderr)
 
 
 def readable(tensor: Tensor) -> Tensor:

@@ -1,20 +1,23 @@
-// A small network of linear layers and ReLU, and its gradient, by one kernel each: the fully fused network of Instant
-// NGP (Mueller et al. 2021, "Real-time neural radiance caching for path tracing", Sec. 5.2).
+// A small network of linear layers and ReLU, and its gradient, by one kernel each, in the manner of the fully fused
+// network that Instant NGP uses (Mueller et al. 2021, "Real-time neural radiance caching for path tracing", Sec. 4).
 //
 // `mlp.py` compiles this file at run time for the widths of one network; `nn.Sequential` is the reference. To read and
 // write the numbers between two layers takes far longer than to compute them, so they stay in registers: a warp has 16
 // points, and the result of a product of matrices lies where the next one wants its factor. The gradient computes the
-// layers once more instead of remembering them. Numbers are rounded to bfloat16 between layers; sums are in float32,
-// and always in the same order, so that results repeat bit by bit.
+// layers once more instead of remembering them. What goes into a product is rounded to bfloat16; biases, sums and the
+// last layer's result are in float32. Sums are always in the same order, so that results repeat bit by bit.
 //
 // Letters: N points, P parameters, C channels of a layer's input, D of its output, L the layer. The compiler's options
 // define CHANNELS, the widths from the first input to the last output, LAST_RELU, whether a ReLU follows the last
-// layer, and WARPS of a block. All widths are filled up with zeros to multiples of 16.
+// layer, WARPS of a block, and SHARED, its bytes of shared memory. All widths are filled up with zeros to multiples
+// of 16.
 
 constexpr int WIDTHS[] = {CHANNELS};
 constexpr int LAYERS = sizeof(WIDTHS) / sizeof(int) - 1;
-constexpr int POINTS = 16 * WARPS;  // of a block at once
-constexpr int GAP = 8;              // numbers between two rows in shared memory, which keep them in different banks
+constexpr int BLOCK_POINTS = 16 * WARPS;  // of a block at once
+constexpr int GAP = 8;                    // numbers between two rows in shared memory, to keep them in different banks
+
+typedef unsigned short bfloat16;  // its bits
 
 __device__ constexpr int padded(int i)
 {
@@ -29,6 +32,12 @@ __device__ constexpr int widest()
     return most;
 }
 
+// Whether a ReLU follows a layer.
+__device__ constexpr bool activated(int layer)
+{
+    return layer + 1 < LAYERS || LAST_RELU;
+}
+
 // Where a layer's weights (D, C) begin among the parameters; its bias (D) lies behind them.
 __device__ constexpr int parameters_at(int layer)
 {
@@ -38,7 +47,7 @@ __device__ constexpr int parameters_at(int layer)
     return at;
 }
 
-// Where they begin in shared memory.
+// Where its weights begin in shared memory.
 __device__ constexpr int weights_at(int layer)
 {
     int at = 0;
@@ -55,28 +64,38 @@ __device__ constexpr int bias_at(int layer)
     return at;
 }
 
-// How many tiles of the gradient in a layer's weights a warp sums up: its share of them, with one more column of tiles
-// for the bias.
-__device__ constexpr int share(int layer)
+// How many tiles of the gradient in a layer's weights a warp adds up: its part of them all, with one more column of
+// tiles for the bias.
+__device__ constexpr int tiles_per_warp(int layer)
 {
     int tiles = padded(layer + 1) / 16 * (padded(layer) / 16 + 1);
     return (tiles + WARPS - 1) / WARPS;
 }
 
-__device__ constexpr int shares_before(int layer)
+__device__ constexpr int tiles_before(int layer)
 {
     int count = 0;
     for (int i = 0; i < layer; i++)
-        count += share(i);
+        count += tiles_per_warp(i);
     return count;
 }
 
-typedef unsigned short bfloat16;  // its bits
+// What shared memory holds, one behind the other.
+struct Shared {
+    bfloat16 weights[weights_at(LAYERS)];                     // (D, C + GAP) of every layer
+    float biases[bias_at(LAYERS)];                            // (D,) of every layer
+    bfloat16 inputs[BLOCK_POINTS * (widest() + GAP)];         // of one layer, (BLOCK_POINTS, C + GAP)
+    bfloat16 output_grads[BLOCK_POINTS * (widest() + GAP)];   // (BLOCK_POINTS, D + GAP)
+};
 
-__shared__ bfloat16 weights[weights_at(LAYERS)];            // (D, C + GAP) of every layer
-__shared__ float biases[bias_at(LAYERS)];                   // (D,) of every layer
-__shared__ bfloat16 inputs[POINTS * (widest() + GAP)];      // (POINTS, C + GAP) of one layer
-__shared__ bfloat16 gradients[POINTS * (widest() + GAP)];   // (POINTS, D + GAP)
+// All four begin at multiples of 16 bytes.
+static_assert(sizeof(Shared) == SHARED, "mlp.py counts other bytes");
+extern __shared__ uint4 memory[];
+
+__device__ Shared& shared()
+{
+    return *(Shared*)memory;
+}
 
 
 // ------------------------------------------------------------------------------------------ tiles of 16 x 16 numbers
@@ -85,19 +104,25 @@ __shared__ bfloat16 gradients[POINTS * (widest() + GAP)];   // (POINTS, D + GAP)
 // and 2 j + 1 of row i. The left factor of a product, and its result, have them in the order upper left, lower left,
 // upper right, lower right. So has the right factor, but of each part the thread holds the numbers 2 j and 2 j + 1 of
 // column i.
-struct Tile {
+struct Fragment {
     unsigned part[4];
 };
 
-// The result of a product in float32: two numbers for each part of a tile.
-struct Sum {
+// The result of a product in float32: two numbers for each part.
+struct Accumulator {
     float2 part[4];
 };
 
-// All channels of the 16 points of a warp: a point a row, 16 channels a tile.
+// All channels of the 16 points of a warp: a point a row, 16 channels a fragment.
 template <int WIDTH>
 struct Rows {
-    Tile tile[WIDTH / 16];
+    Fragment tile[WIDTH / 16];
+};
+
+// The same in float32.
+template <int WIDTH>
+struct Accumulators {
+    Accumulator tile[WIDTH / 16];
 };
 
 __device__ unsigned pack(float2 pair)
@@ -122,8 +147,19 @@ __device__ int warp()
     return threadIdx.x / 32;
 }
 
+// Which of the 16 rows, and the first of which two of the 16 columns, of a part are a thread's.
+__device__ int row_of(int part)
+{
+    return part % 2 * 8 + lane() / 4;
+}
+
+__device__ int column_of(int part)
+{
+    return part / 2 * 8 + lane() % 4 * 2;
+}
+
 // sum += a b for 16 x 16 by 16 x 8 numbers.
-__device__ void multiply_half(float2& upper, float2& lower, const Tile& a, unsigned b_upper, unsigned b_lower)
+__device__ void multiply_half(float2& upper, float2& lower, const Fragment& a, unsigned b_upper, unsigned b_lower)
 {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%0, %1, %2, %3};"
@@ -132,17 +168,17 @@ __device__ void multiply_half(float2& upper, float2& lower, const Tile& a, unsig
 }
 
 // sum += a b.
-__device__ void multiply(Sum& sum, const Tile& a, const Tile& b)
+__device__ void multiply(Accumulator& sum, const Fragment& a, const Fragment& b)
 {
     multiply_half(sum.part[0], sum.part[1], a, b.part[0], b.part[1]);
     multiply_half(sum.part[2], sum.part[3], a, b.part[2], b.part[3]);
 }
 
-// A tile from shared memory. Its four parts come in the order upper left, upper right, lower left, lower right, or by
-// columns: upper left, lower left, upper right, lower right. Of each part a thread gets two numbers of a row, or
+// A fragment from shared memory. Its four parts come in the order upper left, upper right, lower left, lower right, or
+// by columns: upper left, lower left, upper right, lower right. Of each part a thread gets two numbers of a row, or
 // TRANSPOSED of a column.
 template <bool TRANSPOSED>
-__device__ Tile load(const bfloat16* corner, int stride, bool by_columns)
+__device__ Fragment load(const bfloat16* corner, int stride, bool by_columns)
 {
     // Each thread tells where a row of eight numbers begins.
     int part = lane() / 8;
@@ -151,7 +187,7 @@ __device__ Tile load(const bfloat16* corner, int stride, bool by_columns)
     const bfloat16* row = corner + (8 * below + lane() % 8) * stride + 8 * right;
     unsigned address = __cvta_generic_to_shared(row);
 
-    Tile tile;
+    Fragment tile;
     if (TRANSPOSED)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                      : "=r"(tile.part[0]), "=r"(tile.part[1]), "=r"(tile.part[2]), "=r"(tile.part[3])
@@ -173,8 +209,8 @@ __device__ Rows<PADDED> read_rows(const float* matrix, int first, int points)
     Rows<PADDED> rows;
     for (int i = 0; i < PADDED / 16; i++)
         for (int part = 0; part < 4; part++) {
-            int point = first + part % 2 * 8 + lane() / 4;
-            int channel = 16 * i + part / 2 * 8 + lane() % 4 * 2;
+            int point = first + row_of(part);
+            int channel = 16 * i + column_of(part);
             const float* at = matrix + (long long)point * WIDTH + channel;
             float2 pair = make_float2(0, 0);
             if (point < points && WIDTH % 2 == 0 && channel < WIDTH)
@@ -188,16 +224,16 @@ __device__ Rows<PADDED> read_rows(const float* matrix, int first, int points)
     return rows;
 }
 
-// The reverse.
+// The reverse, in float32.
 template <int WIDTH, int PADDED>
-__device__ void write_rows(const Rows<PADDED>& rows, float* matrix, int first, int points)
+__device__ void write_rows(const Accumulators<PADDED>& rows, float* matrix, int first, int points)
 {
     for (int i = 0; i < PADDED / 16; i++)
         for (int part = 0; part < 4; part++) {
-            int point = first + part % 2 * 8 + lane() / 4;
-            int channel = 16 * i + part / 2 * 8 + lane() % 4 * 2;
+            int point = first + row_of(part);
+            int channel = 16 * i + column_of(part);
             float* at = matrix + (long long)point * WIDTH + channel;
-            float2 pair = unpack(rows.tile[i].part[part]);
+            float2 pair = rows.tile[i].part[part];
             if (point < points && WIDTH % 2 == 0 && channel < WIDTH)
                 *(float2*)at = pair;
             if (point < points && WIDTH % 2 == 1) {
@@ -209,14 +245,24 @@ __device__ void write_rows(const Rows<PADDED>& rows, float* matrix, int first, i
         }
 }
 
-// This warp's rows in shared memory, (POINTS, PADDED + GAP).
 template <int PADDED>
-__device__ void share_rows(const Rows<PADDED>& rows, bfloat16* matrix)
+__device__ Rows<PADDED> rounded(const Accumulators<PADDED>& exact)
+{
+    Rows<PADDED> rows;
+    for (int i = 0; i < PADDED / 16; i++)
+        for (int part = 0; part < 4; part++)
+            rows.tile[i].part[part] = pack(exact.tile[i].part[part]);
+    return rows;
+}
+
+// This warp's rows into shared memory, (BLOCK_POINTS, PADDED + GAP).
+template <int PADDED>
+__device__ void store_rows(const Rows<PADDED>& rows, bfloat16* matrix)
 {
     for (int i = 0; i < PADDED / 16; i++)
         for (int part = 0; part < 4; part++) {
-            int point = 16 * warp() + part % 2 * 8 + lane() / 4;
-            int channel = 16 * i + part / 2 * 8 + lane() % 4 * 2;
+            int point = 16 * warp() + row_of(part);
+            int channel = 16 * i + column_of(part);
             *(unsigned*)(matrix + point * (PADDED + GAP) + channel) = rows.tile[i].part[part];
         }
 }
@@ -231,10 +277,10 @@ __device__ void read_parameters(const float* parameters)
         int row = i / padded(L);
         int column = i % padded(L);
         float weight = row < D && column < C ? layer[row * C + column] : 0;
-        weights[weights_at(L) + row * (padded(L) + GAP) + column] = pack(make_float2(weight, 0));
+        shared().weights[weights_at(L) + row * (padded(L) + GAP) + column] = pack(make_float2(weight, 0));
     }
     for (int i = threadIdx.x; i < padded(L + 1); i += blockDim.x)
-        biases[bias_at(L) + i] = i < D ? layer[D * C + i] : 0;
+        shared().biases[bias_at(L) + i] = i < D ? layer[D * C + i] : 0;
     if constexpr (L + 1 < LAYERS)
         read_parameters<L + 1>(parameters);
 }
@@ -242,41 +288,38 @@ __device__ void read_parameters(const float* parameters)
 
 // ------------------------------------------------------------------------------------------ the network
 
-// y = x W^T + b, then ReLU if one follows.
+// x W^T + b, then ReLU if one follows. What is not a number stays what it is.
 template <int L>
-__device__ Rows<padded(L + 1)> apply_layer(const Rows<padded(L)>& x)
+__device__ Accumulators<padded(L + 1)> apply_layer(const Rows<padded(L)>& x)
 {
     constexpr int STRIDE = padded(L) + GAP;
-    Rows<padded(L + 1)> y;
+    Accumulators<padded(L + 1)> y;
     for (int i = 0; i < padded(L + 1) / 16; i++) {
-        // The bias of this thread's columns.
-        const float* bias = biases + bias_at(L) + 16 * i + lane() % 4 * 2;
-        Sum sum;
         for (int part = 0; part < 4; part++)
-            sum.part[part] = *(const float2*)(bias + part / 2 * 8);
+            y.tile[i].part[part] = *(const float2*)(shared().biases + bias_at(L) + 16 * i + column_of(part));
 
         // The right factor is W^T, whose columns are the rows of W.
+        const bfloat16* rows = shared().weights + weights_at(L) + 16 * i * STRIDE;
         for (int j = 0; j < padded(L) / 16; j++)
-            multiply(sum, x.tile[j], load<false>(weights + weights_at(L) + 16 * i * STRIDE + 16 * j, STRIDE, false));
+            multiply(y.tile[i], x.tile[j], load<false>(rows + 16 * j, STRIDE, false));
 
-        for (int part = 0; part < 4; part++) {
-            float2 pair = sum.part[part];
-            if (L + 1 < LAYERS || LAST_RELU)
-                pair = make_float2(fmaxf(pair.x, 0), fmaxf(pair.y, 0));
-            y.tile[i].part[part] = pack(pair);
-        }
+        if (activated(L))
+            for (int part = 0; part < 4; part++) {
+                float2 pair = y.tile[i].part[part];
+                y.tile[i].part[part] = make_float2(pair.x < 0 ? 0 : pair.x, pair.y < 0 ? 0 : pair.y);
+            }
     }
     return y;
 }
 
 // What the layers from L on make of x.
 template <int L>
-__device__ Rows<padded(LAYERS)> apply_layers(const Rows<padded(L)>& x)
+__device__ Accumulators<padded(LAYERS)> apply_layers(const Rows<padded(L)>& x)
 {
-    if constexpr (L == LAYERS)
-        return x;
+    if constexpr (L + 1 == LAYERS)
+        return apply_layer<L>(x);
     else
-        return apply_layers<L + 1>(apply_layer<L>(x));
+        return apply_layers<L + 1>(rounded(apply_layer<L>(x)));
 }
 
 // x (N, C of the first layer) -> y (N, D of the last one).
@@ -284,7 +327,7 @@ extern "C" __global__ void network_forward(const float* x, const float* paramete
 {
     read_parameters<0>(parameters);
     __syncthreads();
-    for (int first = (blockIdx.x * WARPS + warp()) * 16; first < points; first += gridDim.x * POINTS) {
+    for (int first = (blockIdx.x * WARPS + warp()) * 16; first < points; first += gridDim.x * BLOCK_POINTS) {
         Rows<padded(0)> rows = read_rows<WIDTHS[0], padded(0)>(x, first, points);
         write_rows<WIDTHS[LAYERS], padded(LAYERS)>(apply_layers<0>(rows), y, first, points);
     }
@@ -295,12 +338,12 @@ extern "C" __global__ void network_forward(const float* x, const float* paramete
 
 // The gradient before a ReLU from the one behind it, where its result is y.
 template <int PADDED>
-__device__ Rows<PADDED> before_relu(Rows<PADDED> grad, const Rows<PADDED>& y)
+__device__ Rows<PADDED> relu_backward(Rows<PADDED> grad, const Rows<PADDED>& y)
 {
     for (int i = 0; i < PADDED / 16; i++)
         for (int part = 0; part < 4; part++) {
             float2 value = unpack(y.tile[i].part[part]);
-            unsigned kept = (value.x > 0 ? 0xffffu : 0) | (value.y > 0 ? 0xffff0000u : 0);
+            unsigned kept = (value.x <= 0 ? 0 : 0xffffu) | (value.y <= 0 ? 0 : 0xffff0000u);
             grad.tile[i].part[part] &= kept;
         }
     return grad;
@@ -308,16 +351,14 @@ __device__ Rows<PADDED> before_relu(Rows<PADDED> grad, const Rows<PADDED>& y)
 
 // The gradient in a layer's x, from that in its x W^T + b: its product with W, the right factor.
 template <int L>
-__device__ Rows<padded(L)> before_layer(const Rows<padded(L + 1)>& grad)
+__device__ Accumulators<padded(L)> input_gradient(const Rows<padded(L + 1)>& grad)
 {
     constexpr int STRIDE = padded(L) + GAP;
-    Rows<padded(L)> x_grad;
+    Accumulators<padded(L)> x_grad = {};
     for (int i = 0; i < padded(L) / 16; i++) {
-        Sum sum = {};
+        const bfloat16* columns = shared().weights + weights_at(L) + 16 * i;
         for (int j = 0; j < padded(L + 1) / 16; j++)
-            multiply(sum, grad.tile[j], load<true>(weights + weights_at(L) + 16 * j * STRIDE + 16 * i, STRIDE, true));
-        for (int part = 0; part < 4; part++)
-            x_grad.tile[i].part[part] = pack(sum.part[part]);
+            multiply(x_grad.tile[i], grad.tile[j], load<true>(columns + 16 * j * STRIDE, STRIDE, true));
     }
     return x_grad;
 }
@@ -325,60 +366,66 @@ __device__ Rows<padded(L)> before_layer(const Rows<padded(L + 1)>& grad)
 // Add the gradient in a layer's weights and bias, over the points of the block: grad^T x, and grad^T times ones. Each
 // warp has some tiles of it. Both factors pass through shared memory, which hands grad out transposed.
 template <int L>
-__device__ void add_weight_gradient(const Rows<padded(L)>& x, const Rows<padded(L + 1)>& grad, Sum* sums)
+__device__ void add_weight_gradient(const Rows<padded(L)>& x, const Rows<padded(L + 1)>& grad, Accumulator* sums)
 {
     __syncthreads();
-    share_rows(x, inputs);
-    share_rows(grad, gradients);
+    store_rows(x, shared().inputs);
+    store_rows(grad, shared().output_grads);
     __syncthreads();
 
     constexpr int ROWS = padded(L + 1) / 16, COLUMNS = padded(L) / 16 + 1;
     constexpr int STRIDE = padded(L) + GAP, GRAD_STRIDE = padded(L + 1) + GAP;
-    const unsigned one = 0x3f803f80u;
-    for (int i = 0; i < share(L); i++) {
+    const unsigned ones = 0x3f803f80u;
+    for (int i = 0; i < tiles_per_warp(L); i++) {
         int tile = i * WARPS + warp();
         int row = tile / COLUMNS;
         int column = tile % COLUMNS;
         if (row >= ROWS)
             continue;
         for (int j = 0; j < WARPS; j++) {
-            Tile left = load<true>(gradients + 16 * j * GRAD_STRIDE + 16 * row, GRAD_STRIDE, false);
-            Tile right = {one, one, one, one};
+            const bfloat16* grads = shared().output_grads + 16 * j * GRAD_STRIDE + 16 * row;
+            const bfloat16* inputs = shared().inputs + 16 * j * STRIDE + 16 * column;
+            Fragment right = {ones, ones, ones, ones};
             if (column + 1 < COLUMNS)
-                right = load<true>(inputs + 16 * j * STRIDE + 16 * column, STRIDE, true);
-            multiply(sums[shares_before(L) + i], left, right);
+                right = load<true>(inputs, STRIDE, true);
+            multiply(sums[tiles_before(L) + i], load<true>(grads, GRAD_STRIDE, false), right);
         }
     }
 }
 
-// The gradient in x of what the layers from L on make of it, from that in the end; adds those in their parameters.
+// The gradient in x W^T + b of layer L, from that in the last layer's result; adds those in the parameters from this
+// layer on.
 template <int L>
-__device__ Rows<padded(L)> descend(const Rows<padded(L)>& x, const Rows<padded(LAYERS)>& end_grad, Sum* sums)
+__device__ Rows<padded(L + 1)> backward_from(const Rows<padded(L)>& x, const Rows<padded(LAYERS)>& last_grad,
+                                             Accumulator* sums)
 {
-    if constexpr (L == LAYERS)
-        return end_grad;
+    Rows<padded(L + 1)> grad;
+    if constexpr (L + 1 == LAYERS && !activated(L))
+        grad = last_grad;
     else {
-        Rows<padded(L + 1)> y = apply_layer<L>(x);
-        Rows<padded(L + 1)> grad = descend<L + 1>(y, end_grad, sums);
-        if (L + 1 < LAYERS || LAST_RELU)
-            grad = before_relu(grad, y);
-        add_weight_gradient<L>(x, grad, sums);
-        return before_layer<L>(grad);
+        Rows<padded(L + 1)> y = rounded(apply_layer<L>(x));
+        if constexpr (L + 1 == LAYERS)
+            grad = last_grad;
+        else
+            grad = rounded(input_gradient<L + 1>(backward_from<L + 1>(y, last_grad, sums)));
+        grad = relu_backward(grad, y);
     }
+    add_weight_gradient<L>(x, grad, sums);
+    return grad;
 }
 
 // A block's sums into its row of the gradients in all parameters.
 template <int L>
-__device__ void write_sums(const Sum* sums, float* parameters_grad)
+__device__ void write_sums(const Accumulator* sums, float* parameters_grad)
 {
     constexpr int C = WIDTHS[L], D = WIDTHS[L + 1], COLUMNS = padded(L) / 16 + 1;
     float* layer = parameters_grad + parameters_at(L);
-    for (int i = 0; i < share(L); i++) {
+    for (int i = 0; i < tiles_per_warp(L); i++) {
         int tile = i * WARPS + warp();
         for (int part = 0; part < 4; part++) {
-            int row = tile / COLUMNS * 16 + part % 2 * 8 + lane() / 4;
-            int column = tile % COLUMNS * 16 + part / 2 * 8 + lane() % 4 * 2;
-            float2 pair = sums[shares_before(L) + i].part[part];
+            int row = tile / COLUMNS * 16 + row_of(part);
+            int column = tile % COLUMNS * 16 + column_of(part);
+            float2 pair = sums[tiles_before(L) + i].part[part];
             if (row < D && column < C)
                 layer[row * C + column] = pair.x;
             if (row < D && column + 1 < C)
@@ -397,15 +444,15 @@ extern "C" __global__ void network_backward(const float* x, const float* paramet
 {
     read_parameters<0>(parameters);
     __syncthreads();
-    Sum sums[shares_before(LAYERS)] = {};
+    Accumulator sums[tiles_before(LAYERS)] = {};
 
     // All warps of a block take part in every sum, those beyond the last point with gradients of zero.
-    for (int base = blockIdx.x * POINTS; base < points; base += gridDim.x * POINTS) {
+    for (int base = blockIdx.x * BLOCK_POINTS; base < points; base += gridDim.x * BLOCK_POINTS) {
         int first = base + 16 * warp();
         Rows<padded(0)> rows = read_rows<WIDTHS[0], padded(0)>(x, first, points);
-        Rows<padded(LAYERS)> end_grad = read_rows<WIDTHS[LAYERS], padded(LAYERS)>(y_grad, first, points);
-        Rows<padded(0)> grad = descend<0>(rows, end_grad, sums);
-        write_rows<WIDTHS[0], padded(0)>(grad, x_grad, first, points);
+        Rows<padded(LAYERS)> last_grad = read_rows<WIDTHS[LAYERS], padded(LAYERS)>(y_grad, first, points);
+        Rows<padded(1)> grad = backward_from<0>(rows, last_grad, sums);
+        write_rows<WIDTHS[0], padded(0)>(input_gradient<0>(grad), x_grad, first, points);
     }
     write_sums<0>(sums, parameters_grad + (long long)blockIdx.x * parameters_at(LAYERS));
 }

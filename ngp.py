@@ -1,14 +1,16 @@
 """The instance field: density and color of every point, and where space is empty (Sec. 3.2).
 
-Instant NGP (Mueller et al. 2022) in plain torch, on any device. The hash encoding (`hashgrid.py`) looks a point up; a
-small network turns its features into density and color. `volume.py` integrates them along rays.
+Instant NGP (Mueller et al. 2022). The hash encoding (`hashgrid.py`) looks a point up; a small network (`mlp.py`) turns
+its features into density and color. `volume.py` integrates them along rays. All of it is plain torch, for which a GPU
+has kernels.
 
 Differences from the released code, which runs two CUDA extensions:
 - the index of the encoding is Instant NGP's spatial hash, not a tiled one (`FieldConfig.hashed`);
 - a coarse grid of occupied cells (`Occupancy`), carved by the input masks (`FieldConfig.carve`), decides where to
   sample; theirs is off, and every sample in the cube is evaluated
   [released: distillation.py:505; nerf/renderer_df.py:647-650];
-- on a GPU the network learns in bfloat16; theirs is float32 [released: distillation.py:208, 514].
+- while it learns, a GPU's kernels round the network's factors to bfloat16; theirs is float32 [released:
+  distillation.py:208, 514].
 
 Letters: `N` points, `G` occupancy cells a side, `V` views, `H W` rows and columns.
 """
@@ -181,7 +183,7 @@ class Field(nn.Module):
         """Points (N, 3) -> density (N,), per unit of length, and color (N, 3) in [0, 1].
 
         With the directions (N, 3) that the points are seen in, the color is as seen in them; without, it is what the
-        field says of all directions. In training mode a GPU rounds the network's numbers to bfloat16.
+        field says of all directions. In training mode a GPU may round what the network multiplies.
         """
         # While it learns, the network may round.
         features = self.encoding(x)

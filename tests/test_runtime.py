@@ -300,7 +300,7 @@ def in_time():
 @pytest.mark.parametrize("seconds", [0, 300])
 def test_a_process_that_dies_takes_the_others_along(tmp_path, in_time, seconds):
     """Those of its pool: the other one waits, for the end of its job or for another job."""
-    stranger = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(300,))
+    stranger = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(300,), daemon=True)
     stranger.start()
     with pytest.raises(BrokenProcessPool):
         list(runtime.map_processes(die_or_wait, [(tmp_path / "first", None), (tmp_path / "other", seconds)], 2))
