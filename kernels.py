@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 
+ORDINARY_BYTES = 48 * 1024  # of shared memory, that a block can have anyway
+
+
 def compile_kernels(source: Path, names: tuple[str, ...], options: list[str], device: int,
                     shared_bytes: int = 0) -> list[Callable] | None:
     """The kernels of a file with these names, for a GPU; None where they cannot be had, for which reason is said once.
@@ -27,14 +30,18 @@ def compile_kernels(source: Path, names: tuple[str, ...], options: list[str], de
     try:
         text = source.read_text()
         with torch.cuda.device(device), without_toolkit():
+            if shared_bytes >= ORDINARY_BYTES:
+                room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+                if shared_bytes > room:
+                    raise MemoryError(f"a block needs {shared_bytes} bytes of shared memory and can have {room}")
             first = torch.cuda._compile_kernel(text, names[0], nvcc_options=options)
 
             # What was compiled is the whole file: each of the others would take as long once more.
             module = torch.cuda._utils._CudaModule(first.module)
             compiled = [getattr(module, name) for name in names]
 
-            # Blocks have 48 KiB unless a kernel asks for more.
-            if shared_bytes >= 48 * 1024:
+            # A kernel that wants more than the ordinary has to ask for it.
+            if shared_bytes >= ORDINARY_BYTES:
                 for kernel in compiled:
                     kernel.set_shared_memory_config(shared_bytes)
             return compiled

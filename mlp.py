@@ -24,6 +24,7 @@ SOURCE = Path(__file__).with_name("mlp.cu")
 WARPS = 4            # of a block, each with 16 points at once
 BLOCKS = 528         # on the whole GPU, at most: as many again as an H100 holds of the paper's gradient at once
 MOST_POINTS = 2**30  # the kernels count them in 32 bits
+MOST_WIDTH = 128     # of a layer: the registers of a warp hold no more
 
 
 def run(layers: nn.Sequential, x: Tensor, rounded: bool = False) -> Tensor:
@@ -61,6 +62,8 @@ def _are_for_kernels(layers: nn.Sequential, x: Tensor) -> bool:
     for layer in layers[::2]:
         if not isinstance(layer, nn.Linear) or layer.bias is None:
             return False
+        if max(layer.in_features, layer.out_features) > MOST_WIDTH:
+            return False
         if layer.weight.dtype != x.dtype or layer.weight.device != x.device:
             return False
     return all(isinstance(layer, nn.ReLU) for layer in layers[1::2])
@@ -89,7 +92,7 @@ def kernel_options(widths: tuple[int, ...], last_relu: bool) -> list[str]:
 
 
 def shared_bytes(widths: tuple[int, ...]) -> int:
-    """Shared memory of a block: `Shared` in `mlp.cu`, which compares. A GPU may have less, from 100,000 bytes on."""
+    """Shared memory of a block: the size of `Shared` in `mlp.cu`, which compares."""
     padded = [-(-width // 16) * 16 for width in widths]
     parameters = sum(2 * (before + 8) * behind + 4 * behind for before, behind in zip(padded, padded[1:]))
     return parameters + 2 * 2 * 16 * WARPS * (max(padded) + 8)
