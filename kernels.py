@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-
 ORDINARY_BYTES = 48 * 1024  # of shared memory, that a block can have anyway
 
 
