@@ -314,9 +314,11 @@ def map_processes(function: Callable, jobs: list, workers: int) -> Iterator:
     strangers = multiprocessing.active_children()
     with ProcessPoolExecutor(workers, context, _begin_process, (threads,)) as pool:
         try:
+            # All of them begin now. A pool watches none that it has begun since something last came back.
             with _deaf_children():
-                results = pool.map(partial(_do_job, function), jobs)
-            yield from results
+                begun = pool.map(_do_nothing, range(workers))
+            list(begun)
+            yield from pool.map(partial(_do_job, function), jobs)
         except BrokenProcessPool:
             # The pool asks the others to end and waits for them, but they wait for a job before they heed it.
             for process in multiprocessing.active_children():
@@ -348,6 +350,10 @@ def _begin_process(threads: int) -> None:
     _Stop.whole = 1
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+
+
+def _do_nothing(number: int) -> None:
+    """The first job of each process."""
 
 
 def _do_job(function: Callable, job):

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 import types
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 
 import pytest
 import torch
@@ -298,12 +298,23 @@ def in_time():
 
 @pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="no alarms")
 @pytest.mark.parametrize("seconds", [0, 300])
-def test_a_process_that_dies_takes_the_others_along(tmp_path, in_time, seconds):
-    """Those of its pool: the other one waits, for the end of its job or for another job."""
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_process_that_dies_takes_the_others_along(tmp_path, in_time, monkeypatch, place, seconds):
+    """Those of its pool: the other one, begun before or after it, waits for the end of its job or for another job."""
+    begin = ProcessPoolExecutor._adjust_process_count
+
+    def begin_late(pool):
+        """After the thread that watches processes has looked which there are."""
+        time.sleep(0.3)
+        begin(pool)
+
+    monkeypatch.setattr(ProcessPoolExecutor, "_adjust_process_count", begin_late)
     stranger = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(300,), daemon=True)
     stranger.start()
+    jobs = [(tmp_path / "other", seconds)]
+    jobs.insert(place, (tmp_path / "one", None))
     with pytest.raises(BrokenProcessPool):
-        list(runtime.map_processes(die_or_wait, [(tmp_path / "first", None), (tmp_path / "other", seconds)], 2))
+        list(runtime.map_processes(die_or_wait, jobs, 2))
     assert multiprocessing.active_children() == [stranger]
     stranger.kill()
     stranger.join()
