@@ -142,7 +142,7 @@ PRESETS = {
 }
 
 # What `--released` stands for: the released code's behavior, where ours differs in some preset and a field can say so.
-# Sizes, learning rates and the number of PLMS steps stay the preset's.
+# Sizes, learning rates and lengths stay the preset's.
 RELEASED = (
     "field.hashed=false",
     "field.carve=false",
@@ -151,6 +151,7 @@ RELEASED = (
     "picture_side=1",
     "reference_views=0",
     "sampler.solver=plms",
+    "sampler.plms_steps=50",
     "sampler.ancestral=true",
     "sampler.unnoised_start=true",
     "sampler.t_start=1",  # or no noise level is high enough for `unnoised_start`

@@ -55,7 +55,8 @@ def test_the_released_settings_fit_every_preset(preset):
             "lr_exposure", "weight_background", "weight_opacity", "weight_perceptual")
     assert all(getattr(config, name) == getattr(paper, name) for name in same)
     assert not config.field.hashed and not config.field.carve and config.eft_train_mode and config.metrics_on_inputs
-    assert config.sampler.ancestral and config.sampler.unnoised_start and config.sampler.sample_steps == 500
+    assert config.sampler.ancestral and config.sampler.unnoised_start
+    assert (config.sampler.solver, config.sampler.plms_steps, config.sampler.sample_steps) == ("plms", 50, 500)
     assert samplers.start_time(0.99, config.sampler) == 1
     assert (config.iterations, config.lr_grid) == (preset.iterations, preset.lr_grid)
     assert (config.denoise_batch, config.input_pixels, config.picture_side, config.field.view_degree) == (1, 0, 1, 0)
