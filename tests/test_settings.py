@@ -38,7 +38,7 @@ def test_the_paper_preset_has_the_released_numbers():
     assert (paper.betas, paper.eps, paper.final_lr_fraction) == ((0.9, 0.999), 1e-8, 1)
     assert (paper.sampler.plms_steps, paper.sampler.sample_steps) == (50, 500)
     nano, plain = settings.PRESETS["nano"], settings.PRESETS["plain"]
-    assert (nano.sampler.solver, nano.sampler.plms_steps, nano.denoise_batch) == ("dpmpp", 3, 8)
+    assert (nano.sampler.solver, nano.sampler.plms_steps, nano.denoise_batch) == ("dpmpp", 2, 8)
     assert (plain.blur, plain.field.view_degree, nano.blur, nano.field.view_degree) == (3, 4, 1, 0)
     assert max(paper.denoise_batch, nano.denoise_batch) <= graphs.SIZES[-1]  # or a GPU would divide a batch
     for name, fraction in (("nano", 0.1), ("plain", 0.05)):
