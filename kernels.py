@@ -20,7 +20,7 @@ ORDINARY_BYTES = 48 * 1024  # of shared memory, that a block can have anyway
 
 def compile_kernels(source: Path, names: tuple[str, ...], options: list[str], device: int,
                     shared_bytes: int = 0) -> list[Callable] | None:
-    """The kernels of a file with these names, for a GPU; None where they cannot be had, for which reason is said once.
+    """The kernels of a file with these names, for a GPU; None where they cannot be had; why is said once.
 
     `shared_bytes`: of a block, the most that calls will ask for; a GPU may have fewer. A kernel is called with `grid`,
     `block`, `args` (tensors become pointers, numbers `int` or `double`) and `shared_mem` bytes. Nothing compares the

@@ -3,8 +3,9 @@
 //
 // `mlp.py` compiles this file at run time for the widths of one network; `nn.Sequential` is the reference. To read and
 // write the numbers between two layers takes far longer than to compute them, so they stay in registers: a warp has 16
-// points, and the result of a product of matrices lies where the next one wants its factor. The gradient computes the
-// layers once more instead of remembering them. What goes into a product is rounded to bfloat16; biases, sums and the
+// points, and the result of a product of matrices lies where the next one wants its factor. (The factors of the
+// weights' gradients pass through shared memory.) The gradient computes the layers once more instead of remembering
+// them. What goes into a product is rounded to bfloat16; biases, sums and the
 // last layer's result are in float32. Sums are always in the same order, so that results repeat bit by bit.
 //
 // Letters: N points, P parameters, C channels of a layer's input, D of its output, L the layer. The compiler's options
@@ -267,7 +268,7 @@ __device__ void store_rows(const Rows<PADDED>& rows, bfloat16* matrix)
         }
 }
 
-// All parameters (P) into shared memory, the weights rounded.
+// The parameters (P) of the layers from L on into shared memory, the weights rounded.
 template <int L>
 __device__ void read_parameters(const float* parameters)
 {
@@ -375,7 +376,7 @@ __device__ void add_weight_gradient(const Rows<padded(L)>& x, const Rows<padded(
 
     constexpr int ROWS = padded(L + 1) / 16, COLUMNS = padded(L) / 16 + 1;
     constexpr int STRIDE = padded(L) + GAP, GRAD_STRIDE = padded(L + 1) + GAP;
-    const unsigned ones = 0x3f803f80u;
+    const unsigned ones = 0x3f803f80u;  // 1 in bfloat16, twice
     for (int i = 0; i < tiles_per_warp(L); i++) {
         int tile = i * WARPS + warp();
         int row = tile / COLUMNS;
@@ -414,7 +415,7 @@ __device__ Rows<padded(L + 1)> backward_from(const Rows<padded(L)>& x, const Row
     return grad;
 }
 
-// A block's sums into its row of the gradients in all parameters.
+// A block's sums for the layers from L on into its row of the gradients in all parameters.
 template <int L>
 __device__ void write_sums(const Accumulator* sums, float* parameters_grad)
 {

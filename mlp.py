@@ -1,4 +1,5 @@
-"""Small networks of linear layers and ReLU on millions of points, trained fast on a GPU: one kernel and bfloat16.
+"""Small networks of linear layers and ReLU on millions of points, trained fast on a GPU: by one kernel for the result and
+one for the gradient, in bfloat16.
 
 Plain torch is the reference, and what serves wherever the kernels of `mlp.cu` cannot be had. A layer of 64 numbers a
 point reads and writes far longer than it computes, so the kernels keep what is between two layers in registers.
@@ -22,7 +23,7 @@ import kernels
 
 SOURCE = Path(__file__).with_name("mlp.cu")
 WARPS = 4            # of a block, each with 16 points at once
-BLOCKS = 528         # on the whole GPU, at most: as many again as an H100 holds of the paper's gradient at once
+BLOCKS = 528         # on the whole GPU, at most: twice as many as an H100 holds of the paper's gradient at once
 MOST_POINTS = 2**30  # the kernels count them in 32 bits
 MOST_WIDTH = 128     # of a layer: the registers of a warp hold no more
 

@@ -1,8 +1,8 @@
 """The instance field: density and color of every point, and where space is empty (Sec. 3.2).
 
 Instant NGP (Mueller et al. 2022). The hash encoding (`hashgrid.py`) looks a point up; a small network (`mlp.py`) turns
-its features into density and color. `volume.py` integrates them along rays. All of it is plain torch, for which a GPU
-has kernels.
+its features into density and color. `volume.py` integrates them along rays. All of it is plain torch; for encoding
+and network a GPU has kernels.
 
 Differences from the released code, which runs two CUDA extensions:
 - the index of the encoding is Instant NGP's spatial hash, not a tiled one (`FieldConfig.hashed`);

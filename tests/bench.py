@@ -285,7 +285,8 @@ def rendering(device: torch.device) -> Iterator[Part]:
     """Renderings of a field of the paper's size with gradients, and whole iterations of the bootstrap.
 
     The object is the shipped toy, of whose space six views' masks leave what they cannot rule out. Bytes are the rows
-    of the encoding and the activations of the network, operations the network's, of the samples in occupied cells.
+    of the encoding and the activations of the network, operations the network's, of the samples in occupied cells. (On
+    a GPU activations stay in registers, which the floor does not know.)
     """
     size = 256 if device.type == "cuda" else 64
     scene = co3d.load_sequence(SAMPLE, "toys", "toy_1000_00000", size).to(device)

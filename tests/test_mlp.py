@@ -1,5 +1,5 @@
-"""The field's small network by kernels: against double precision, exactly where numbers need no rounding, and as bfloat16
-rounds elsewhere.
+"""The field's small network by kernels: against double precision, exactly where numbers need no rounding, and as
+bfloat16 rounds elsewhere.
 """
 import importlib
 import itertools
@@ -148,7 +148,7 @@ class Rounded(torch.autograd.Function):
 
 
 class RoundedLinear(nn.Linear):
-    """A linear layer whose weights are rounded, and the gradient that it gets; and its result, if it is not the last."""
+    """A linear layer whose weights are rounded, and the gradient that it gets; its result, too, but for the last one."""
     last = False
 
     def forward(self, x):
