@@ -1,4 +1,4 @@
-"""Small networks of linear layers and ReLU on millions of points, trained fast on a GPU: by one kernel for the result and
+"""Small networks of linear layers and ReLU on millions of points, trained fast on a GPU: one kernel for the result and
 one for the gradient, in bfloat16.
 
 Plain torch is the reference, and what serves wherever the kernels of `mlp.cu` cannot be had. A layer of 64 numbers a

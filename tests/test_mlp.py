@@ -148,7 +148,7 @@ class Rounded(torch.autograd.Function):
 
 
 class RoundedLinear(nn.Linear):
-    """A linear layer whose weights are rounded, and the gradient that it gets; its result, too, but for the last one."""
+    """A linear layer whose weights are rounded, and the gradient that it gets; but for the last, its result, too."""
     last = False
 
     def forward(self, x):
