@@ -131,6 +131,7 @@ class Design:
 
     @property
     def on_fours(self) -> bool:
+        """Whether the toy stands on hands and feet."""
         return self.stance == "on fours"
 
     def attributes(self) -> list[float]:

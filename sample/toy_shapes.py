@@ -204,6 +204,7 @@ class Figure:
     def finish(self, place: Place, attributes: list[float], device) -> Toy:
         """The toy, on a device."""
         def tensor(x):
+            """Numbers of any shape in float32, on the device."""
             return torch.as_tensor(np.asarray(x), dtype=torch.float32, device=device)
 
         # The primitives become rows; those that melt into each other come first.
