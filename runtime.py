@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing.connection import wait
 
 import torch
 from torch import Tensor
@@ -68,6 +69,7 @@ class _Stop:
     """What this process was asked, and whether it is in the middle of something."""
     asked: int | None = None  # number of the signal
     whole: int = 0            # pieces of work, one within another, that are not to be cut
+    again = signal.SIG_DFL    # what the next signal does: what signals do without us
 
 
 @contextmanager
@@ -92,9 +94,8 @@ def stoppable() -> Iterator[None]:
 
 def _ask(number: int, frame) -> None:
     """A signal has come."""
-    # The next one does what signals do without us.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, _Stop.again)
+    signal.signal(signal.SIGTERM, _Stop.again)
     _Stop.asked = number
 
     # Other processes end their steps, too.
@@ -345,11 +346,21 @@ def _begin_process(threads: int) -> None:
     """One of several processes: Ctrl-C is its parent's, whose SIGTERM it heeds where a step ends."""
     torch.set_num_threads(threads)
     spare_the_cpu()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+    # A signal to all processes comes twice: the parent passes it on.
+    _Stop.again = signal.SIG_IGN
+    _Stop.whole = 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _ask)
-    _Stop.whole = 1
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+
+
+def _end_with_parent() -> None:
+    """End this process where its parent has been killed: it would wait for another job for ever."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def _do_nothing(number: int) -> None:

@@ -1,6 +1,7 @@
 """Seeded draws, stopping, signs of life, several processes."""
 import multiprocessing
 import os
+import pathlib
 import signal
 import sys
 import threading
@@ -55,6 +56,22 @@ def heard():
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def in_time():
+    """A test that hangs fails after a minute."""
+    def end(number, frame):
+        """What the alarm does."""
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_at_once_where_nothing_is_to_lose(number, heard):
     with pytest.raises(runtime.Interrupted) as e, runtime.stoppable():
@@ -102,24 +119,29 @@ def test_what_the_parent_ignores_stays_ignored(heard):
 
 
 def slow(folder):
-    """A job of steps, which ends one that has begun."""
+    """A job of steps, which ends one that has begun. That of folder "a" asks all processes to stop, as a shell would,
+    once both jobs have begun.
+    """
     for step in Progress(range(100), None):
         (folder / f"{step}_begun").touch()
-        if step == 0:
-            os.kill(os.getppid(), signal.SIGTERM)
+        if step == 0 and folder.name == "a":
+            while not folder.with_name("b").joinpath("0_begun").exists():
+                time.sleep(0.01)
+            for process in (os.getpid(), os.getppid()):
+                os.kill(process, signal.SIGTERM)
         time.sleep(0.1)
         (folder / f"{step}_ended").touch()
 
 
-def test_other_processes_end_their_steps(tmp_path, heard):
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="no alarms")
+def test_other_processes_end_their_steps(tmp_path, heard, in_time):
     for name in "ab":
         (tmp_path / name).mkdir()
     with pytest.raises(runtime.Interrupted), runtime.stoppable():
         list(runtime.map_processes(slow, [tmp_path / "a", tmp_path / "b"], 2))
-    begun = {path.name.partition("_")[0] for path in tmp_path.glob("*/*_begun")}
-    assert begun and len(begun) < 50
     for folder in tmp_path.iterdir():
-        assert len(list(folder.glob("*_begun"))) == len(list(folder.glob("*_ended")))
+        begun = len(list(folder.glob("*_begun")))
+        assert 1 <= begun < 50 and begun == len(list(folder.glob("*_ended")))
 
 
 # --- progress ---
@@ -280,22 +302,6 @@ def die_or_wait(job):
     os._exit(1)
 
 
-@pytest.fixture
-def in_time():
-    """A test that hangs fails after a minute."""
-    def end(number, frame):
-        """What the alarm does."""
-        for process in multiprocessing.active_children():
-            process.kill()
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, end)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
 @pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="no alarms")
 @pytest.mark.parametrize("seconds", [0, 300])
 @pytest.mark.parametrize("place", [0, 1])
@@ -318,6 +324,42 @@ def test_a_process_that_dies_takes_the_others_along(tmp_path, in_time, monkeypat
     assert multiprocessing.active_children() == [stranger]
     stranger.kill()
     stranger.join()
+
+
+def list_processes(*args):
+    list(runtime.map_processes(*args))
+
+
+def wait_or_end(path):
+    """One of two jobs goes on for five minutes, the other is over at once."""
+    path.write_text(str(os.getpid()))
+    if path.name == "waits":
+        time.sleep(300)
+
+
+def is_alive(pid):
+    """Of a process that may be no child of this one."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "zombie" not in pathlib.Path(f"/proc/{pid}/status").read_text() if os.path.exists("/proc") else True
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="no alarms")
+def test_no_process_outlives_its_parent(tmp_path, in_time):
+    paths = [tmp_path / "waits", tmp_path / "ends"]
+    parent = multiprocessing.get_context("spawn").Process(target=list_processes, args=(wait_or_end, paths, 2))
+    parent.start()
+    while not all(path.exists() and path.read_text() for path in paths):
+        time.sleep(0.1)
+    parent.kill()
+    parent.join()
+    pids = [int(path.read_text()) for path in paths]
+    end = time.monotonic() + 20
+    while any(map(is_alive, pids)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(map(is_alive, pids))
 
 
 # --- the machine ---
