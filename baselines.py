@@ -12,6 +12,7 @@ import zlib
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from report import Views
 from scenes import Scene
@@ -31,10 +32,14 @@ def nearest_input(scene: Scene, inputs: list[int], targets: list[int]) -> Views:
 
 
 def eft_images(scene: Scene, inputs: list[int], targets: list[int], model: SparseFusion, config: DistillConfig,
-               seed: int, title: str | None = None) -> Views:
-    """The EFT's picture at full resolution, a ray a pixel (Sec. 3.1)."""
+               seed: int, hull: Tensor, title: str | None = None) -> Views:
+    """The EFT's picture at full resolution, a ray a pixel (Sec. 3.1).
+
+    hull (T, S, S), boolean: the pixels to ask about, from which the visual hull is seen. The others, about half of
+    them with two views, are black: so the EFT says itself, to less than a level of 8 bits.
+    """
     size = scene.images.shape[-1]
-    condition = _condition(scene, inputs, targets, model, config, seed, size, title)
+    condition = _condition(scene, inputs, targets, model, config, seed, size, title, hull)
     return Views(condition.images, None)
 
 
@@ -60,9 +65,9 @@ def vldm_samples(scene: Scene, inputs: list[int], targets: list[int], model: Spa
 
 
 def _condition(scene: Scene, inputs: list[int], targets: list[int], model: SparseFusion, config: DistillConfig,
-               seed: int, size: int | None = None, title: str | None = None) -> Condition:
+               seed: int, size: int | None = None, title: str | None = None, where: Tensor | None = None) -> Condition:
     """What the EFT says about the target views."""
     given = scene[inputs]
     depth_range = model.depth_range(scene.cameras)
     return model.condition(given.images, given.cameras, scene.cameras[targets], depth_range, size,
-                           config.eft_train_mode, title, seed)
+                           config.eft_train_mode, title, seed, where)

@@ -108,7 +108,7 @@ def show_all(scene: Scene, inputs: list[int], targets: list[int], model: SparseF
 
     # The parts of the prior, each for itself.
     pictures["eft"] = baselines.eft_images(scene, inputs, targets, model, config, instance.seed,
-                                           "EFT, a ray a pixel")
+                                           ours.hull(cameras, size), "EFT, a ray a pixel")
     begin("VLDM samples")
     pictures["vldm"] = baselines.vldm_samples(scene, inputs, targets, model, config, instance.seed)
     begin("pictures")

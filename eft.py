@@ -179,7 +179,7 @@ def sample_maps(maps: Tensor, xy: Tensor) -> Tensor:
 
     rows = table.reshape(-1, table.shape[-1]).float()
     samples = F.embedding_bag(pixels.view(-1, 4), rows, mode="sum", per_sample_weights=weights.view(-1, 4))
-    return samples.to(maps.dtype).view(*pixels.shape[:-1], -1)
+    return samples.to(maps.dtype).view(*pixels.shape[:-1], rows.shape[-1])
 
 
 # ---------------------------------------------------------------------------------------------- transformers
@@ -324,13 +324,16 @@ class EFT(nn.Module):
         return Geometry(query_rays, reference_rays, embedded_depths, xy_views.unflatten(-2, grid))
 
     def image(self, maps: Tensor, images: Tensor, cameras: Cameras, query: Cameras, size: int, near: float | Tensor,
-              far: float | Tensor, chunk: int = 128) -> Prediction:
+              far: float | Tensor, chunk: int = 128, where: Tensor | None = None) -> Prediction:
         """Feature map (*, N, size, size) and color image (*, 3, size, size) of whole query views.
 
         `size` is the conditioning map's (H / 8) or the image's own, H; the outer rays pass through the outermost pixels
         of the full image. `chunk` rays of every view go at a time: 128 fit a CPU's caches, a GPU wants thousands.
+        `where` (size, size): the rays to ask about, boolean; the others get zeros.
         """
         grid = pixel_grid(size, size, full=images.shape[-1], device=images.device)
+        if where is not None:
+            grid = grid[where.flatten()]
 
         def ask(xy: Tensor) -> Prediction:
             """What the network says about the rays at NDC (R, 2)."""
@@ -342,11 +345,17 @@ class EFT(nn.Module):
             parts = [ask(xy) for xy in chunks]
         else:
             parts = map_threads(ask, chunks)
-        features = torch.cat([part.features for part in parts], dim=-2)  # (*, size^2, N)
-        color = torch.cat([part.color for part in parts], dim=-2)        # (*, size^2, 3)
-        return Prediction(as_map(features, size), as_map(color, size))
+        features = torch.cat([part.features for part in parts], dim=-2)  # (*, R, N)
+        color = torch.cat([part.color for part in parts], dim=-2)        # (*, R, 3)
+        return Prediction(as_map(features, size, where), as_map(color, size, where))
 
 
-def as_map(rays: Tensor, size: int) -> Tensor:
-    """Values of the rays of a grid (*, size^2, C), row by row -> (*, C, size, size)."""
+def as_map(rays: Tensor, size: int, where: Tensor | None = None) -> Tensor:
+    """Values of the rays of a grid (*, R, C), row by row -> (*, C, size, size). If not of all, of those `where` (size,
+    size) is true; the others get zeros.
+    """
+    if where is not None:
+        all_rays = rays.new_zeros(*rays.shape[:-2], size * size, rays.shape[-1])
+        all_rays[..., where.flatten(), :] = rays
+        rays = all_rays
     return rays.transpose(-1, -2).unflatten(-1, (size, size))

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -263,8 +264,7 @@ class Occupancy(nn.Module):
         if not config.carve:
             return
         valid = torch.ones_like(masks) if valid is None else valid
-        axis = torch.linspace(-config.bound, config.bound, config.occupancy_cells + 1, device=masks.device)
-        corners = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1)  # (G + 1, G + 1, G + 1, 3)
+        corners = self.corners()
 
         # One refusal is enough where there are few views; of many, some are forgiven.
         refusals = torch.zeros_like(self.possible, dtype=torch.int32)
@@ -277,6 +277,30 @@ class Occupancy(nn.Module):
             raise ValueError(f"masks and cameras: no part of the cube of half side {config.bound:g} round the world "
                              "origin lies in every mask; the object must be inside the cube")
         self.set_occupied(self.possible)
+
+    @torch.no_grad()
+    def silhouette(self, camera: Cameras, size: int) -> Tensor:
+        """The pixels from which a camera () may see something, (size, size) boolean: the footprints of all possible
+        cells.
+        """
+        cells = _Footprints(*(x[self.possible] for x in _footprints(self.corners(), camera, size, size)))
+        cells = _Footprints(*(x[cells.before] for x in cells))
+
+        # One more rectangle begins, or ends, at each of its corners: sums over rows and columns count them.
+        side = size + 3
+        changes = self.possible.new_zeros(side * side, dtype=torch.int32)
+        for row, column, change in ((cells.top, cells.left, 1), (cells.bottom, cells.right, 1),
+                                    (cells.top, cells.right, -1), (cells.bottom, cells.left, -1)):
+            index = row * side + column
+            changes.index_add_(0, index, torch.full_like(index, change, dtype=torch.int32))
+        count = changes.view(side, side).cumsum(0).cumsum(1)
+        return count[1:size + 1, 1:size + 1] > 0
+
+    def corners(self) -> Tensor:
+        """Of all cells: (G + 1, G + 1, G + 1, 3)."""
+        bound = self.config.bound
+        axis = torch.linspace(-bound, bound, self.config.occupancy_cells + 1, device=self.occupied.device)
+        return torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1)
 
     @torch.no_grad()
     def update(self, field: Field, generator: torch.Generator | None = None) -> None:
@@ -328,11 +352,17 @@ def _dilate(mask: Tensor, pixels: int) -> Tensor:
     return F.max_pool2d(mask.float(), 2 * pixels + 1, stride=1, padding=pixels) > 0
 
 
-def _footprint_hits(pixels: Tensor, corners: Tensor, camera: Cameras) -> Tensor:
-    """Does the projection of each cell touch one of the given pixels? (G, G, G) boolean, wrong only by saying yes.
+class _Footprints(NamedTuple):
+    """The pixels that cells (G, G, G) may cover in a view: rectangles, wrong only by being too large."""
+    left: Tensor    # first column, in an image with one pixel around it that stands for all outside
+    top: Tensor
+    right: Tensor   # the column behind the last
+    bottom: Tensor
+    before: Tensor  # whether any of the cell is before the camera
 
-    pixels (H + 2, W + 2) as `_possible_pixels` returns them; corners (G + 1, G + 1, G + 1, 3) of the cells.
-    """
+
+def _footprints(corners: Tensor, camera: Cameras, height: int, width: int) -> _Footprints:
+    """Of cells with these corners, (G + 1, G + 1, G + 1, 3)."""
     # Bounds of X, Y, Z over each cell, in view coordinates, (3, G, G, G) each.
     view = camera.to_view(corners.reshape(-1, 3)).reshape(corners.shape)
     low, high = cell_bounds(view.movedim(-1, 0))
@@ -345,24 +375,31 @@ def _footprint_hits(pixels: Tensor, corners: Tensor, camera: Cameras) -> Tensor:
     xy_low = focal * torch.minimum(low[:2] / near, low[:2] / far) + principal
     xy_high = focal * torch.maximum(high[:2] / near, high[:2] / far) + principal
 
-    # First pixel of the footprint and the one behind its last. NDC +x is left and +y is up: the largest is the first.
-    left, top = _padded_pixel(xy_high, pixels)
-    right, bottom = _padded_pixel(xy_low, pixels) + 1
+    # NDC +x is left and +y is up: the largest are the first pixel.
+    left, top = _padded_pixel(xy_high, height, width)
+    right, bottom = _padded_pixel(xy_low, height, width) + 1
+    return _Footprints(left, top, right, bottom, high[2] > 0)
 
-    # How many of the pixels lie in that rectangle, by a summed area table.
+
+def _footprint_hits(pixels: Tensor, corners: Tensor, camera: Cameras) -> Tensor:
+    """Does the projection of each cell touch one of the given pixels? (G, G, G) boolean, wrong only by saying yes.
+
+    pixels (H + 2, W + 2) as `_possible_pixels` returns them; corners (G + 1, G + 1, G + 1, 3) of the cells.
+    """
+    # How many of the pixels lie in the cell's rectangle, by a summed area table.
+    cells = _footprints(corners, camera, pixels.shape[0] - 2, pixels.shape[1] - 2)
     total = F.pad(pixels.long().cumsum(0).cumsum(1), (1, 0, 1, 0))
-    above = total[top, right] - total[top, left]
-    count = total[bottom, right] - total[bottom, left] - above
+    above = total[cells.top, cells.right] - total[cells.top, cells.left]
+    count = total[cells.bottom, cells.right] - total[cells.bottom, cells.left] - above
 
     # What is behind the camera is outside the image, too.
     outside = bool(pixels[0, 0])
-    return torch.where(high[2] > 0, count > 0, outside)
+    return torch.where(cells.before, count > 0, outside)
 
 
-def _padded_pixel(xy: Tensor, pixels: Tensor) -> Tensor:
+def _padded_pixel(xy: Tensor, height: int, width: int) -> Tensor:
     """Columns and rows (2, ...) of NDC (2, ...) in an image with one pixel around it; 0 is before the image."""
-    height, width = pixels.shape
-    size = torch.tensor([width - 2, height - 2], device=pixels.device)[:, None, None, None]
+    size = torch.tensor([width, height], device=xy.device)[:, None, None, None]
     pixel = ((1 - xy) / 2 * size).floor().clamp(min=-1).minimum(size)
     return pixel.long() + 1
 

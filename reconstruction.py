@@ -66,6 +66,13 @@ class Reconstruction(NamedTuple):
             silhouettes.append(F.avg_pool2d(view.opacity, side))
         return Views(torch.stack(images), torch.stack(silhouettes))
 
+    def hull(self, cameras: Cameras, size: int) -> Tensor:
+        """From which pixels cameras (T,) of the world see the visual hull of the input masks, (T, size, size) boolean;
+        wrong only by saying yes.
+        """
+        cameras = object_frame(cameras, self.frame)
+        return torch.stack([self.occupancy.silhouette(camera, size) for camera in cameras])
+
     def turntable(self, cameras: Cameras, size: int, title: str | None = None) -> Tensor:
         """Once around, on the circle that fits the scene's cameras (V,): pictures (frames, 3, size, size).
 

@@ -134,18 +134,20 @@ class SparseFusion(nn.Module):
 
     @torch.no_grad()
     def condition(self, images: Tensor, inputs: Cameras, queries: Cameras, depth_range: tuple[float, float],
-                  size: int | None = None, train_mode: bool = False, title: str | None = None,
-                  seed: int = 0) -> Condition:
+                  size: int | None = None, train_mode: bool = False, title: str | None = None, seed: int = 0,
+                  where: Tensor | None = None) -> Condition:
         """Features and EFT images of Q query viewpoints.
 
         images (V, 3, S, S) in [0, 1] with black background, `inputs` (V,) their cameras, `queries` (Q,). `size` rays
         a side (default: the preset's `map_size`). `train_mode` turns dropout and batch statistics on; a view's dropout
-        follows from `seed` and its place among the queries. `title` shows a progress bar.
+        follows from `seed` and its place among the queries. `title` shows a progress bar. `where` (Q, size, size): the
+        rays to ask about, boolean; the others get zeros.
         """
-        # As many rays at once as suit the machine: several views, or a part of one. Dropout goes view by view.
+        # As many rays at once as suit the machine: several views, or a part of one. Dropout goes view by view, and so
+        # do views of different rays.
         size = size or self.preset.map_size
         rays = max(1, EFT_BYTES[images.device.type] // self.eft.ray_bytes(len(images)))
-        together = 1 if train_mode else max(1, rays // size**2)
+        together = 1 if train_mode or where is not None else max(1, rays // size**2)
         gpus = [images.device] if images.is_cuda else []  # whose random numbers dropout takes
         half = not train_mode and self._half_serves_eft(images, inputs, queries[:1], depth_range)
         views = []
@@ -159,7 +161,8 @@ class SparseFusion(nn.Module):
                     if train_mode:
                         torch.manual_seed(seed * 1_000_003 + first)
                     some = queries[first:first + together]
-                    views.append(self.eft.image(*given, some, size, *depth_range, rays))
+                    asked = None if where is None else where[first]
+                    views.append(self.eft.image(*given, some, size, *depth_range, rays, asked))
 
         # Side by side.
         features = torch.cat([view.features for view in views])

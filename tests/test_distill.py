@@ -290,7 +290,7 @@ def refused(capsys, tmp_path, flags, *words):
     (["--set", "level=8"], ["--set level", "field.levels"]),
     (["--set", "levels=x"], ["field.levels=x", "whole number"]),
     (["--set", "hashed=maybe"], ["field.hashed", "true or false"]),
-    (["--set", "bootstrap=501"], ["bootstrap 501", "350 iterations"]),
+    (["--set", "bootstrap=501"], ["bootstrap 501", "300 iterations"]),
     (["--set", "render_size=60"], ["60", "32"]),
     (["--set", "image_size=x"], ["image_size"]),
     (["--set", "harmonics=3"], ["harmonics", "architecture"]),

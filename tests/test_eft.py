@@ -238,6 +238,21 @@ def test_image_is_its_rays_in_any_chunks():
     parity.assert_close(view.color[:, 3, 0], rays.color[12], atol=1e-5)
 
 
+@pytest.mark.parametrize("asked", [(1, 3, 5, 6, 12), (9,), ()])
+def test_image_of_some_of_its_rays(asked):
+    model, cameras, images = tiny(), ring(3), torch.rand(2, 3, 32, 32)
+    where = torch.zeros(16, dtype=torch.bool)
+    where[list(asked)] = True
+    where = where.view(4, 4)
+    with torch.no_grad():
+        maps = model.encode(images)
+        whole = model.image(maps, images, cameras[1:], cameras[0], 4, 2.0, 6.0)
+        some = model.image(maps, images, cameras[1:], cameras[0], 4, 2.0, 6.0, chunk=2, where=where)
+    for part, all_of_it in zip(some, whole):
+        assert part.shape == all_of_it.shape and part.dtype == all_of_it.dtype
+        parity.assert_close(part, all_of_it * where, atol=1e-5)
+
+
 def test_gradients_reach_every_parameter():
     model, cameras, images = EFT(NANO).train(), ring(3), torch.rand(1, 2, 3, 64, 64)
     maps = model.encode(images)

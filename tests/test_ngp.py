@@ -9,7 +9,7 @@ import torch
 import ngp
 import parity
 import volume
-from cameras import pixel_grid
+from cameras import Cameras, pixel_grid
 from fields import TINY, Analytic, around, ball, centers, images, random_rays, released_field, seeded
 
 
@@ -203,6 +203,40 @@ def test_carving_keeps_the_ball_and_little_else():
     assert not one.occupied.flatten()[depth < -0.4].any() and one.occupied.flatten()[depth > 6].any()
     with pytest.raises(ValueError, match="masks and cameras"):
         occupancy.carve(torch.zeros_like(masks), views)
+
+
+@pytest.mark.parametrize("distance", [0.6, 2.5])  # within the cube, and before it
+def test_silhouettes_of_cells_miss_nothing(distance):
+    """No point of a possible cell is seen outside the silhouette, which ends within a pixel of where they end."""
+    occupancy = ngp.Occupancy(dataclasses.replace(TINY, occupancy_cells=12))
+    occupancy.possible &= torch.rand(12, 12, 12, generator=seeded()) < 0.01
+    cells = occupancy.possible.nonzero()
+    inner = torch.rand(4000, 1, 3, generator=seeded(1)).round(decimals=1)  # many on faces, edges and corners
+    x = (cells + inner).reshape(-1, 3) * occupancy.cell - TINY.bound
+    for camera in around(4, distance=distance, center=(0.1, -0.05), seed=3):
+        xy, depth = camera.project(x)
+        pixel = ((1 - xy) / 2 * 40).floor()
+        inside = (pixel >= 0).all(-1) & (pixel < 40).all(-1) & (depth > 0)
+        column, row = pixel[inside].long().unbind(-1)
+        seen = torch.zeros(40, 40, dtype=torch.bool)
+        seen[row, column] = True
+        silhouette = occupancy.silhouette(camera, 40)
+        assert seen.any() and not (seen & ~silhouette).any()
+        if distance > 1:
+            assert silhouette.sum() < 2 * seen.sum()
+
+
+def test_silhouette_of_one_cell():
+    """Of a camera that looks along an axis, by hand: the square of its near face; from behind, nothing."""
+    occupancy = ngp.Occupancy(dataclasses.replace(TINY, occupancy_cells=4, bound=2.0))  # cells of side 1
+    occupancy.possible[:] = False
+    occupancy.possible[2, 3, 1] = True  # x in [0, 1], y in [1, 2], z in [-1, 0]
+    camera = Cameras(torch.eye(3), torch.tensor([0.0, 0.0, 3.0]), torch.tensor([1.0, 1.0]), torch.zeros(2))
+    silhouette = occupancy.silhouette(camera, 100)  # Z in [2, 3], X / Z in [0, 1/2], Y / Z in [1/3, 1]
+    rows, columns = silhouette.nonzero().T
+    assert (columns.min(), columns.max(), rows.min(), rows.max()) == (25, 50, 0, 33) and silhouette.sum() == 26 * 34
+    behind = Cameras(torch.eye(3), torch.tensor([0.0, 0.0, -0.5]), torch.tensor([1.0, 1.0]), torch.zeros(2))
+    assert not occupancy.silhouette(behind, 100).any()
 
 
 @pytest.mark.parametrize("touching", [False, True])

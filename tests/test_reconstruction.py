@@ -237,3 +237,14 @@ def test_a_longer_run_may_have_more_rays_a_pixel():
     assert reconstruction.goes_further({"config": short}, {"config": long})
     assert not reconstruction.goes_further({"config": long}, {"config": short})
     assert not reconstruction.goes_further({"config": short | {"blur": 7}}, {"config": long})
+
+
+def test_a_visual_hull_is_seen_wherever_the_object_is():
+    """From cameras of the world, in their own axes: every pixel of every mask, and not much else."""
+    scene = ball(5, 32)
+    config = replace(SHORT, iterations=1, bootstrap=0, field=replace(SHORT.field, occupancy_cells=128))
+    ours = distill.reconstruct(scene, [1, 2, 4], config=config)
+    assert not torch.allclose(ours.frame.R, torch.eye(3), atol=0.1)
+    hull = ours.hull(scene.cameras, 32)
+    seen = scene.masks[:, 0] > 0.5
+    assert hull.shape == (5, 32, 32) and not (seen & ~hull).any() and hull.sum() < 2 * seen.sum()

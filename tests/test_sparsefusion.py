@@ -182,7 +182,7 @@ def test_fewer_rays_at_once_where_there_are_more_input_views(monkeypatch):
     model, given, queries, depth_range = shaky_model()
     whole = model.condition(*given, queries, depth_range)
     chunks, image = [], model.eft.image
-    monkeypatch.setattr(model.eft, "image", lambda *args: chunks.append((len(args[3]), args[-1])) or image(*args))
+    monkeypatch.setattr(model.eft, "image", lambda *args: chunks.append((len(args[3]), args[7])) or image(*args))
     monkeypatch.setattr(sparsefusion, "EFT_BYTES", {"cpu": 40 * model.eft.ray_bytes(1)})
     parts = model.condition(*given, queries, depth_range)
     model.condition(given[0][[0] * 50], given[1][[0] * 50], queries, depth_range)
@@ -205,6 +205,17 @@ def test_viewpoints_in_batches_are_viewpoints_one_by_one(monkeypatch):
         parity.assert_close(together.features[i], alone.features[0], std=1e-5)
         parity.assert_close(together.images[i], alone.images[0], atol=1e-5)
     assert not torch.equal(shaken.features[0], shaken.features[2])
+
+
+def test_some_rays_of_every_viewpoint():
+    """They get what they would get among all; the others get zeros."""
+    model, given, queries, depth_range = shaky_model()
+    where = torch.rand(2, 11, 11, generator=torch.Generator().manual_seed(1)) < 0.4
+    whole = model.condition(*given, queries, depth_range, 11)
+    some = model.condition(*given, queries, depth_range, 11, where=where)
+    for part, all_of_it in zip(some, whole):
+        parity.assert_close(part, all_of_it * where[:, None], atol=1e-5)
+        assert part.movedim(1, -1)[~where].eq(0).all() and part.movedim(1, -1)[where].abs().sum(-1).gt(0).all()
 
 
 def test_feature_distance():
