@@ -35,7 +35,8 @@ import volume
 from cameras import Cameras, pixel_grid
 from lattice import Lattice, random_lattice, upsample
 from losses import blurred, brightness_mask, fusion_weight, opacity_loss, photometric_loss
-from ngp import Field, Occupancy
+from ngp import Field
+from occupancy import Occupancy
 from optimization import Group, Optimization
 from runtime import Progress, rand
 from scenes import Scene

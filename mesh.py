@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from files import write_atomically
-from ngp import Field, Occupancy, cell_bounds, in_chunks
+from ngp import Field, in_chunks
+from occupancy import Occupancy, cell_bounds
 from volume import compositing_weights, evaluate_samples, sampled_box
 
 # Kuhn's six tetrahedra of a cube, whose corner 4 i + 2 j + k lies at (x, y, z) = (i, j, k). All have the diagonal from

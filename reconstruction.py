@@ -23,7 +23,8 @@ import volume
 from cameras import Cameras, circle_path, relative_to
 from distillation import Distillation, Prior
 from mesh import Mesh, extract_mesh, largest_component
-from ngp import Field, Occupancy
+from ngp import Field
+from occupancy import Occupancy
 from report import Views
 from runtime import Interrupted, Progress, whole
 from scenes import Scene

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cameras import Cameras, pixel_grid
-from ngp import Field, FieldConfig, Occupancy, cube
+from ngp import Field, FieldConfig, cube
+from occupancy import Occupancy
 from runtime import rand
 
 # Rays of a picture that are followed at once: what fits a CPU's caches; what fills a GPU, but not its memory.

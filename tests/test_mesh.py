@@ -12,6 +12,7 @@ import parity
 import volume
 from fields import Analytic, around, ball, centers, images, seeded
 from mesh import TETRAHEDRA, Mesh, connected_parts, extract_mesh, largest_component, triangle_table, write_ply
+from occupancy import Occupancy
 
 
 def edges_of(mesh: Mesh) -> torch.Tensor:
@@ -75,7 +76,7 @@ def test_the_triangles_of_a_case_part_inside_from_outside(case):
 def test_surface_of_a_ball(with_occupancy):
     field, occupancy = ball(occupancy_cells=15), None
     if with_occupancy:
-        occupancy = ngp.Occupancy(field.config)
+        occupancy = Occupancy(field.config)
         occupancy.set_occupied(centers(field.config).norm(dim=-1) < 1.1)
     mesh = extract_mesh(field, 40, 10.0, occupancy=occupancy)
     assert_closed_and_oriented(mesh)
@@ -180,7 +181,7 @@ def test_one_scene_is_learned():
     rays = [view.rays(cameras.pixel_grid(size, size)) for view in views]
     def learn(iterations):
         field, g = ngp.Field(dataclasses.replace(ngp.NANO, bound=1.5, finest_resolution=96), seeded()), seeded(1)
-        occupancy = ngp.Occupancy(field.config)
+        occupancy = Occupancy(field.config)
         occupancy.carve(target.opacity.reshape(8, 1, size, size), views)
         adam = torch.optim.Adam([{"params": field.encoding.parameters(), "lr": 2e-2},
                                  {"params": field.mlp.parameters(), "lr": 5e-3}])

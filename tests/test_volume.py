@@ -9,6 +9,7 @@ import ngp
 import parity
 import volume
 from fields import TINY, Analytic, around, ball, centers, random_rays, released_field, seeded
+from occupancy import Occupancy
 
 
 @pytest.mark.parametrize("mode", ["eval_noperturb", "eval_perturb", "train_perturb"])
@@ -37,10 +38,10 @@ def test_renderer_agrees_with_the_released_one(mode):
 
 
 def test_saved_state_renders_the_same():
-    field, occupancy = ngp.Field(TINY, seeded(3)), ngp.Occupancy(TINY)
+    field, occupancy = ngp.Field(TINY, seeded(3)), Occupancy(TINY)
     occupancy.update(field, seeded(4))
     occupancy.set_occupied(occupancy.occupied & (torch.rand(occupancy.occupied.shape, generator=seeded(5)) < 0.3))
-    field2, occupancy2 = ngp.Field(TINY, seeded(6)), ngp.Occupancy(TINY)
+    field2, occupancy2 = ngp.Field(TINY, seeded(6)), Occupancy(TINY)
     field2.load_state_dict(field.state_dict())
     occupancy2.load_state_dict(occupancy.state_dict())
     rays = random_rays(20)
@@ -106,7 +107,7 @@ def test_gradient_of_the_renderer_is_that_of_finite_differences(skip):
     field.encoding.table.data = torch.randn(field.encoding.table.shape, generator=seeded(1), dtype=torch.float64)
     occupancy = None
     if skip:
-        occupancy = ngp.Occupancy(TINY)
+        occupancy = Occupancy(TINY)
         occupancy.set_occupied(torch.rand(occupancy.occupied.shape, generator=seeded(2)) < 0.5)
     rays_o, rays_d = (x.double() for x in random_rays(3))
     names = [name for name, _ in field.named_parameters()]
@@ -166,7 +167,7 @@ def test_importance_samples_follow_the_weights():
 @pytest.mark.parametrize("jitter", [False, True])
 def test_an_image_is_its_rays(jitter):
     field, size, full = ball(occupancy_cells=16), 6, 12
-    occupancy = ngp.Occupancy(field.config)
+    occupancy = Occupancy(field.config)
     view = around(1)[0]
     generator = seeded() if jitter else None
     image = volume.render_image(field, view, size, full, generator, occupancy)
@@ -184,7 +185,7 @@ def test_an_image_is_its_rays(jitter):
 def test_an_occupancy_that_is_full_changes_nothing():
     field = ball(samples_per_ray=32, importance_samples=16, occupancy_cells=24)
     plain = volume.render(field, *random_rays(50), seeded(), None)
-    skipping = volume.render(field, *random_rays(50), seeded(), ngp.Occupancy(field.config))
+    skipping = volume.render(field, *random_rays(50), seeded(), Occupancy(field.config))
     for a, b in zip(plain, skipping):
         parity.assert_close(a, b, atol=1e-6)
 
@@ -196,7 +197,7 @@ def test_skipping_empty_space_changes_nothing():
         return torch.where(x.norm(dim=-1) < 0.8, 20.0, 0.0)
     field = Analytic(density, lambda x: (x / 3 + 0.5).clamp(0, 1), samples_per_ray=32, importance_samples=16,
                      occupancy_cells=24)
-    occupancy = ngp.Occupancy(field.config)
+    occupancy = Occupancy(field.config)
     occupancy.density.zero_()
     occupancy.update(field)
     assert 0.05 < occupancy.occupied.float().mean() < 0.12
@@ -213,7 +214,7 @@ def test_skipping_empty_space_changes_nothing():
 
 def test_samples_lie_in_the_box_of_occupied_cells():
     field = Analytic(lambda x: 1e5 * (x.norm(dim=-1) < 0.8), occupancy_cells=30, samples_per_ray=24)
-    occupancy = ngp.Occupancy(field.config)
+    occupancy = Occupancy(field.config)
     occupancy.density.zero_()
     occupancy.update(field, seeded())
     assert torch.allclose(occupancy.box, torch.tensor([[-0.9] * 3, [0.9] * 3]), atol=0.11)
@@ -230,7 +231,7 @@ def test_samples_lie_in_the_box_of_occupied_cells():
 def test_a_buffer_changes_nothing_but_the_shapes(importance):
     """Colors and gradients are those without, on rays that hit and rays that miss; the need is counted."""
     field = ball(samples_per_ray=32, importance_samples=importance, occupancy_cells=24)
-    occupancy = ngp.Occupancy(field.config)
+    occupancy = Occupancy(field.config)
     occupancy.density.zero_()
     occupancy.update(field)
     rays_o, rays_d = random_rays(200)
@@ -251,7 +252,7 @@ def test_a_buffer_changes_nothing_but_the_shapes(importance):
 
 def test_a_buffer_counts_what_it_has_no_room_for():
     field = ball(samples_per_ray=32, occupancy_cells=24)
-    occupancy = ngp.Occupancy(field.config)
+    occupancy = Occupancy(field.config)
     rays = random_rays(50)
     small = volume.SampleBuffer(100, "cpu")
     volume.render(field, *rays, None, occupancy, None, small)
