@@ -100,8 +100,8 @@ def feature_distance(features_a: Sequence[Tensor], features_b: Sequence[Tensor],
     total = 0.0
     for i, (a, b) in enumerate(zip(features_a, features_b, strict=True)):
         # Scale the features at every position to unit length, and square their difference.
-        unit_a = F.normalize(a, dim=1, eps=1e-10)
-        unit_b = F.normalize(b, dim=1, eps=1e-10)
+        unit_a = a * _inverse_length(a)
+        unit_b = b * _inverse_length(b)
         squares = (unit_a - unit_b).square()  # (B, C, h, w)
         if weights is not None:
             squares = squares * weights[i][:, None, None]
@@ -109,6 +109,13 @@ def feature_distance(features_a: Sequence[Tensor], features_b: Sequence[Tensor],
         # Sum over channels, average over positions, and add up the layers.
         total = total + squares.sum(1).mean((1, 2))
     return total
+
+
+def _inverse_length(x: Tensor) -> Tensor:
+    """1 / |x| of vectors along the channels, (B, C, h, w) -> (B, 1, h, w). Of a zero vector it is large and has no
+    gradient.
+    """
+    return x.square().sum(1, keepdim=True).clamp(min=1e-20).rsqrt()
 
 
 def perceptual_distance(layers: Callable[[Tensor], Sequence[Tensor]], a: Tensor, b: Tensor,

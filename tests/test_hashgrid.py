@@ -91,7 +91,7 @@ def test_a_hash_is_an_integer_without_a_sign():
     level, rows = 2, levels.rows[2].item()
     assert rows & (rows - 1) and levels.hashed_from == level
     x = torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
-    found = hashgrid.corners(x, levels)[0][:, level] - levels.offset[level]
+    found = (hashgrid.corners(x, levels)[0][:, level] - levels.offset[level]).t()
     cells = (x * levels.scale[level] + 0.5).floor().long()
     negative = 0
     for cell, row in zip(cells.tolist(), found.tolist()):
