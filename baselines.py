@@ -36,7 +36,7 @@ def eft_images(scene: Scene, inputs: list[int], targets: list[int], model: Spars
     """The EFT's picture at full resolution, a ray a pixel (Sec. 3.1).
 
     hull (T, S, S), boolean: the pixels to ask about, from which the visual hull is seen. The others, about half of
-    them with two views, are black: so the EFT says itself, to less than a level of 8 bits.
+    them with two views, are black. On toys the EFT says so itself, to less than a level of 8 bits.
     """
     size = scene.images.shape[-1]
     condition = _condition(scene, inputs, targets, model, config, seed, size, title, hull)

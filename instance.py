@@ -240,7 +240,7 @@ class Instance:
             **reading,
             "distillation: EFT": 0.17 * (config.viewpoints + count),
             "distillation": 0.16 * iterations,
-            "field without prior": 0.035 * iterations,
+            "field without prior": 0.03 * iterations,
             "EFT, a ray a pixel": 1.4 * targets,
             "VLDM samples": 0.8 * targets,
             **shown,

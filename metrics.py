@@ -112,8 +112,8 @@ def feature_distance(features_a: Sequence[Tensor], features_b: Sequence[Tensor],
 
 
 def _inverse_length(x: Tensor) -> Tensor:
-    """1 / |x| of vectors along the channels, (B, C, h, w) -> (B, 1, h, w). Of a zero vector it is large and has no
-    gradient.
+    """1 / |x| of vectors along the channels, float32 (B, C, h, w) -> (B, 1, h, w). Of a zero vector it is large and has
+    no gradient.
     """
     return x.square().sum(1, keepdim=True).clamp(min=1e-20).rsqrt()
 

@@ -86,7 +86,7 @@ class Occupancy(nn.Module):
         cells.
         """
         cells = _Footprints(*(x[self.possible] for x in _footprints(self.corners(), camera, size, size)))
-        cells = _Footprints(*(x[cells.before] for x in cells))
+        cells = _Footprints(*(x[cells.front] for x in cells))
 
         # One more rectangle begins, or ends, at each of its corners: sums over rows and columns count them.
         side = size + 3
@@ -150,16 +150,16 @@ def _dilate(mask: Tensor, pixels: int) -> Tensor:
 
 
 class _Footprints(NamedTuple):
-    """The pixels that cells (G, G, G) may cover in a view: rectangles, wrong only by being too large."""
+    """The pixels that cells, (G, G, G) or (K,), may cover in a view: rectangles, wrong only by being too large."""
     left: Tensor    # first column, in an image with one pixel around it that stands for all outside
     top: Tensor
     right: Tensor   # the column behind the last
     bottom: Tensor
-    before: Tensor  # whether any of the cell is before the camera
+    front: Tensor   # whether any of the cell is in front of the camera
 
 
 def _footprints(corners: Tensor, camera: Cameras, height: int, width: int) -> _Footprints:
-    """Of cells with these corners, (G + 1, G + 1, G + 1, 3)."""
+    """Of cells (G, G, G) with these corners, (G + 1, G + 1, G + 1, 3), in an image of so many pixels."""
     # Bounds of X, Y, Z over each cell, in view coordinates, (3, G, G, G) each.
     view = camera.to_view(corners.reshape(-1, 3)).reshape(corners.shape)
     low, high = cell_bounds(view.movedim(-1, 0))
@@ -191,7 +191,7 @@ def _footprint_hits(pixels: Tensor, corners: Tensor, camera: Cameras) -> Tensor:
 
     # What is behind the camera is outside the image, too.
     outside = bool(pixels[0, 0])
-    return torch.where(cells.before, count > 0, outside)
+    return torch.where(cells.front, count > 0, outside)
 
 
 def _padded_pixel(xy: Tensor, height: int, width: int) -> Tensor:

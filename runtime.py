@@ -302,7 +302,7 @@ def map_processes(function: Callable, jobs: list, workers: int) -> Iterator:
     this one.
 
     Processes are spawned, since a fork of one with CUDA or threads can hang. Where one dies the others are killed, and
-    it raises `BrokenProcessPool`.
+    it raises `BrokenProcessPool`; where this one is killed they end.
     """
     workers = min(workers, len(jobs))
     if workers <= 1:
@@ -317,7 +317,7 @@ def map_processes(function: Callable, jobs: list, workers: int) -> Iterator:
         try:
             # All of them begin now. A pool watches none that it has begun since something last came back.
             with _deaf_children():
-                begun = pool.map(_do_nothing, range(workers))
+                begun = pool.map(abs, range(workers))  # any job
             list(begun)
             yield from pool.map(partial(_do_job, function), jobs)
         except BrokenProcessPool:
@@ -361,10 +361,6 @@ def _end_with_parent() -> None:
     """End this process where its parent has been killed: it would wait for another job for ever."""
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
-
-
-def _do_nothing(number: int) -> None:
-    """The first job of each process."""
 
 
 def _do_job(function: Callable, job):

@@ -140,8 +140,8 @@ class SparseFusion(nn.Module):
 
         images (V, 3, S, S) in [0, 1] with black background, `inputs` (V,) their cameras, `queries` (Q,). `size` rays
         a side (default: the preset's `map_size`). `train_mode` turns dropout and batch statistics on; a view's dropout
-        follows from `seed` and its place among the queries. `title` shows a progress bar. `where` (Q, size, size): the
-        rays to ask about, boolean; the others get zeros.
+        follows from `seed`, its place among the queries and the rays asked about. `title` shows a progress bar. `where`
+        (Q, size, size): the rays to ask about, boolean; the others get zeros.
         """
         # As many rays at once as suit the machine: several views, or a part of one. Dropout goes view by view, and so
         # do views of different rays.

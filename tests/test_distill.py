@@ -124,6 +124,23 @@ def test_the_shipped_sample(tmp_path, capsys):
     assert "not LPIPS" in printed and str(out) in printed and all(label in printed for label in report.LABELS.values())
 
 
+def test_the_eft_is_asked_where_its_view_sees_the_hull(fast, tiny_weights, tmp_path, monkeypatch):
+    """Every target view has its own rays, and nothing is shown elsewhere."""
+    asked, eft_images = [], distill.baselines.eft_images
+
+    def listen(*args):
+        asked.append((*args, eft_images(*args)))
+        return asked[-1][-1]
+
+    monkeypatch.setattr(distill.baselines, "eft_images", listen)
+    command(tmp_path, "--weights", tiny_weights, "--targets", 3, "--views", 5, "--set", "occupancy_cells=96")
+    (scene, inputs, targets, model, config, seed, hull, _, views), = asked
+    ours = distill.reconstruct(scene, inputs, model, config, seed, checkpoint=tmp_path / "field.pt")
+    one_by_one = [ours.hull(scene.cameras[[i]], 32) for i in targets]
+    assert torch.equal(hull, torch.cat(one_by_one)) and not torch.equal(hull[0], hull[1])
+    assert torch.equal(views.images.sum(1) > 0, hull)
+
+
 @pytest.mark.parametrize("flags, inputs, targets", [
     (["--views", 1], 1, 2), (["--views", 6], 6, 2), (["--views", 0], 24, 2),
     (["--input-frames", "5,3,24"], ["5", "3", "24"], 2),

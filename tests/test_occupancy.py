@@ -135,7 +135,7 @@ def test_carving_keeps_the_ball_and_little_else():
 
 @pytest.mark.parametrize("distance", [0.6, 2.5])  # within the cube, and before it
 def test_silhouettes_of_cells_miss_nothing(distance):
-    """No point of a possible cell is seen outside the silhouette, which ends within a pixel of where they end."""
+    """No point of a possible cell is seen outside the silhouette, which from afar is less than twice as large."""
     occupancy = Occupancy(dataclasses.replace(TINY, occupancy_cells=12))
     occupancy.possible &= torch.rand(12, 12, 12, generator=seeded()) < 0.01
     cells = occupancy.possible.nonzero()

@@ -341,9 +341,9 @@ def is_alive(pid):
     """Of a process that may be no child of this one."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+        return not os.path.exists("/proc") or "zombie" not in pathlib.Path(f"/proc/{pid}/status").read_text()
+    except (ProcessLookupError, FileNotFoundError):
         return False
-    return "zombie" not in pathlib.Path(f"/proc/{pid}/status").read_text() if os.path.exists("/proc") else True
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="no alarms")
@@ -370,7 +370,6 @@ def test_memory_and_name_of_the_cpu():
     if before is not None:  # some systems do not tell
         assert 0.05 < before < 1000 and runtime.peak_gb(torch.device("cpu")) >= 0.2
     assert ballast.sum() > 0 and runtime.device_name("cpu") == f"cpu, {torch.get_num_threads()} threads"
-
 
 
 def test_jobs_in_threads():
