@@ -404,9 +404,7 @@ def measure(part: Part, machine: Machine, device: torch.device) -> Row:
     times = milliseconds(part.run, device)
     median = statistics.median(times)
     spread = times[round(0.9 * (len(times) - 1))] - times[round(0.1 * (len(times) - 1))]
-    memory = part.bytes / machine.copy_gb_per_s / 1e6
-    arithmetic = part.operations / machine.matrix_gflop_per_s / 1e6
-    floor = max(memory, arithmetic)
+    floor = max(part.bytes / machine.copy_gb_per_s, part.operations / machine.matrix_gflop_per_s) / 1e6
 
     # How much room it takes.
     reserved = None
@@ -436,9 +434,8 @@ def main(argv: list[str] | None = None) -> None:
 
     rows = []
     for parts in PARTS:
-        if args.parts and parts.__name__ not in args.parts:
-            continue
-        for part in parts(args.device):
+        wanted = not args.parts or parts.__name__ in args.parts
+        for part in parts(args.device) if wanted else ():
             row = measure(part, machine, args.device)
             rows.append(row)
             room = "" if row.reserved_gb is None else f"{row.reserved_gb:>9.2f}"
