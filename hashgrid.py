@@ -185,7 +185,7 @@ class _Encode(torch.autograd.Function):
         table_grad = grad.new_zeros(channels, rows)
 
         # torch's own backward of embedding_bag sorts the indices; adding to every channel's column, a core a column,
-        # takes a quarter of its time, if a CPU adds no more at once than its cache holds.
+        # takes an eighth of its time, if a CPU adds no more at once than its cache holds.
         parts = zip(grad.split(at_once, -1), index.split(at_once, -1), weights.split(at_once, -1))
         for part_grad, part_index, part_weights in parts:
             for level in range(len(grad)):
