@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from runtime import rand
+from common.runtime import rand
 
 
 # ---------------------------------------------------------------------------------------------- cameras

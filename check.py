@@ -23,16 +23,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import cli
-import co3d
-import files
-from alternatives import alternatives
 from cameras import Cameras
-from capture import load_pictures
-from photographs import CONVENTIONS, Convention, read_capture
-from scenes import Scene, evenly_spaced
-from sheet import draw, stand
-from silhouettes import REACH, Misfit, Silhouette, glance, misfit, silhouettes
+from common import cli, files
+from datasets import co3d
+from datasets.crop import Scene, evenly_spaced
+from photographs.capture import load_pictures
+from photographs.figure import draw, stand
+from photographs.mistakes import alternatives
+from photographs.reading import CONVENTIONS, Convention, read_capture
+from photographs.silhouettes import REACH, Misfit, Silhouette, glance, misfit, silhouettes
 
 CO3D = Convention((1, 1, 1), False)  # PyTorch3D's; for row vectors, but so is `Cameras.R`
 MOST = 12          # views that are compared; of more an even choice

@@ -23,24 +23,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import baselines
-import cli
-import files
 import metrics
-import released
-import report
-import results
 import sparsefusion
-from capture import Similarity
-from instance import (CO3DSequence, Instance, Loaded, OwnPhotographs, Source, check_inputs, choose_targets,
-                      find_sequence, find_views, random_views)
-from mesh import write_ply
-from photographs import read_capture
-from protocol import PROTOCOLS
+from checkpoints import released
+from common import cli, files
+from common.runtime import begin, planned
+from datasets.crop import Scene
+from datasets.protocol import PROTOCOLS
+from evaluation import baselines, results
+from evaluation.instance import (CO3DSequence, Instance, Loaded, OwnPhotographs, Source, check_inputs, choose_targets,
+                                 find_sequence, find_views, random_views)
+from export.mesh import write_ply
+from export.pictures import Rows, Views, comparison, save_animation, save_picture, save_views, table
+from photographs.capture import Similarity
+from photographs.reading import read_capture
 from reconstruction import Distance, Reconstruction, reconstruct
-from report import Views
-from runtime import begin, planned
-from scenes import Scene
 from settings import PRESETS, RELEASED, DistillConfig
 from sparsefusion import SparseFusion
 
@@ -136,7 +133,7 @@ def measure(views: Views, images: Tensor, masks: Tensor, distance: Distance) -> 
     return {name: [round(x, 5) for x in value.tolist()] for name, value in values.items()}
 
 
-def mean_rows(per_view: dict[str, dict[str, list[float]]]) -> report.Rows:
+def mean_rows(per_view: dict[str, dict[str, list[float]]]) -> Rows:
     """Method -> metric -> mean over views."""
     rows = {}
     for method, values in per_view.items():
@@ -150,10 +147,10 @@ def write_outputs(scene: Scene, inputs: list[int], targets: list[int], pictures:
     leads to the coordinates that the mesh gets.
     """
     names = [scene.names[i] for i in targets]
-    report.save_picture(report.comparison(scene, inputs, targets, pictures), out / "comparison.png")
-    report.save_views(pictures, scene.images[targets], names, out / "views")
+    save_picture(comparison(scene, inputs, targets, pictures), out / "comparison.png")
+    save_views(pictures, scene.images[targets], names, out / "views")
     turntable = ours.turntable(scene.cameras, scene.images.shape[-1], "turntable")
-    report.save_animation(turntable, out / "turntable.gif")
+    save_animation(turntable, out / "turntable.gif")
 
     begin("mesh")
     mesh = ours.mesh()
@@ -427,7 +424,7 @@ def command(args: argparse.Namespace) -> None:
     shown = ", ".join(inputs) if len(inputs) <= LISTED else f"{inputs[0]}, {inputs[1]}, ... ({len(inputs)} views)"
     print(f"\n{name}: inputs {shown}; means over {len(result['target_frames'])} target views; "
           f"perceptual: {result['perceptual_name']}")
-    print(report.table(result["methods"]))
+    print(table(result["methods"]))
     print(f"{result['seconds']:.0f} s; results in {out}")
 
 

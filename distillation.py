@@ -33,13 +33,13 @@ from torch import Tensor, nn
 
 import volume
 from cameras import Cameras, pixel_grid
+from common.runtime import Progress, rand
+from datasets.crop import Scene
+from gpu.update import Group, Optimization
 from lattice import Lattice, random_lattice, upsample
 from losses import blurred, brightness_mask, fusion_weight, opacity_loss, photometric_loss
 from ngp import Field
 from occupancy import Occupancy
-from optimization import Group, Optimization
-from runtime import Progress, rand
-from scenes import Scene
 from settings import DistillConfig
 from sparsefusion import Condition, SparseFusion
 from volume import SampleBuffer

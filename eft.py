@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from attention import EncoderLayer, SplitLinear
 from cameras import Cameras, pixel_grid, relative_to
-from runtime import map_threads
+from common.runtime import map_threads
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,13 @@ from pathlib import Path
 
 import torch
 
-import cli
-import co3d
 import distill
-import files
-import report
-from instance import CO3DSequence, Instance
-from protocol import PROTOCOLS, Entry, read_list, save_list
-from runtime import Progress, map_processes
+from common import cli, files
+from common.runtime import Progress, map_processes
+from datasets import co3d
+from datasets.protocol import PROTOCOLS, Entry, read_list, save_list
+from evaluation.instance import CO3DSequence, Instance
+from export.pictures import markdown, means, paired
 
 
 @dataclass(frozen=True)
@@ -109,13 +108,13 @@ def summarize(results: list[dict], jobs: int) -> dict:
     """Means with standard errors, and paired differences to every other method."""
     rows = [result["methods"] for result in results]
     mean = {}
-    for method, row in report.means(rows).items():
+    for method, row in means(rows).items():
         mean[method] = {metric: number._asdict() for metric, number in row.items()}
 
     # The method against each of the others, on the same sequences.
     differences = {}
     for method in rows[0]:
-        pairs = report.paired(rows, "sparsefusion", method)
+        pairs = paired(rows, "sparsefusion", method)
         differences[method] = {}
         for metric, pair in pairs.items():
             differences[method][metric] = pair.difference._asdict() | {"wins": pair.wins}
@@ -176,7 +175,7 @@ def command(args: argparse.Namespace) -> None:
         first = f"; the first: {problems[0]}" if problems else ""
         raise ValueError(f"{args.out}: none of {len(jobs)} sequences is evaluated{first}")
     rows = [result["methods"] for result in results]
-    text = report.markdown(rows, results[0]["perceptual_name"])
+    text = markdown(rows, results[0]["perceptual_name"])
     with files.write_atomically(args.out / "evaluation.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     files.save_json(summarize(results, len(jobs)) | {"left_out": problems}, args.out / "evaluation.json")

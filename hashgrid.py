@@ -27,13 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kernels import compile_kernels, readable
+from gpu.kernels import compile_kernels, readable
 
 PRIMES = (1, 2654435761, 805459861)  # factors of the spatial hash (Instant NGP, Eq. 4)
 
 ADDED = 2**14  # cells of a level whose gradients a CPU adds to the table at once
 
-KERNEL_SOURCE = Path(__file__).with_name("hashgrid.cu")
+KERNEL_SOURCE = Path(__file__).with_name("gpu") / "hashgrid.cu"
 KERNEL_CHANNELS = (1, 2, 4, 8)  # C, features a level, that the kernels are written for
 KERNEL_THREADS = 256            # threads of a block
 KERNEL_RUN = 8                  # points, one behind the other, of a thread in the gradient

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import files
+from common import files
 
 
 # ---------------------------------------------------------------------------------------------- pixels and masks

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import mlp
+from gpu import mlp
 from hashgrid import HashGrid
 
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cameras import Cameras
+from common.runtime import rand
 from ngp import Field, FieldConfig, cube, in_chunks
-from runtime import rand
 
 DENSEST = math.exp(15)  # the largest density that is remembered of an occupancy cell
 MASK_GAP = 2  # pixels that a mask may end before the picture's border and still count as touching it

@@ -17,17 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import files
-import report
 import volume
 from cameras import Cameras, circle_path, relative_to
+from common import files
+from common.runtime import Interrupted, Progress, whole
+from datasets.crop import Scene
 from distillation import Distillation, Prior
-from mesh import Mesh, extract_mesh, largest_component
+from export.mesh import Mesh, extract_mesh, largest_component
+from export.pictures import Views, add_preview
 from ngp import Field
 from occupancy import Occupancy
-from report import Views
-from runtime import Interrupted, Progress, whole
-from scenes import Scene
 from settings import PRESETS, DistillConfig
 from sparsefusion import SparseFusion
 
@@ -139,7 +138,7 @@ def reconstruct(scene: Scene, inputs: list[int], model: SparseFusion | None = No
         beside = {"settings": wanted, "frame": scene.cameras[0].R, "gone_on_from": gone_on_from} | (notes or {})
         files.save_tensors(distillation.state_dict() | beside, checkpoint)
         if previews is not None:
-            report.add_preview(previews, look(distillation, turned, inputs))
+            add_preview(previews, look(distillation, turned, inputs))
 
     optimize(distillation, title, checkpoint, save)
     return Reconstruction(distillation.field, distillation.occupancy, scene.cameras[0], config, distillation.seconds,

@@ -28,8 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vldm import NoisePredictor, SamplerConfig, alpha_sigma, as_factor, cosine_log_snr, eps_from_x0, posterior
-from vldm import q_sample, x0_from_eps
+from vldm import (NoisePredictor, SamplerConfig, alpha_sigma, as_factor, cosine_log_snr, eps_from_x0, posterior,
+                  q_sample, x0_from_eps)
 
 
 # ---------------------------------------------------------------------------------------------- steps from t to s

@@ -24,18 +24,17 @@ import torch
 from torch import Tensor, nn
 
 import cameras
-import cli
 import eft
-import files
 import metrics
-import released
 import samplers
 import unet
 import vae
 import vldm
 from cameras import Cameras
-from graphs import TOLERANCE
-from runtime import Progress, randn
+from checkpoints import released
+from common import cli, files
+from common.runtime import Progress, randn
+from gpu.graphs import TOLERANCE
 
 ROOT = Path(__file__).resolve().parent
 SHIPPED = ROOT / "sample" / "nano.pt"

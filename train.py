@@ -26,17 +26,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import cli
-import files
 import sparsefusion
 from cameras import Cameras, pixel_grid
-from co3d import load_packed
-from fit import Fit, FitConfig, Numbers
+from common import cli, files
+from common.runtime import rand, randn
+from datasets.co3d import load_packed
+from datasets.crop import PackedScenes
+from datasets.protocol import TRAINING, available
 from metrics import AttributeNet, pseudo_huber
-from protocol import TRAINING, available
-from runtime import rand, randn
-from scenes import PackedScenes
 from sparsefusion import PRESETS, Preset, SparseFusion
+from training.fit import Fit, FitConfig, Numbers
 from vae import VAE
 from vldm import latent_mask
 

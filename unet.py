@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from groupnorm import Convolved, add, convolve, group_norm
+from gpu.groupnorm import Convolved, add, convolve, group_norm
 
 
 @dataclass(frozen=True)

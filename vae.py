@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphs import Graphed, half_copy
-from groupnorm import add, convolve, group_norm
+from gpu.graphs import Graphed, half_copy
+from gpu.groupnorm import add, convolve, group_norm
 
 AT_ONCE = 4  # pictures that a GPU encodes or decodes at once: more are no faster, and the largest maps take memory
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphs import Graphed, half_copy
+from gpu.graphs import Graphed, half_copy
 from unet import UNet, UNetConfig
 
 NoisePredictor = Callable[[Tensor, Tensor], Tensor]  # noisy latent (B, ...), log-SNR (B,) -> predicted noise (B, ...)

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cameras import Cameras, pixel_grid
+from common.runtime import rand
 from ngp import Field, FieldConfig, cube
 from occupancy import Occupancy
-from runtime import rand
 
 # Rays of a picture that are followed at once: what fits a CPU's caches; what fills a GPU, but not its memory.
 CHUNK = {"cpu": 2**11, "cuda": 2**13}

@@ -1,11 +1,11 @@
 """Cameras against the released code's numbers (`cameras.npz`), round trips, hand-worked cases and degenerate paths."""
 import math
 
-import parity
 import pytest
 import torch
 
 from cameras import Cameras, circle_path, depth_range, look_at, nearest_point_to_axes, pixel_grid, relative_to
+from tests.support import parity
 
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)  # 1e-5 x (1 + magnitude)
 PATH = dict(rtol=1e-4, atol=1e-4)

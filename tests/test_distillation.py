@@ -13,12 +13,12 @@ import torch
 import distillation
 import losses
 import metrics
-import parity
 import volume
 from cameras import Cameras, circle_path
 from distillation import Distillation, Prior
-from small import FIELD, SHORT, TINY, ball, ring, tiny_model
 from sparsefusion import Condition
+from tests.support import parity
+from tests.support.small import FIELD, SHORT, TINY, ball, ring, tiny_model
 
 
 # --- the algorithm box ---

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import parity
+from attention import EncoderLayer, SplitLinear
 from cameras import Cameras, pixel_grid
-from eft import EFT, NANO, PAPER, EncoderLayer, SplitLinear, harmonic, sample_maps
-from released import PARTS
+from checkpoints.released import PARTS
+from eft import EFT, NANO, PAPER, harmonic, sample_maps
+from tests.support import parity
 
 TINY = dataclasses.replace(NANO, stem=8, stages=(8, 12, 16), blocks=1, width=32, layers=1, feedforward=32, depths=8,
                            harmonics=4)

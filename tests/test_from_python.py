@@ -6,15 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import distill
 import metrics
-import parity
 import reconstruction
-import report
 from cameras import Cameras, look_at, relative_to
+from export.pictures import Views
 from settings import PRESETS
-from helpers import same
-from small import FIELD, SHORT, ball, tiny_model
+from tests.support import parity
+from tests.support.helpers import same
+from tests.support.small import FIELD, SHORT, ball, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 FIT = replace(SHORT, iterations=300, occupancy_every=16, lr_grid=3e-2, lr_mlp=1e-2, field=FIELD)
@@ -28,7 +27,7 @@ def test_what_is_reconstructed_is_seen_in_the_world():
     axes = look_at(torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3), torch.tensor([0.3, 1.0, 0.0]))[0]
     turned = Cameras(axes, torch.zeros(3), scene.cameras.focal[0], scene.cameras.principal[0])
     scene = replace(scene, cameras=relative_to(scene.cameras, turned.unsqueeze(0), move_origin=False))
-    result = distill.reconstruct(scene, [4, 0, 2, 6, 8, 10], config=FIT)
+    result = reconstruction.reconstruct(scene, [4, 0, 2, 6, 8, 10], config=FIT)
     views = result.render(scene.cameras[[1, 5]], 32)
     assert metrics.psnr(views.images, scene.images[[1, 5]]).mean() > 24
     assert metrics.iou(views.silhouettes, scene.masks[[1, 5]]).mean() > 0.95
@@ -45,7 +44,7 @@ def test_what_is_reconstructed_is_seen_in_the_world():
 
 def test_the_object_frame_is_the_scenes_first():
     scene = ball(6, 32)
-    result = distill.reconstruct(scene, [3, 1], config=SHORT)
+    result = reconstruction.reconstruct(scene, [3, 1], config=SHORT)
     assert torch.equal(result.frame.R, scene.cameras.R[0])
     inside = reconstruction.object_frame(scene.cameras, result.frame)
     parity.assert_close(inside.R[0], torch.eye(3), atol=1e-6)
@@ -54,48 +53,48 @@ def test_the_object_frame_is_the_scenes_first():
 
 def test_a_checkpoint_is_for_one_set_of_settings(tmp_path, capsys):
     scene, file = ball(4, 32), tmp_path / "field.pt"
-    first = distill.reconstruct(scene, [0, 2], config=SHORT, checkpoint=file)
-    again = distill.reconstruct(scene, [0, 2], config=SHORT, checkpoint=file)
+    first = reconstruction.reconstruct(scene, [0, 2], config=SHORT, checkpoint=file)
+    again = reconstruction.reconstruct(scene, [0, 2], config=SHORT, checkpoint=file)
     assert "going on at iteration 6" in capsys.readouterr().out and same(first.field, again.field)
     before = file.read_bytes()
     with pytest.raises(ValueError, match="seed differ"):
-        distill.reconstruct(scene, [0, 2], config=SHORT, seed=1, checkpoint=file)
+        reconstruction.reconstruct(scene, [0, 2], config=SHORT, seed=1, checkpoint=file)
     assert file.read_bytes() == before
     # What changes nothing in the field.
     shown = replace(SHORT, mesh_resolution=8, turntable_frames=3, metrics_on_inputs=True)
-    distill.reconstruct(scene, [0, 2], config=shown, checkpoint=file)
+    reconstruction.reconstruct(scene, [0, 2], config=shown, checkpoint=file)
     assert "going on at iteration 6" in capsys.readouterr().out
 
 
 def test_a_checkpoint_is_for_the_same_pictures_and_the_same_loss(tmp_path, capsys):
     scene, file = ball(4, 32), tmp_path / "field.pt"
-    distill.reconstruct(scene, [0, 2], config=SHORT, checkpoint=file)
+    reconstruction.reconstruct(scene, [0, 2], config=SHORT, checkpoint=file)
     darker = replace(scene, images=scene.images * 0.5)
     longer = replace(scene, cameras=replace(scene.cameras, focal=scene.cameras.focal * 1.1))
     for other in (darker, longer):
         with pytest.raises(ValueError, match="given differ"):
-            distill.reconstruct(other, [0, 2], config=SHORT, checkpoint=file)
+            reconstruction.reconstruct(other, [0, 2], config=SHORT, checkpoint=file)
     for loss in (torch.nn.PairwiseDistance(), torch.nn.L1Loss(), metrics.psnr):
         with pytest.raises(ValueError, match="perceptual_loss differ"):
-            distill.reconstruct(scene, [0, 2], config=SHORT, checkpoint=file, perceptual_loss=loss)
+            reconstruction.reconstruct(scene, [0, 2], config=SHORT, checkpoint=file, perceptual_loss=loss)
     with pytest.raises(ValueError, match="a module or a named function"):
-        distill.reconstruct(scene, [0, 2], config=SHORT, checkpoint=file, perceptual_loss=lambda a, b: a - b)
+        reconstruction.reconstruct(scene, [0, 2], config=SHORT, checkpoint=file, perceptual_loss=lambda a, b: a - b)
     losses = (torch.nn.PairwiseDistance(), torch.nn.L1Loss(), metrics.psnr)
     assert len({reconstruction._identity(loss) for loss in losses}) == 3
     other = scene.images * torch.tensor([1, 0.1, 1, 0.1])[:, None, None, None]  # as far as it is given the same
-    distill.reconstruct(replace(scene, images=other), [0, 2], config=SHORT, checkpoint=file)
+    reconstruction.reconstruct(replace(scene, images=other), [0, 2], config=SHORT, checkpoint=file)
     assert "going on at iteration 6" in capsys.readouterr().out
 
 
 def test_a_checkpoint_is_for_one_model(tmp_path, capsys):
     """Also of models that no file knows; and a finished field asks no EFT any more."""
     scene, file = ball(4, 32), tmp_path / "field.pt"
-    distill.reconstruct(scene, [0, 2], tiny_model(), SHORT, checkpoint=file)
+    reconstruction.reconstruct(scene, [0, 2], tiny_model(), SHORT, checkpoint=file)
     with pytest.raises(ValueError, match="weights differ"):
-        distill.reconstruct(scene, [0, 2], tiny_model(seed=1), SHORT, checkpoint=file)
+        reconstruction.reconstruct(scene, [0, 2], tiny_model(seed=1), SHORT, checkpoint=file)
     again = tiny_model()
     again.condition = None
-    distill.reconstruct(scene, [0, 2], again, SHORT, checkpoint=file)
+    reconstruction.reconstruct(scene, [0, 2], again, SHORT, checkpoint=file)
     assert "going on at iteration 6" in capsys.readouterr().out
 
 
@@ -103,8 +102,8 @@ def test_presets_by_the_models_name(monkeypatch):
     monkeypatch.setitem(PRESETS, "nano", replace(SHORT, iterations=1, bootstrap=0))
     monkeypatch.setitem(PRESETS, "plain", replace(SHORT, iterations=2, bootstrap=0))
     scene = ball(3, 32)
-    assert distill.reconstruct(scene, [0], tiny_model()).config.iterations == 1
-    assert distill.reconstruct(scene, [0]).config.iterations == 2
+    assert reconstruction.reconstruct(scene, [0], tiny_model()).config.iterations == 1
+    assert reconstruction.reconstruct(scene, [0]).config.iterations == 2
 
 
 def test_the_turntable_has_the_object_in_the_middle(monkeypatch):
@@ -113,11 +112,11 @@ def test_the_turntable_has_the_object_in_the_middle(monkeypatch):
     R, T = look_at(eyes, torch.zeros(3, 3), torch.tensor([[0.0, 1.0, 0.0]] * 3))
     cameras = Cameras(R, T, torch.full((3, 2), 2.0), torch.full((3, 2), 0.3))
     scene = replace(ball(3, 32), cameras=cameras, masks=torch.ones(3, 1, 32, 32))
-    result = distill.reconstruct(scene, [1], config=replace(SHORT, iterations=1, bootstrap=0, turntable_frames=5))
+    result = reconstruction.reconstruct(scene, [1], config=replace(SHORT, iterations=1, bootstrap=0, turntable_frames=5))
     result.occupancy.box.copy_(torch.tensor([[0.5, 1.0, 0.0], [1.5, 2.0, 1.0]]))
     seen = []
     monkeypatch.setattr(reconstruction.Reconstruction, "render", lambda self, path, size, *rest, **how: (
-        seen.append(path), report.Views(torch.zeros(len(path), 3, size, size), None))[1])
+        seen.append(path), Views(torch.zeros(len(path), 3, size, size), None))[1])
     assert result.turntable(cameras, 8).shape == (5, 3, 8, 8)
     middle = torch.tensor([1.0, 1.5, 0.5]) @ cameras.R[0].T
     xy, depth = seen[0].project(middle.expand(5, 1, 3))

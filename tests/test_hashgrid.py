@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import hashgrid
-import kernels
-import parity
+from gpu import kernels
 from hashgrid import HashGrid
+from tests.support import parity
 
 CONFIGS = ["small_tiled", "small_hash", "official_tiled", "official_hash"]
 

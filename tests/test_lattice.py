@@ -4,9 +4,9 @@ import random
 import pytest
 import torch
 
-import parity
 from cameras import pixel_grid
 from lattice import Lattice, random_lattice, upsample
+from tests.support import parity
 
 
 @pytest.mark.parametrize("size, full", [(4, 12), (8, 8), (5, 10)])

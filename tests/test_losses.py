@@ -7,8 +7,8 @@ import torch
 
 import losses
 import metrics
-import parity
 from settings import DistillConfig
+from tests.support import parity
 
 
 def test_losses_parity():

@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import files
-from helpers import Evil, same
-from metrics import (
-    AttributeNet, VGG16LPIPS, feature_distance, iou, load_attribute_net, perceptual_distance, psnr, ssim)
-from parity import assert_close
-from released_files import CONVS, lpips_states
+from common import files
+from metrics import VGG16LPIPS, AttributeNet, feature_distance, iou, load_attribute_net, perceptual_distance, psnr, ssim
+from tests.support.helpers import Evil, same
+from tests.support.parity import assert_close
+from tests.support.released_files import CONVS, lpips_states
 
 
 def images(n=2, size=24, seed=0, channels=3):

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import ngp
-import parity
 import volume
-from fields import TINY, random_rays, released_field, seeded
 from occupancy import Occupancy
+from tests.support import parity
+from tests.support.fields import TINY, random_rays, released_field, seeded
 
 
 # ---------------------------------------------------------------------------------------------- configurations

@@ -6,8 +6,8 @@ import torch
 
 import ngp
 from cameras import Cameras, pixel_grid
-from fields import TINY, Analytic, around, ball, centers, images, seeded
 from occupancy import Occupancy
+from tests.support.fields import TINY, Analytic, around, ball, centers, images, seeded
 
 
 def test_update_empties_cells_slowly_and_keeps_a_thin_field():

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-import parity
+from tests.support import parity
 
 
 @pytest.mark.parametrize("network", ["eft", "vldm", "vae", "unet_small"])

@@ -9,15 +9,14 @@ from PIL import Image
 
 import distill
 import distillation
-import files
-import mesh
 import reconstruction
-import report
-import runtime
 import sparsefusion
+from common import files, runtime
 from distillation import Distillation
+from export import mesh
+from export.pictures import PREVIEWS, add_preview, to_image
 from settings import PRESETS
-from small import SHORT, ball, tiny_model
+from tests.support.small import SHORT, ball, tiny_model
 
 
 @pytest.fixture
@@ -63,7 +62,7 @@ def interrupt(monkeypatch, owner, name, call, number=signal.SIGINT):
 def straight(tmp_path_factory):
     """The checkpoint of a run that nothing interrupted."""
     file = tmp_path_factory.mktemp("straight") / "field.pt"
-    distill.reconstruct(ball(3, 32), [0, 1], tiny_model(), SHORT, checkpoint=file)
+    reconstruction.reconstruct(ball(3, 32), [0, 1], tiny_model(), SHORT, checkpoint=file)
     return tensors(file)
 
 
@@ -82,7 +81,7 @@ def straight(tmp_path_factory):
 def test_an_interrupted_run_goes_on_without_a_trace(owner, name, call, completed, straight, tmp_path, monkeypatch,
                                                     heard):
     def run():
-        distill.reconstruct(ball(3, 32), [0, 1], tiny_model(), SHORT, checkpoint=tmp_path / "field.pt")
+        reconstruction.reconstruct(ball(3, 32), [0, 1], tiny_model(), SHORT, checkpoint=tmp_path / "field.pt")
 
     if name == "load_state_dict":
         run()
@@ -101,7 +100,7 @@ def test_many_interruptions_leave_no_trace(straight, tmp_path, monkeypatch, hear
     for completed in range(1, 7):
         with monkeypatch.context() as m, pytest.raises(runtime.Interrupted), runtime.stoppable():
             interrupt(m, Distillation, "input_loss", 0)
-            distill.reconstruct(ball(3, 32), [0, 1], tiny_model(), SHORT, checkpoint=tmp_path / "field.pt")
+            reconstruction.reconstruct(ball(3, 32), [0, 1], tiny_model(), SHORT, checkpoint=tmp_path / "field.pt")
         assert tensors(tmp_path / "field.pt")["completed"] == completed
     assert equal(tensors(tmp_path / "field.pt"), straight)
 
@@ -110,7 +109,7 @@ def test_a_broken_field_is_not_saved(tmp_path, monkeypatch, heard):
     with monkeypatch.context() as m, pytest.raises(FloatingPointError), runtime.stoppable():
         m.setattr(distillation, "opacity_loss", lambda silhouette: silhouette.mean() * float("nan"))
         interrupt(m, Distillation, "step", 1)
-        distill.reconstruct(ball(3, 32), [0, 1], config=replace(SHORT, occupancy_every=100),
+        reconstruction.reconstruct(ball(3, 32), [0, 1], config=replace(SHORT, occupancy_every=100),
                             checkpoint=tmp_path / "field.pt")
     assert not (tmp_path / "field.pt").exists()
 
@@ -156,24 +155,24 @@ def test_the_command_ends_in_one_line_and_goes_on(owner, name, call, number, tmp
 def test_more_iterations_go_on(tmp_path, capsys):
     """From the field and the optimizer of the shorter run; from there on as the longer one would."""
     file, longer = tmp_path / "field.pt", replace(SHORT, iterations=9, bootstrap=4)
-    short = distill.reconstruct(ball(3, 32), [0, 1], tiny_model(), SHORT, checkpoint=file)
+    short = reconstruction.reconstruct(ball(3, 32), [0, 1], tiny_model(), SHORT, checkpoint=file)
     with pytest.raises(ValueError, match="config differ: config.iterations is 6 there, 9 here"):
-        distill.reconstruct(ball(3, 32), [0, 1], tiny_model(), longer, checkpoint=file)
+        reconstruction.reconstruct(ball(3, 32), [0, 1], tiny_model(), longer, checkpoint=file)
     capsys.readouterr()
-    result = distill.reconstruct(ball(3, 32), [0, 1], tiny_model(), longer, checkpoint=file, extend=True)
+    result = reconstruction.reconstruct(ball(3, 32), [0, 1], tiny_model(), longer, checkpoint=file, extend=True)
     assert not result.field.training  # so a GPU rounds nothing of what it shows
     printed = capsys.readouterr().out
     assert "going on at iteration 6" in printed and "of a run of 6" in printed
     assert result.gone_on_from == [6] and short.gone_on_from == []
     state = torch.load(file, weights_only=True)
     assert state["completed"] == 9 and state["gone_on_from"] == [6]
-    again = distill.reconstruct(ball(3, 32), [0, 1], tiny_model(), longer, checkpoint=file)
+    again = reconstruction.reconstruct(ball(3, 32), [0, 1], tiny_model(), longer, checkpoint=file)
     assert again.gone_on_from == [6]
 
     # Fewer iterations, or another seed, are no longer run of the same.
     for config, seed in ((SHORT, 0), (replace(longer, iterations=12), 1)):
         with pytest.raises(ValueError, match="differ"):
-            distill.reconstruct(ball(3, 32), [0, 1], tiny_model(), config, seed, checkpoint=file, extend=True)
+            reconstruction.reconstruct(ball(3, 32), [0, 1], tiny_model(), config, seed, checkpoint=file, extend=True)
 
 
 def test_an_interrupted_extension_leaves_no_trace(tmp_path, monkeypatch, heard):
@@ -181,7 +180,7 @@ def test_an_interrupted_extension_leaves_no_trace(tmp_path, monkeypatch, heard):
     longer = replace(short, iterations=10)
 
     def run(file, config=longer):
-        distill.reconstruct(ball(3, 32), [0, 1], tiny_model(), config, checkpoint=tmp_path / file, extend=True)
+        reconstruction.reconstruct(ball(3, 32), [0, 1], tiny_model(), config, checkpoint=tmp_path / file, extend=True)
 
     for file in ("stopped.pt", "straight.pt"):
         run(file, short)
@@ -200,20 +199,20 @@ def test_a_strip_of_previews(tmp_path, monkeypatch):
     """One picture more whenever the state is saved, of a view that was not given; only the last ones are kept."""
     strip, side = tmp_path / "previews.png", reconstruction.PREVIEW
     monkeypatch.setattr(distillation, "SAVE_SECONDS", -1)  # in every iteration, and at the end
-    distill.reconstruct(ball(3, 32), [0, 1], config=SHORT, checkpoint=tmp_path / "field.pt", previews=strip)
+    reconstruction.reconstruct(ball(3, 32), [0, 1], config=SHORT, checkpoint=tmp_path / "field.pt", previews=strip)
     with Image.open(strip) as picture:
         assert picture.size == ((SHORT.iterations + 1) * side, side)
     newest = torch.rand(3, side, side)
-    for count in range(report.PREVIEWS):
-        report.add_preview(strip, newest if count == report.PREVIEWS - 1 else torch.zeros(3, side, side))
+    for count in range(PREVIEWS):
+        add_preview(strip, newest if count == PREVIEWS - 1 else torch.zeros(3, side, side))
     with Image.open(strip) as picture:
-        assert picture.size == (report.PREVIEWS * side, side)
+        assert picture.size == (PREVIEWS * side, side)
         last = picture.crop((picture.width - side, 0, picture.width, side))
-    assert last.tobytes() == report.to_image(newest).tobytes()
+    assert last.tobytes() == to_image(newest).tobytes()
 
     # A broken one begins anew.
     strip.write_bytes(b"no picture")
-    report.add_preview(strip, newest)
+    add_preview(strip, newest)
     with Image.open(strip) as picture:
         assert picture.size == (side, side)
 
@@ -221,12 +220,12 @@ def test_a_strip_of_previews(tmp_path, monkeypatch):
 @pytest.mark.parametrize("missing", ["occupancy", "optimizer", "completed", "exposures"])
 def test_a_state_without_a_part(missing, tmp_path):
     file = tmp_path / "field.pt"
-    distill.reconstruct(ball(3, 32), [0, 1], config=SHORT, checkpoint=file)
+    reconstruction.reconstruct(ball(3, 32), [0, 1], config=SHORT, checkpoint=file)
     state = torch.load(file, weights_only=True)
     del state[missing]
     files.save_tensors(state, file)
     with pytest.raises(ValueError, match="field.pt: not a whole state of a field"):
-        distill.reconstruct(ball(3, 32), [0, 1], config=SHORT, checkpoint=file)
+        reconstruction.reconstruct(ball(3, 32), [0, 1], config=SHORT, checkpoint=file)
 
 
 def test_a_longer_run_may_have_more_rays_a_pixel():
@@ -247,7 +246,7 @@ def test_a_visual_hull_is_seen_wherever_the_object_is():
     shift = torch.tensor([0.4, -0.3, 0.4]) @ scene.cameras.R
     scene = replace(scene, cameras=replace(scene.cameras, T=scene.cameras.T - shift))
     config = replace(SHORT, iterations=1, bootstrap=0, field=replace(SHORT.field, occupancy_cells=128))
-    ours = distill.reconstruct(scene, [1, 2, 4], config=config)
+    ours = reconstruction.reconstruct(scene, [1, 2, 4], config=config)
     assert not torch.allclose(ours.frame.R, torch.eye(3), atol=0.1)
     hull = ours.hull(scene.cameras, 32)
     seen = scene.masks[:, 0] > 0.5

@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 
-import parity
-import released
 import samplers
+from checkpoints import released
+from tests.support import parity
 from unet import UNetConfig
 from vldm import PAPER_SAMPLER, VLDM, SamplerConfig, alpha_sigma, cosine_log_snr, q_sample, x0_from_eps
 

@@ -3,13 +3,13 @@ from dataclasses import replace
 
 import pytest
 
-import cli
-import graphs
 import ngp
 import samplers
 import settings
+from common import cli
+from gpu import graphs
 from settings import DistillConfig
-from small import SHORT
+from tests.support.small import SHORT
 
 
 @pytest.mark.parametrize("change, words", [

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import files
-import parity
 import sparsefusion
-from co3d import load_packed
-from helpers import Evil, one_line, same
-from presets import SMALL
-from small import SHORT, TINY, tiny_model
+from common import files
+from datasets.co3d import load_packed
+from tests.support import parity
+from tests.support.helpers import Evil, one_line, same
+from tests.support.small import SHORT, TINY, tiny_model
+from tests.support.thin import SMALL
 
 SAMPLE = Path(__file__).resolve().parent.parent / "sample" / "co3d"
 

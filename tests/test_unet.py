@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-import parity
-import released
 import unet
-from graphs import half_copy
+from checkpoints import released
+from gpu.graphs import half_copy
+from tests.support import parity
 from unet import UNet, UNetConfig
 from vldm import VLDM, cosine_log_snr
 

@@ -2,9 +2,9 @@
 import pytest
 import torch
 
-import parity
-import released
 import vae
+from checkpoints import released
+from tests.support import parity
 from vae import VAE, VAEConfig
 
 

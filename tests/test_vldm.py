@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-import parity
-import released
 import samplers
 import unet
 import vae
 import vldm
+from checkpoints import released
+from tests.support import parity
 from unet import UNetConfig
 from vae import VAE
 from vldm import VLDM, DiffusionConfig, SamplerConfig, alpha_sigma, cosine_log_snr, posterior, q_sample, x0_from_eps

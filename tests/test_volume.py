@@ -6,10 +6,10 @@ import torch
 
 import cameras
 import ngp
-import parity
 import volume
-from fields import TINY, Analytic, around, ball, centers, random_rays, released_field, seeded
 from occupancy import Occupancy
+from tests.support import parity
+from tests.support.fields import TINY, Analytic, around, ball, centers, random_rays, released_field, seeded
 
 
 @pytest.mark.parametrize("mode", ["eval_noperturb", "eval_perturb", "train_perturb"])

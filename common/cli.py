@@ -1,0 +1,248 @@
+"""What the commands share: one-line errors, types of arguments, and `--set name=value`, which reaches every number of
+a config.
+
+A command's numbers are one frozen dataclass, nested; a field's path is its names with dots between them,
+`field.levels`. On the command line the last names are enough where they are unique: `--set levels=8`. Values are
+checked against the field's type, and against each other by the dataclasses themselves (`__post_init__`).
+"""
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import get_args, get_origin, get_type_hints
+
+import torch
+
+from common.runtime import Interrupted, spare_the_cpu, stoppable
+
+
+# ---------------------------------------------------------------------------------------------- errors
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, exit code 2. What it returns says under `given` which flags stood
+    there.
+    """
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_args(self, args: list[str] | None = None, namespace=None) -> argparse.Namespace:
+        """The values of all flags."""
+        words = sys.argv[1:] if args is None else args
+        parsed = super().parse_args(words, namespace)
+        parsed.given = {word.partition("=")[0] for word in words if word.startswith("--")}
+        return parsed
+
+    def error(self, message: str):
+        """Without the usage, which --help prints."""
+        self.exit(2, f"error: {message}\n")
+
+
+def run(command: Callable, args: argparse.Namespace) -> None:
+    """Call a command. Bad input ends in one line and exit code 2; Ctrl-C and SIGTERM in one that says how to go on,
+    and 130 or 143.
+    """
+    spare_the_cpu()
+
+    # A log shows every line at once, and any name in it.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+
+    try:
+        with stoppable():
+            command(args)
+    except (OSError, ValueError, FloatingPointError) as e:
+        print("error:", " ".join(str(e).splitlines()), file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as e:
+        name = "Ctrl-C" if e.number == signal.SIGINT else signal.Signals(e.number).name
+        saved = "".join(f"; {note}" for note in getattr(e, "__notes__", []))
+        print(f"stopped by {name}{saved}; the same command goes on from what is saved", file=sys.stderr)
+        sys.exit(128 + e.number)
+
+
+def note_useless(args: argparse.Namespace, flags: list[str], why: str) -> None:
+    """One line on those of some flags that were given, though they have no effect."""
+    useless = [flag for flag in flags if flag in args.given]
+    if useless:
+        print(f"note: {', '.join(useless)}: no effect {why}")
+
+
+# ---------------------------------------------------------------------------------------------- types of arguments
+
+def positive(text: str) -> float:
+    """A number above 0, for argparse."""
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return float(text)
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """A seed, for argparse: small enough that numbers of iterations can be mixed in."""
+    if not text.isdecimal() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**31 - 1}")
+    return int(text)
+
+
+def views(text: str) -> int:
+    """A number of views, 0 for all, for argparse."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of views, or 0 for all")
+    return int(text)
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Words with commas between them, for argparse."""
+    # Spaces behind commas are nobody's mistake.
+    parts = tuple(part.strip() for part in text.split(","))
+    if not all(parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not words with commas between them")
+    return parts
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The flag --device."""
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+    parser.add_argument("--device", choices=devices, default=devices[-1],
+                        help="cpu or cuda (default: cuda if there is one)")
+
+
+# ---------------------------------------------------------------------------------------------- settings
+
+BOOLS = {"true": True, "false": False, "1": True, "0": False}
+
+
+def add_settings(parser: argparse.ArgumentParser, config: type) -> None:
+    """The flag --set, for the fields of a config."""
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="settings",
+                        help=f"any field of {config.__name__}, nested ones by a dot, such as {_example(config)}")
+
+
+def apply_settings(config, settings: list[str], fixed=None):
+    """A frozen dataclass with settings such as "field.levels=8" applied, all at once.
+
+    `fixed` is a config that a weights file brings along: its fields are named as such when somebody tries to set
+    them. Raises `ValueError` with one line for an unknown or ambiguous name, a value of another type, and values that
+    do not fit together.
+    """
+    types = field_types(type(config))
+    # What is meant: a path and a value of its type for each setting.
+    values = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set {setting}: not of the form NAME=VALUE")
+        path = _find(name, types, fixed)
+        values[path] = _parse(path, text, types[path])
+
+    # All at once, so that the dataclasses check the outcome and not the way to it.
+    try:
+        return _replaced(config, values)
+    except (ArithmeticError, ValueError) as e:
+        raise ValueError(f"--set {' '.join(settings)}: {e}") from None
+
+
+def field_types(config: type, prefix: str = "") -> dict[str, type]:
+    """Every number of a config class: dotted path -> type."""
+    # Nested dataclasses are looked into, everything else is a number.
+    types = {}
+    for name, kind in get_type_hints(config).items():
+        if is_dataclass(kind):
+            types.update(field_types(kind, f"{prefix}{name}."))
+        else:
+            types[prefix + name] = kind
+    return types
+
+
+def note_useless_settings(config, settings: list[str], useless: tuple[str, ...], why: str) -> None:
+    """One line on those of some settings that have no effect: fields by their paths, or all fields of a nested one."""
+    types = field_types(type(config))
+    found = []
+    for setting in settings:
+        name = setting.partition("=")[0]
+        path = name if name in types else next((path for path in types if path.endswith(f".{name}")), "")
+        if path.partition(".")[0] in useless:
+            found.append(path)
+    if found:
+        print(f"note: --set {' '.join(found)}: no effect {why}")
+
+
+def _find(name: str, types: dict[str, type], fixed) -> str:
+    """The path that a name stands for: itself, or the only one that ends in it."""
+    # Known, by its whole path or by its end.
+    if name in types:
+        return name
+    paths = [path for path in types if path.endswith(f".{name}")]
+    if len(paths) == 1:
+        return paths[0]
+    if paths:
+        raise ValueError(f"--set {name}: stands in several places; say which: {', '.join(paths)}")
+
+    # Unknown here: a number of the weights file's, or a slip of the pen.
+    architecture = [] if fixed is None else field_types(type(fixed))
+    if any(path == name or path.endswith(f".{name}") for path in architecture):
+        raise ValueError(f"--set {name}: part of the architecture, which the weights file fixes")
+    ends = [path.split(".")[-1] for path in types]
+    near = difflib.get_close_matches(name.split(".")[-1], ends, 3, 0.5)
+    near = [path for path in types if path.split(".")[-1] in near]
+    suggestion = f"; near are {', '.join(near)}" if near else ""
+    raise ValueError(f"--set {name}: no such field{suggestion}")
+
+
+def _parse(path: str, text: str, kind):
+    """A value of a field's type from text; a tuple's have commas between them."""
+    if get_origin(kind) is not tuple:
+        return _parse_one(path, text, kind)
+
+    # As many as the type says, or any number of them.
+    parts = text.split(",")
+    kinds = get_args(kind)
+    if kinds[-1] is not Ellipsis and len(parts) != len(kinds):
+        raise ValueError(f"--set {path}={text}: {len(kinds)} values with commas between them are needed")
+    return tuple(_parse_one(path, part, kinds[0]) for part in parts)
+
+
+def _parse_one(path: str, text: str, kind: type):
+    """True or false, a number, or a word."""
+    try:
+        value = BOOLS[text.lower()] if kind is bool else kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError("NaN and infinity pass comparisons that a config makes")
+        return value
+    except (KeyError, ValueError):
+        words = {bool: "true or false", int: "a whole number", float: "a number"}
+        raise ValueError(f"--set {path}={text}: {text!r} is not {words.get(kind, kind.__name__)}") from None
+
+
+def _replaced(config, values: dict):
+    """The config with values by path; nested dataclasses are rebuilt from the inside."""
+    # A field is either a dataclass, some of whose numbers change, or a number.
+    changes = {}
+    for field in fields(config):
+        old = getattr(config, field.name)
+        inner = {path.partition(".")[2]: value for path, value in values.items() if path.startswith(f"{field.name}.")}
+        if inner:
+            changes[field.name] = _replaced(old, inner)
+        elif field.name in values:
+            changes[field.name] = values[field.name]
+    return replace(config, **changes)
+
+
+def _example(config: type) -> str:
+    """A nested field and its default, for the help text."""
+    nested = [path for path in field_types(config) if "." in path]
+    return f"{nested[0]}=8" if nested else f"{fields(config)[0].name}=8"

@@ -1,0 +1,202 @@
+"""What a CO3Dv2 category says about its frames: the images, masks, cameras and splits, parsed once.
+
+    <category>/frame_annotations.jgz       gzipped JSON, one record a frame: image, mask, camera
+    <category>/set_lists/set_lists_*.json  optional: {"test": [[sequence, frame number, image path], ...], ...}
+
+These are hundreds of megabytes of JSON. What is needed of them goes into a zip file in the user's cache folder, with a
+JSON list of frames for every sequence, so that nobody has to read more than the sequence that is wanted. It is plain
+data, whoever wrote it, and made anew when a source's date or size changes.
+"""
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import zipfile
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from common import files
+
+ANNOTATIONS_FILE = "frame_annotations.jgz"
+FORMAT = 1  # layout of the cached file; another number renews it
+
+
+class Frame(NamedTuple):
+    """What is kept of a record. Paths are below the dataset's root."""
+    sequence: str
+    number: int
+    time: float        # seconds
+    image: str
+    mask: str
+    viewpoint: str     # the camera, JSON
+    splits: list[str]  # such as "fewview_dev/test"
+
+
+class Annotations:
+    """The usable frames of a category: those with a mask of more than one pixel and a camera."""
+
+    def __init__(self, folder: Path):
+        self.archive = _open_archive(folder.resolve(), _stamp(folder))
+
+    def sequences(self, split: str | None = None) -> list[str]:
+        """Names of all sequences, or of those with frames in the split, sorted."""
+        names = sorted(self.archive.namelist())
+        if split is None:
+            return names
+        return [name for name in names if self.frames(name, split)]
+
+    def splits(self) -> list[str]:
+        """All splits that frames are in, sorted."""
+        splits = set()
+        for name in self.sequences():
+            for frame in self.frames(name):
+                splits.update(frame.splits)
+        return sorted(splits)
+
+    def frames(self, sequence: str, split: str | None = None) -> list[Frame]:
+        """The frames of a sequence in order of time, or those in the split; of an unknown sequence, none."""
+        if sequence not in self.archive.namelist():
+            return []
+        rows = json.loads(self.archive.read(sequence))
+        frames = [Frame._make(row) for row in rows]
+        frames.sort(key=lambda frame: (frame.time, frame.number))
+        return [frame for frame in frames if split is None or split in frame.splits]
+
+
+# ---------------------------------------------------------------------------------------------- the cached file
+
+def _sources(folder: Path) -> list[Path]:
+    """The annotations of a category, then its set lists."""
+    set_lists = (folder / "set_lists").glob("set_lists_*.json")
+    return [folder / ANNOTATIONS_FILE, *sorted(set_lists)]
+
+
+def _stamp(folder: Path) -> bytes:
+    """Names, dates and sizes of a category's sources: what a cached file was made from."""
+    # Not their content: reading that is what the cache saves.
+    stamp = [FORMAT]
+    for source in _sources(folder):
+        status = source.stat()
+        stamp.append((source.name, status.st_mtime_ns, status.st_size))
+    return json.dumps(stamp).encode()
+
+
+@lru_cache(maxsize=8)
+def _open_archive(folder: Path, stamp: bytes) -> zipfile.ZipFile:
+    """The frames of a category, a member a sequence: the cached file if it has this stamp, otherwise a new one."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    digest = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    cached = home.absolute() / "sparsefusion" / f"{folder.name}-{digest}.zip"
+
+    # There may be none yet, or broken bytes, which raise nearly anything.
+    try:
+        archive = zipfile.ZipFile(cached)
+        if archive.comment == stamp:
+            return archive
+        archive.close()
+    except Exception:
+        pass
+
+    # A cache that cannot be written only costs time.
+    content = _pack(folder, stamp)
+    try:
+        with files.write_atomically(cached) as temporary:
+            temporary.write_bytes(content)
+    except OSError:
+        pass
+    return zipfile.ZipFile(io.BytesIO(content))
+
+
+def _pack(folder: Path, stamp: bytes) -> bytes:
+    """A zip file: for every sequence a JSON list of its frames under its name, and the stamp as the file's comment."""
+    annotations, *set_lists = _sources(folder)
+    splits = _read_set_lists(set_lists)
+
+    # Frames wait as text: as Python objects those of a whole category would take gigabytes.
+    frames = defaultdict(list)
+    for i, record in enumerate(_records(annotations)):
+        try:
+            frame = _usable_frame(record, splits)
+        except (AttributeError, KeyError, TypeError):
+            raise ValueError(f"{annotations}: record {i} lacks sequence_name, frame_number, image.path "
+                             "or mask.path") from None
+        if frame is not None:
+            frames[frame.sequence].append(json.dumps(frame))
+
+    # A member a sequence: one is read without the others.
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.comment = stamp
+        for sequence, texts in frames.items():
+            archive.writestr(sequence, f"[{','.join(texts)}]")
+    return content.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------- the sources
+
+def _records(file: Path) -> Iterator[dict]:
+    """The records of a gzipped JSON list, one at a time."""
+    decoder = json.JSONDecoder()
+    separator = re.compile(r"[\s,]*")
+    try:
+        # From the bracket that opens the list to the one that closes it.
+        text = gzip.decompress(file.read_bytes()).decode()
+        position = separator.match(text, text.index("[") + 1).end()
+        while text[position] != "]":
+            record, position = decoder.raw_decode(text, position)
+            yield record
+            position = separator.match(text, position).end()
+    except (OSError, EOFError, ValueError, IndexError, RecursionError, zlib.error):
+        raise ValueError(f"{file}: not a complete gzipped JSON list; download it again") from None
+
+
+def _usable_frame(record: dict, splits: dict[str, list[str]]) -> Frame | None:
+    """The frame of a record, or None without a mask of more than one pixel [released: co3d_dataloader.py:763-782].
+
+    A mask whose area is not annotated is usable here; a camera is needed too.
+    """
+    mask = record.get("mask")
+    viewpoint = record.get("viewpoint")
+    if not mask or not viewpoint:
+        return None
+    area = mask.get("mass")
+    if area is not None and area <= 1:
+        return None
+
+    # What a frame is found by. The name has a place in a zip file.
+    sequence = str(record["sequence_name"])
+    number = record["frame_number"]
+    time = record.get("frame_timestamp") or 0.0
+    image = record["image"]["path"]
+    if type(number) is not int or not isinstance(time, (int, float)):
+        raise TypeError("not a number")
+    if not isinstance(image, str) or not isinstance(mask["path"], str):
+        raise TypeError("not a path")
+    if not sequence or "\0" in sequence or not sequence.isprintable():
+        raise TypeError("not a name")
+
+    # The camera stays JSON, which only the frames that somebody decodes need parsed.
+    return Frame(sequence, number, time, image, mask["path"], json.dumps(viewpoint), splits.get(image, []))
+
+
+def _read_set_lists(set_lists: list[Path]) -> dict[str, list[str]]:
+    """The splits that each image is listed in, by its path."""
+    splits = defaultdict(list)
+    for file in set_lists:
+        # set_lists_fewview_dev.json has the splits "fewview_dev/train", "fewview_dev/val", "fewview_dev/test".
+        subset = file.stem.removeprefix("set_lists_")
+        try:
+            for stage, members in json.loads(file.read_text()).items():
+                for _, _, image in members:
+                    splits[image].append(f"{subset}/{stage}")
+        except (AttributeError, TypeError, ValueError):
+            raise ValueError(f"{file}: not a JSON object of lists of [sequence, frame number, image path]") from None
+    return splits

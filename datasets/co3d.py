@@ -1,0 +1,394 @@
+"""CO3Dv2 sequences as scenes (Sec. 4 of the paper; CO3D: Reizenstein et al., ICCV 2021).
+
+Reads, without PyTorch3D, a dataset folder as CO3D's own downloader leaves it,
+
+    <root>/<category>/frame_annotations.jgz       which frames there are, and their cameras (`frame_annotations.py`)
+    <root>/<category>/set_lists/set_lists_*.json  optional: which frames are train, val and test
+    <root>/<category>/<sequence>/images, masks    wherever the annotations say
+
+(`sequence_annotations.jgz`, the depth maps and the point clouds hold nothing that the method needs), or the released
+preprocessed toy data `<root>/<category>/<category>_toy.pt` [released: co3d_toy_dataloader.py:17-30].
+
+Different from the released code: frames of a short sequence are never repeated to make up a number
+[released: co3d_dataloader.py:362-363], and no sequence is left out by name [released: co3d_dataloader.py:337-342].
+
+Letters: `V` frames (views) of a sequence, `S` side of the square output in pixels, `H W` rows and columns of a
+photograph.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cameras import Cameras
+from common.runtime import Progress, map_processes
+from datasets.annotations import ANNOTATIONS_FILE, Annotations, Frame
+from datasets.crop import Crop, PackedScenes, Scene, crop_and_resize, evenly_spaced, open_picture, pixel_camera
+
+LISTED = 5  # names that an error message lists
+NO_ROOT = "{}: no such folder; the root of a dataset is the one with a folder for each category"
+
+
+# ---------------------------------------------------------------------------------------------- what others call
+
+def sequences(root: str | Path, category: str, split: str | None = None) -> list[str]:
+    """Names of the sequences of a category.
+
+    `split`, such as "fewview_dev/test": only those with frames listed as `test` in
+    `set_lists/set_lists_fewview_dev.json`.
+    """
+    return _source(root, category).sequences(split)
+
+
+def frame_numbers(root: str | Path, category: str, sequence: str, split: str | None = None) -> list[int]:
+    """Numbers of the frames of a sequence in order of time, optionally of one `split` only. Decodes nothing.
+
+    Frames without a mask, with an empty one (annotated area of at most one pixel) or without a camera do not count.
+    """
+    return _source(root, category).frame_numbers(sequence, split)
+
+
+def splits(root: str | Path, category: str) -> list[str]:
+    """The splits of a category, such as "fewview_dev/test"; none for a tree without set lists."""
+    return _source(root, category).splits()
+
+
+def categories(root: str | Path) -> list[str]:
+    """Names of the categories that a dataset folder holds, sorted."""
+    # In either layout.
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(NO_ROOT.format(root))
+    return [folder.name for folder in sorted(root.iterdir()) if _is_category(root, folder.name)]
+
+
+def stamp(root: str | Path, category: str, sequence: str, frames: Iterable[int]) -> str:
+    """Sixteen hexadecimal digits of what frames are read from: their cameras, and dates and sizes of their files.
+
+    Equal stamps: nothing has changed since. Decodes nothing.
+    """
+    rows = _source(root, category).sources(sequence, list(frames))
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def load_sequence(root: str | Path, category: str, sequence: str, size: int = 256,
+                  frames: Iterable[int] | None = None) -> Scene:
+    """A sequence, or those of its frames with the numbers `frames` in that order, cropped to `size` pixels a side.
+
+    Raises `FileNotFoundError` or `ValueError` with one line on what is missing or broken.
+    """
+    source = _source(root, category)
+    usable = source.frame_numbers(sequence, None)
+    if frames is None:
+        return source.load(sequence, size, usable)
+
+    # Chosen frames have to be among the usable ones.
+    chosen = list(frames)
+    absent = [number for number in chosen if number not in usable]
+    if absent:
+        raise ValueError(f"{root}/{category}: sequence {sequence!r} has no usable frame {absent[0]}; "
+                         f"it has {_some(usable)}")
+    return source.load(sequence, size, chosen)
+
+
+def load_packed(roots: list, category: str, names: list[str] | None, views: int, size: int,
+                workers: int | None = None, split: str | None = None) -> PackedScenes:
+    """`views` evenly spaced frames of each of the sequences `names` (None: all) of each of the folders `roots`.
+
+    Of a `split` only, where a folder has it. Decoded by `workers` processes (None: one a core). Sequences with fewer
+    frames are left out.
+    """
+    # Which frames of which sequences.
+    jobs = []
+    for root in roots:
+        known = splits(root, category)
+        found = _jobs(root, category, names, views, size, split if split in known else None)
+        if not found:
+            raise ValueError(f"{root}/{category}: no sequence has {views} frames")
+        jobs += found
+
+    # NumPy copies each sequence to its place: torch's threads would take the cores from the workers.
+    rgba = np.empty((len(jobs), views, 4, size, size), np.uint8)
+    valid = np.empty((len(jobs), views, 1, size, size), np.uint8)
+    cameras = []
+    decoded = map_processes(_decode_sequence, jobs, workers or os.cpu_count() or 1)
+    for n, part in enumerate(Progress(decoded, f"reading {category}", total=len(jobs))):
+        rgba[n] = part.rgba
+        valid[n] = part.valid
+        cameras.append(part.cameras.map(torch.from_numpy))
+
+    names = [job.sequence for job in jobs]
+    frames = [_texts(job.frames) for job in jobs]
+    cameras = Cameras.stack(cameras)
+    return PackedScenes(torch.from_numpy(rgba), torch.from_numpy(valid), cameras, names, frames)
+
+
+class _Job(NamedTuple):
+    """A sequence that `load_packed` wants."""
+    root: str | Path
+    category: str
+    sequence: str
+    frames: list[int]
+    size: int
+
+
+class _Decoded(NamedTuple):
+    """The sequence of a job in NumPy arrays: they travel between processes as bytes, where tensors hold files open."""
+    rgba: np.ndarray   # (V, 4, S, S) uint8
+    valid: np.ndarray  # (V, 1, S, S) uint8
+    cameras: Cameras   # (V,), of arrays
+
+
+def _jobs(root: str | Path, category: str, names: list[str] | None, views: int, size: int,
+          split: str | None) -> list[_Job]:
+    """The sequences under one root that have `views` frames, and which of their frames to take."""
+    jobs = []
+    source = _source(root, category)
+    for name in source.sequences(split) if names is None else names:
+        numbers = source.frame_numbers(name, split)
+        if len(numbers) >= views:
+            frames = [numbers[i] for i in evenly_spaced(len(numbers), views)]
+            jobs.append(_Job(root, category, name, frames, size))
+    return jobs
+
+
+def _decode_sequence(job: _Job) -> _Decoded:
+    scene = load_sequence(job.root, job.category, job.sequence, job.size, job.frames)
+    rgba = torch.cat([scene.images, scene.masks], 1)
+    rgba = rgba.mul(255).round().byte()
+    return _Decoded(rgba.numpy(), scene.valid.byte().numpy(), scene.cameras.map(Tensor.numpy))
+
+
+# ---------------------------------------------------------------------------------------------- a CO3Dv2 tree
+
+class _Tree:
+    """One category of a dataset folder."""
+
+    def __init__(self, root: Path, category: str):
+        self.root = root
+        self.folder = root / category
+        self.annotations = Annotations(self.folder)
+
+    def sequences(self, split: str | None) -> list[str]:
+        """Names of all sequences, or of those with frames in the split, sorted."""
+        names = self.annotations.sequences(split)
+        if not names and split is not None:
+            known = _some(self.annotations.splits())
+            raise ValueError(f"{self.folder}/set_lists: no split {split!r}; there is {known}")
+        return names
+
+    def splits(self) -> list[str]:
+        """The splits of its set lists."""
+        return self.annotations.splits()
+
+    def sources(self, sequence: str, numbers: list[int]) -> list:
+        """Of every file that these frames are read from its name, date and size; and their cameras."""
+        # Whoever decodes a frame that is not there will say so.
+        rows = []
+        frames = {frame.number: frame for frame in self.annotations.frames(sequence)}
+        for number in numbers:
+            frame = frames.get(number)
+            if frame is None:
+                continue
+            rows.append(_date_and_size(self.root / frame.image))
+            rows.append(_date_and_size(self.root / frame.mask))
+            rows.append(frame.viewpoint)
+        return rows
+
+    def frame_numbers(self, sequence: str, split: str | None) -> list[int]:
+        """Numbers of the frames in order of time."""
+        numbers = [frame.number for frame in self.annotations.frames(sequence, split)]
+        if not numbers:
+            where = f" in split {split!r}" if split else ""
+            known = _some(self.sequences(split))
+            raise ValueError(f"{self.folder}: no sequence {sequence!r}{where}; there is {known}")
+        return numbers
+
+    def load(self, sequence: str, size: int, numbers: list[int]) -> Scene:
+        """The frames with these numbers."""
+        frames = {frame.number: frame for frame in self.annotations.frames(sequence)}
+        crops = [self._crop(frames[number], size) for number in numbers]
+        return Scene.from_crops(crops, _texts(numbers), sequence)
+
+    def _crop(self, frame: Frame, size: int) -> Crop:
+        """One frame, decoded and cut to its object."""
+        image = _decode(self.root / frame.image, "RGB")
+        mask = _decode(self.root / frame.mask, "L")
+
+        # What is wrong with a camera is in the annotations.
+        place = f"frame {frame.number} of {frame.sequence!r}"
+        viewpoint = json.loads(frame.viewpoint)
+        camera = _parse_camera(viewpoint)
+        if camera is None:
+            raise ValueError(f"{self.folder / ANNOTATIONS_FILE}: the camera of {place} is not R (3, 3), T (3), "
+                             "focal_length (2) and principal_point (2) in finite numbers")
+
+        # What is wrong with a crop is mostly in the mask.
+        height, width = image.shape[:2]
+        units = viewpoint.get("intrinsics_format", "ndc_norm_image_bounds")
+        try:
+            camera = pixel_camera(camera, units, height, width)
+            return crop_and_resize(image, mask, camera, size)
+        except ValueError as e:
+            raise ValueError(f"{self.root / frame.mask}: {e} ({place})") from None
+
+
+def _parse_camera(viewpoint: dict) -> Cameras | None:
+    """One camera in the photograph's NDC, float64; None where a key is missing, misshapen or not finite, or a focal
+    length 0.
+    """
+    try:
+        R = torch.tensor(viewpoint["R"], dtype=torch.float64).reshape(3, 3)
+        T = torch.tensor(viewpoint["T"], dtype=torch.float64).reshape(3)
+        focal = torch.tensor(viewpoint["focal_length"], dtype=torch.float64).reshape(2)
+        principal = torch.tensor(viewpoint["principal_point"], dtype=torch.float64).reshape(2)
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        return None
+    numbers = torch.cat([R.flatten(), T, focal, principal])
+    usable = numbers.isfinite().all() and (focal != 0).all()
+    return Cameras(R, T, focal, principal) if usable else None
+
+
+def _decode(file: Path, mode: str) -> np.ndarray:
+    """Pixels of an image file, uint8: (H, W, 3) for mode "RGB", (H, W) for "L"."""
+    try:
+        with warnings.catch_warnings(action="ignore"), open_picture(file) as image:
+            return np.array(image.convert(mode))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: no such file, though {ANNOTATIONS_FILE} lists it") from None
+    # On broken bytes the decoders raise nearly anything.
+    except Exception as e:
+        reason = str(e).removeprefix(f"{file}: ")
+        raise ValueError(f"{file}: not a readable image ({reason})") from None
+
+
+# ---------------------------------------------------------------------------------------------- the released toy data
+
+class _Toy:
+    """`<category>_toy.pt`: {category: [{images, R, T, f, c, masks, valid_region, ...}]}, cropped and masked already."""
+
+    def __init__(self, root: Path, category: str):
+        self.file = _toy_file(root, category)
+        try:
+            # Mapped where the format allows it: only what is used is read.
+            mapped = zipfile.is_zipfile(self.file)
+            data = torch.load(self.file, map_location="cpu", weights_only=True, mmap=mapped)
+            self.items = {f"toy{i}": item for i, item in enumerate(data[category])}
+            self.counts = {name: len(item["R"]) for name, item in self.items.items()}
+        except Exception as e:
+            reason = str(e).strip().split("\n")[0][:100]
+            raise ValueError(f"{self.file}: not a toy dataset {{{category!r}: [sequences]}} "
+                             f"that loads safely ({reason})") from None
+
+    def sequences(self, split: str | None) -> list[str]:
+        """`toy0`, `toy1`, ... in the file's order; the file has no splits."""
+        return list(self.items)
+
+    def splits(self) -> list[str]:
+        """None: the file is a choice already."""
+        return []
+
+    def sources(self, sequence: str, numbers: list[int]) -> list:
+        """Date and size of the file."""
+        return [_date_and_size(self.file)]
+
+    def frame_numbers(self, sequence: str, split: str | None) -> list[int]:
+        """0, 1, ..."""
+        if sequence not in self.items:
+            raise ValueError(f"{self.file}: no sequence {sequence!r}; there is {_some(self.sequences(None))}")
+        return list(range(self.counts[sequence]))
+
+    def load(self, sequence: str, size: int, numbers: list[int]) -> Scene:
+        """The frames with these numbers, resized where the file has another size."""
+        try:
+            # What makes up a scene, of the frames wanted.
+            keys = ("R", "T", "f", "c", "images", "masks", "valid_region")
+            item = {key: torch.as_tensor(self.items[sequence][key])[numbers] for key in keys}
+
+            # Intrinsics are in NDC of the square image already.
+            R = item["R"].float().reshape(-1, 3, 3)
+            T = item["T"].float().reshape(-1, 3)
+            focal = item["f"].float().reshape(-1, 2)
+            principal = item["c"].float().reshape(-1, 2)
+
+            # Masks stay as sharp as they are.
+            images = _resized(item["images"], 3, size, "bilinear")
+            masks = _resized(item["masks"], 1, size, "nearest")
+            valid = _resized(item["valid_region"], 1, size, "nearest")
+        except (KeyError, TypeError, IndexError, RuntimeError, ValueError) as e:
+            raise ValueError(f"{self.file}: {sequence} is not a sequence of the toy dataset "
+                             f"({type(e).__name__}: {e})") from None
+        cameras = Cameras(R, T, focal, principal)
+        return Scene(images, masks, valid, cameras, _texts(numbers), sequence)
+
+
+def _resized(x: Tensor, channels: int, size: int, mode: str) -> Tensor:
+    """(V, C, H, W), or (V, H, W) for one channel, floats in [0, 1] or bytes -> (V, C, S, S) floats in [0, 1]."""
+    # Bytes count to 255, unless they are a mask of 0 and 1.
+    full = 255 if x.dtype == torch.uint8 and x.max() > 1 else 1
+    x = x.float() / full
+
+    height, width = x.shape[-2:]
+    x = x.reshape(len(x), channels, height, width)
+    if (height, width) == (size, size):
+        return x
+    return F.interpolate(x, (size, size), mode=mode)
+
+
+# ---------------------------------------------------------------------------------------------- either
+
+def _source(root: str | Path, category: str) -> _Tree | _Toy:
+    """The dataset of a category under `root`, in either layout."""
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(NO_ROOT.format(root))
+
+    # The downloader's layout goes before a toy file beside it.
+    if (root / category / ANNOTATIONS_FILE).is_file():
+        return _Tree(root, category)
+    if _toy_file(root, category).is_file():
+        return _Toy(root, category)
+
+    # Say what there is instead.
+    raise FileNotFoundError(f"{root / category}: no {ANNOTATIONS_FILE} or {category}_toy.pt there; "
+                            f"categories of {root}: {_some(categories(root))}")
+
+
+def _is_category(root: Path, name: str) -> bool:
+    return (root / name / ANNOTATIONS_FILE).is_file() or _toy_file(root, name).is_file()
+
+
+def _date_and_size(path: Path) -> list:
+    """Name, date and size of a file; the name alone of one that is missing, which whoever decodes it will say."""
+    if not path.is_file():
+        return [path.name]
+    status = path.stat()
+    return [path.name, status.st_mtime_ns, status.st_size]
+
+
+def _toy_file(root: Path, category: str) -> Path:
+    return root / category / f"{category}_toy.pt"
+
+
+def _some(names: list) -> str:
+    """The first few of a list of names, for a message."""
+    if not names:
+        return "none"
+    text = ", ".join(map(str, names[:LISTED]))
+    return f"{text}, ... ({len(names)} in all)" if len(names) > LISTED else text
+
+
+def _texts(numbers: list[int]) -> list[str]:
+    """Frame numbers as a scene names its views."""
+    return [str(number) for number in numbers]

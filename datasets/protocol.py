@@ -1,0 +1,117 @@
+"""Which sequences, frames and views count: the paper's protocol on CO3Dv2 (Sec. 4).
+
+Evaluation takes sequences of the set list `fewview_dev`, split `test`, with more than 10 frames there; of each, 32
+evenly spaced frames and no others. The first V of a random permutation of them are the inputs, all others are the
+targets; the permutation is seeded with the sequence's place in the list. Training reads `fewview_train`, split `train`.
+
+A list of such sequences can be written to a file and read again: then what a sequence gives does not depend on which
+others a tree holds.
+"""
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from common import files
+from datasets import co3d
+from datasets.crop import evenly_spaced
+
+EVALUATION = "fewview_dev/test"   # [released: load_dataset.py:13-15; co3d_dataloader.py:796-798]
+TRAINING = "fewview_train/train"  # [released: train.py:254; co3d_dataloader.py:230]
+FRAMES = 32                       # of a sequence [released: load_dataset.py:13-15; co3d_dataloader.py:362-363]
+TOO_FEW = 10                      # frames: such sequences do not count [released: co3d_dataloader.py:326-333]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sequence of a list, with everything that is chosen before anything is computed."""
+    category: str
+    sequence: str
+    index: int              # its place in the category's list: it seeds the sequence's random numbers
+    frames: tuple[int, ...]  # numbers of the frames that are used, in order of time
+
+
+def paper_list(root: str | Path, category: str) -> list[Entry]:
+    """The sequences of a category that the paper's protocol evaluates, in order of their names.
+
+    A tree without the set list counts with all its frames, which one line says. Raises `ValueError` where none is left.
+    """
+    # Places in the list are counted among the sequences that count.
+    split = available(root, category, EVALUATION)
+    entries = []
+    for name in co3d.sequences(root, category, split):
+        numbers = co3d.frame_numbers(root, category, name, split)
+        if len(numbers) > TOO_FEW:
+            frames = [numbers[i] for i in evenly_spaced(len(numbers), FRAMES)]
+            entries.append(Entry(category, name, len(entries), tuple(frames)))
+    if not entries:
+        raise ValueError(f"{root}/{category}: no sequence has more than {TOO_FEW} frames; --protocol all takes any")
+    return entries
+
+
+def whole_list(root: str | Path, category: str) -> list[Entry]:
+    """Every sequence of a category with every usable frame. Raises `ValueError` where there is none."""
+    entries = []
+    for index, name in enumerate(co3d.sequences(root, category)):
+        numbers = co3d.frame_numbers(root, category, name)
+        entries.append(Entry(category, name, index, tuple(numbers)))
+    if not entries:
+        raise ValueError(f"{root}/{category}: no sequence has a usable frame")
+    return entries
+
+
+PROTOCOLS = {"paper": paper_list, "all": whole_list}
+
+
+def available(root: str | Path, category: str, split: str) -> str | None:
+    """The split if a tree has it, else None (all frames), and one line says so."""
+    known = co3d.splits(root, category)
+    if split in known:
+        return split
+
+    # Trees of one's own rarely have set lists.
+    print(f"{root}/{category}: no set list with {split}; all frames of all sequences count")
+    return None
+
+
+def choose_views(count: int, views: int, seed: int) -> list[int]:
+    """Positions of `views` input views among `count` frames, in random order [released: demo.py:63, 78-81]."""
+    # On the CPU, whatever computes later: the choice must be the same everywhere.
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(count, generator=generator)[:views].tolist()
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+def save_list(entries: list[Entry], path: str | Path) -> None:
+    """Write a list as JSON."""
+    files.save_json([asdict(entry) for entry in entries], path)
+
+
+def read_list(path: str | Path) -> list[Entry]:
+    """The list in a file of `save_list`. Raises `ValueError` with one line for anything else."""
+    # Somebody may have written it by hand.
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        entries = [_entry(row) for row in rows]
+    except (KeyError, TypeError, ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: not a list of category, sequence, index and frames ({type(e).__name__})") from None
+    if not entries:
+        raise ValueError(f"{path}: an empty list")
+    return entries
+
+
+def _entry(row: dict) -> Entry:
+    """One row of a list. Raises `TypeError` or `ValueError` for anything that is none."""
+    index = int(row["index"])
+    if not isinstance(row["category"], str) or not isinstance(row["sequence"], str):
+        raise TypeError("category and sequence are names")
+    if not 0 <= index < 2**31:
+        raise ValueError("index is a place in a list")
+    frames = tuple(int(number) for number in row["frames"])
+    if not frames:
+        raise ValueError("a sequence has frames")
+    return Entry(row["category"], row["sequence"], index, frames)

@@ -1,0 +1,73 @@
+"""What SparseFusion is compared with (Sec. 4): the nearest input view, the EFT's picture, one sample of the VLDM.
+
+The fourth baseline, the field alone, is `distill.reconstruct` without a model. The EFT and the VLDM make pictures,
+which have no silhouette of their own: no mask is measured for them. Every baseline returns what it shows from the
+target cameras; `inputs` and `targets` are positions in the scene.
+
+Letters: `T` target views, `S` side of an image in pixels.
+"""
+from __future__ import annotations
+
+import zlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from datasets.crop import Scene
+from export.pictures import Views
+from settings import DistillConfig
+from sparsefusion import Condition, SparseFusion
+
+VIEWS_AT_ONCE = 8  # in a batch of the VLDM
+
+
+def nearest_input(scene: Scene, inputs: list[int], targets: list[int]) -> Views:
+    """The input view whose camera is nearest in bearing, seen from the world's origin."""
+    # Bearings, because crops hide how far away a camera stands.
+    bearing = F.normalize(scene.cameras.centers(), dim=-1)
+    cosine = bearing[targets] @ bearing[inputs].T  # (T, V)
+    nearest = [inputs[j] for j in cosine.argmax(1).tolist()]
+    return Views(scene.images[nearest], scene.masks[nearest])
+
+
+def eft_images(scene: Scene, inputs: list[int], targets: list[int], model: SparseFusion, config: DistillConfig,
+               seed: int, hull: Tensor, title: str | None = None) -> Views:
+    """The EFT's picture at full resolution, a ray a pixel (Sec. 3.1).
+
+    hull (T, S, S), boolean: the pixels to ask about, from which the visual hull is seen. The others, about half of
+    them with two views, are black. On toys the EFT says so itself, to less than a level of 8 bits.
+    """
+    size = scene.images.shape[-1]
+    condition = _condition(scene, inputs, targets, model, config, seed, size, title, hull)
+    return Views(condition.images, None)
+
+
+def vldm_samples(scene: Scene, inputs: list[int], targets: list[int], model: SparseFusion, config: DistillConfig,
+                 seed: int) -> Views:
+    """One ancestral sample a view (Sec. 3.1): sharp, but every view imagines for itself.
+
+    A view's random numbers follow from the seed and its frame alone, whichever other views there are.
+    """
+    condition = _condition(scene, inputs, targets, model, config, seed)
+    device = scene.images.device
+    generators = []
+    for target in targets:
+        name = f"{seed} {scene.names[target]}"
+        generators.append(torch.Generator(device).manual_seed(zlib.crc32(name.encode())))
+
+    # A few views at a time: the decoder takes much memory at full size.
+    images = []
+    for start in range(0, len(targets), VIEWS_AT_ONCE):
+        part = slice(start, start + VIEWS_AT_ONCE)
+        images.append(model.sample_view(condition.features[part], generators[part], config.sampler))
+    return Views(torch.cat(images), None)
+
+
+def _condition(scene: Scene, inputs: list[int], targets: list[int], model: SparseFusion, config: DistillConfig,
+               seed: int, size: int | None = None, title: str | None = None, where: Tensor | None = None) -> Condition:
+    """What the EFT says about the target views."""
+    given = scene[inputs]
+    depth_range = model.depth_range(scene.cameras)
+    return model.condition(given.images, given.cameras, scene.cameras[targets], depth_range, size,
+                           config.eft_train_mode, title, seed, where)

@@ -1,0 +1,245 @@
+"""What a person looks at: pictures, the sheet that compares methods, the turntable, tables. Knows tensors and
+numbers, no field and no model.
+
+Letters: `T` target views, `S` side of an image in pixels.
+"""
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from common import files
+from common.runtime import map_threads
+from datasets.crop import Scene, evenly_spaced, open_picture
+
+# Methods in the order of every table: short name -> what readers see.
+LABELS = {
+    "nearest": "nearest input",
+    "ngp": "field alone",
+    "eft": "EFT",
+    "vldm": "VLDM sample",
+    "sparsefusion": "SparseFusion",
+}
+
+METRICS = {"psnr": "PSNR", "ssim": "SSIM", "perceptual": "perceptual", "iou": "IoU"}
+HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "perceptual": False, "iou": True}
+DIGITS = {"psnr": 2, "ssim": 3, "perceptual": 3, "iou": 3}
+
+TEXT = 16                # pixels of a line of text above a picture
+BACKDROP = (32, 32, 32)  # of the sheet
+WIDEST = 8               # most input views in a row of it
+PREVIEWS = 12            # most renderings in the strip of previews
+
+
+class Views(NamedTuple):
+    """What a method shows from some cameras."""
+    images: Tensor               # (T, 3, S, S) in [0, 1]
+    silhouettes: Tensor | None   # (T, 1, S, S) in [0, 1]; None of a method that shows pictures only
+
+
+def to_image(x: Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] -> a picture."""
+    pixels = (x.clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def to_palette(x: Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] -> a picture of the 256 colors that suit it best."""
+    return to_image(x).convert("P", palette=Image.Palette.ADAPTIVE)
+
+
+def comparison(scene: Scene, inputs: list[int], targets: list[int], pictures: dict[str, Views],
+               rows: int = 6) -> Image.Image:
+    """A sheet: on top the input views, `WIDEST` in a row; below, for up to `rows` target views, the photograph and
+    what every method shows.
+    """
+    # An empty sheet: a column a method and one for the truth, a line of text above every picture.
+    size = scene.images.shape[-1]
+    shown = evenly_spaced(len(targets), rows)
+    columns = max(min(len(inputs), WIDEST), 1 + len(pictures))
+    input_rows = math.ceil(len(inputs) / columns)
+    height = (size + TEXT) * (input_rows + len(shown))
+    sheet = Image.new("RGB", (columns * size, height), BACKDROP)
+    draw = ImageDraw.Draw(sheet)
+
+    def place(row: int, column: int, label: str, image: Tensor) -> None:
+        """Paste an image (3, S, S) under its label."""
+        left = column * size
+        top = row * (size + TEXT)
+        draw.text((left + 4, top + 2), label, fill="white")
+        sheet.paste(to_image(image), (left, top + TEXT))
+
+    # What was given.
+    for i, view in enumerate(inputs):
+        place(i // columns, i % columns, f"input, frame {scene.names[view]}", scene.images[view])
+
+    # What there is to see, and what every method made of it.
+    for row, position in enumerate(shown, input_rows):
+        target = targets[position]
+        place(row, 0, f"truth, frame {scene.names[target]}", scene.images[target])
+        for column, (method, views) in enumerate(pictures.items(), 1):
+            place(row, column, LABELS[method], views.images[position])
+    return sheet
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Write a picture in the format of the path's ending."""
+    with files.write_atomically(path) as temporary:
+        image.save(temporary)
+
+
+def add_preview(path: Path, image: Tensor) -> None:
+    """Put a rendering (3, S, S) in [0, 1] to the right end of a strip, which keeps the last `PREVIEWS` of them."""
+    # What an earlier run has shown stays, if it is there and can be read.
+    newest = to_image(image)
+    side = newest.width
+    strip = Image.new("RGB", (0, side))
+    try:
+        earlier = open_picture(path).convert("RGB")
+        if earlier.height == side:
+            strip = earlier
+    except Exception:  # broken bytes raise nearly anything
+        pass
+
+    # The last ones, and the new one.
+    kept = strip.crop((max(0, strip.width - (PREVIEWS - 1) * side), 0, strip.width, side))
+    longer = Image.new("RGB", (kept.width + side, side))
+    longer.paste(kept, (0, 0))
+    longer.paste(newest, (kept.width, 0))
+    save_picture(longer, path)
+
+
+def save_animation(images: Tensor, path: Path, milliseconds: int = 80) -> None:
+    """Write pictures (T, 3, H, W) in [0, 1] as an endless GIF."""
+    # Choosing 256 colors for a frame takes the time.
+    frames = map_threads(to_palette, images.cpu())
+    with files.write_atomically(path) as temporary:
+        frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+
+
+def save_views(pictures: dict[str, Views], truth: Tensor, names: list[str], folder: Path) -> None:
+    """A PNG of every target view, the photograph's and every method's: `<frame>_<method>.png`. truth (T, 3, S, S).
+
+    Those of an earlier run of other target views go.
+    """
+    for method in ("truth", *LABELS):
+        for old in folder.glob(f"*_{method}.png"):
+            old.unlink()
+
+    # A frame is called what its data say, a file is not.
+    jobs = []
+    for method, images in [("truth", truth), *((method, views.images) for method, views in pictures.items())]:
+        for frame, image in zip(names, images.cpu()):
+            jobs.append((image, folder / f"{files.safe_name(frame)}_{method}.png"))
+    map_threads(lambda job: save_picture(to_image(job[0]), job[1]), jobs)
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+Rows = dict[str, dict[str, float]]  # method -> metric -> number
+
+
+def table(methods: Rows) -> str:
+    """Metrics as text, a method a line; a dash where a method has no such number."""
+    lines = [f"{'':<16}{'PSNR':>8}{'SSIM':>8}{'perceptual':>12}{'IoU':>8}"]
+    for method, row in methods.items():
+        line = f"{LABELS[method]:<16}"
+        for metric in METRICS:
+            cell = f"{row[metric]:.{DIGITS[metric]}f}" if metric in row else "-"
+            line += cell.rjust(12 if metric == "perceptual" else 8)
+        lines.append(line)
+    return "\n".join(lines)
+
+
+class Mean(NamedTuple):
+    """A mean over sequences and its standard error (0 for a single one)."""
+    mean: float
+    error: float
+
+
+def mean_and_error(values: list[float]) -> Mean:
+    """The mean of some numbers, and the standard error of that mean."""
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return Mean(fmean(values), error)
+
+
+def means(rows: list[Rows]) -> dict[str, dict[str, Mean]]:
+    """Method -> metric -> mean over sequences with its standard error."""
+    result = {}
+    for method, metrics in rows[0].items():
+        result[method] = {}
+        for metric in metrics:
+            values = [row[method][metric] for row in rows]
+            result[method][metric] = mean_and_error(values)
+    return result
+
+
+class Paired(NamedTuple):
+    """How a method differs from another on the same sequences."""
+    difference: Mean  # ours minus theirs
+    wins: int         # sequences on which ours is better
+
+
+def paired(rows: list[Rows], ours: str, theirs: str) -> dict[str, Paired]:
+    """Metric -> the difference of two methods, sequence by sequence: its noise is much smaller than that of the
+    means.
+    """
+    # Only what both of them have.
+    result = {}
+    for metric in METRICS:
+        if metric not in rows[0][ours] or metric not in rows[0][theirs]:
+            continue
+
+        # Better may be more or less.
+        differences = [row[ours][metric] - row[theirs][metric] for row in rows]
+        sign = 1 if HIGHER_IS_BETTER[metric] else -1
+        wins = sum(sign * difference > 0 for difference in differences)
+        result[metric] = Paired(mean_and_error(differences), wins)
+    return result
+
+
+def markdown(rows: list[Rows], perceptual_name: str) -> str:
+    """Two tables of some sequences: means with standard errors, and the method minus each of the others."""
+    # Means: a method a line.
+    count = len(rows)
+    lines = [f"Means over {count} sequences, with standard errors. Perceptual: {perceptual_name}.", ""]
+    lines += [_line(["", *METRICS.values()]), _line(["---"] * 5)]
+    for method, row in means(rows).items():
+        cells = [_mean_cell(row, metric) for metric in METRICS]
+        lines.append(_line([LABELS[method], *cells]))
+    if "sparsefusion" not in rows[0]:
+        return "\n".join(lines) + "\n"
+
+    # Differences: another method a line.
+    lines += ["", "SparseFusion minus each of the others, sequence by sequence, and on how many it is better.", ""]
+    lines += [_line(["", *METRICS.values()]), _line(["---"] * 5)]
+    for method in rows[0]:
+        if method != "sparsefusion":
+            row = paired(rows, "sparsefusion", method)
+            cells = [_paired_cell(row, metric, count) for metric in METRICS]
+            lines.append(_line([LABELS[method], *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def _mean_cell(row: dict[str, Mean], metric: str) -> str:
+    if metric not in row:
+        return "-"
+    digits = DIGITS[metric]
+    return f"{row[metric].mean:.{digits}f} ± {row[metric].error:.{digits}f}"
+
+
+def _paired_cell(row: dict[str, Paired], metric: str, count: int) -> str:
+    if metric not in row:
+        return "-"
+    difference = row[metric].difference
+    digits = DIGITS[metric]
+    return f"{difference.mean:+.{digits}f} ± {difference.error:.{digits}f} ({row[metric].wins} of {count})"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,215 @@
+"""Group normalization (Wu and He 2018) followed by a modulation and SiLU, and the sum at the end of a residual block,
+as VAE and UNet have them everywhere.
+
+Plain torch, on any device, is the reference. On a GPU in half precision the kernels of `groupnorm.cu` take its place:
+torch's own reorder a map whose channels are last in memory before and after, and its moments, the modulation and SiLU
+are passes of their own. So is the bias of a convolution, which there waits for whoever reads the result (`Convolved`).
+Statistics are in float32 either way.
+
+Letters: `B` images, `C` channels, `H W` rows and columns, `P` pixels of a map, `G` groups, `K` chunks of an image.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from gpu import kernels
+
+SOURCE = Path(__file__).with_name("groupnorm.cu")
+THREADS = 256      # of a block, about
+BLOCKS = 528       # on the whole GPU, about: what keeps its processors busy
+MOST_CHUNKS = 128  # of an image, whose sums every block adds up
+MOST_COLUMNS = 1024  # of channels: a block has no more threads
+
+
+class Convolved(NamedTuple):
+    """What a convolution made, and its bias if that is still to be added."""
+    map: Tensor                 # (B, C, H, W)
+    bias: Tensor | None = None  # (C,)
+
+    def complete(self) -> Tensor:
+        """The map with its bias."""
+        return self.map if self.bias is None else self.map + self.bias[:, None, None]
+
+
+def convolve(x: Tensor, layer: nn.Conv2d | nn.Identity) -> Convolved:
+    """A convolution of a map (B, C_in, H, W), or the map itself; on a GPU and in half precision without its bias."""
+    bias = getattr(layer, "bias", None)
+    if bias is None or not _is_for_kernels(x, bias):
+        return Convolved(layer(x))
+    return Convolved(F.conv2d(x, layer.weight, None, layer.stride, layer.padding, layer.dilation, layer.groups), bias)
+
+
+def group_norm(x: Tensor | Convolved, norm: nn.GroupNorm, silu: bool = True,
+               modulation: Tensor | None = None) -> Tensor:
+    """`norm` of a map (B, C, H, W), then (1 + scale) * it + shift, then SiLU unless told otherwise: like x.
+
+    modulation (B, 2 C): scale and shift a channel, side by side. On a GPU and in half precision it is differentiable in
+    x alone, and only without a modulation.
+    """
+    x = x if isinstance(x, Convolved) else Convolved(x)
+    compiled = _kernels_for(x.map, norm.weight, _vector(norm))
+    if compiled is not None:
+        return _NormByKernels.apply(x.map, x.bias, norm, silu, modulation, compiled)
+
+    # Plain torch; in place where no gradient needs the numbers before.
+    x = norm(x.complete())
+    if modulation is not None:
+        scale, shift = modulation[..., None, None].chunk(2, dim=1)            # (B, C, 1, 1) each
+        x = torch.addcmul(shift, x, scale + 1)
+    return F.silu(x, inplace=not torch.is_grad_enabled()) if silu else x
+
+
+def add(shortcut: Convolved, x: Convolved, gate: Tensor | None = None) -> Tensor:
+    """The sum of two maps (B, C, H, W), the second one times a gate (B, C) if there is one: like them.
+
+    On a GPU and in half precision it is differentiable in the maps alone, and only without a gate.
+    """
+    alike = shortcut.map.dtype == x.map.dtype and shortcut.map.shape == x.map.shape
+    compiled = _kernels_for(x.map, x.bias, math.gcd(x.map.shape[1], 8)) if alike else None
+    if compiled is not None:
+        return _SumByKernel.apply(shortcut.map, shortcut.bias, x.map, x.bias, gate, compiled)
+
+    # Plain torch.
+    if gate is None:
+        return shortcut.complete() + x.complete()
+    return torch.addcmul(shortcut.complete(), x.complete(), gate[..., None, None])
+
+
+def _is_for_kernels(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether kernels serve for a map and a layer's weight: on a GPU, in half precision, where weights do not learn."""
+    if weight is None or not x.is_cuda or x.dtype != torch.float16 or weight.dtype != torch.float16:
+        return False
+    return not (weight.requires_grad and torch.is_grad_enabled())
+
+
+class Kernels(NamedTuple):
+    """The kernels of `groupnorm.cu` for columns of some channels."""
+    moments: Callable
+    apply: Callable
+    gradient_moments: Callable
+    gradient_apply: Callable
+    add: Callable
+
+
+def _kernels_for(x: Tensor, weight: Tensor | None, vector: int) -> Kernels | None:
+    """The kernels for a map and a layer's weight, for columns of `vector` channels; None where plain torch serves."""
+    if not _is_for_kernels(x, weight) or x.shape[1] // vector > MOST_COLUMNS or len(x) == 0:
+        return None
+    return _compile(vector, x.device.index)
+
+
+def _vector(norm: nn.GroupNorm) -> int:
+    """How many neighboring channels of one group a thread takes: up to eight, which are 16 bytes."""
+    return math.gcd(norm.num_channels // norm.num_groups, 8)
+
+
+@cache
+def _compile(vector: int, device: int) -> Kernels | None:
+    """The kernels for columns of `vector` channels on a GPU; None where they cannot be had."""
+    compiled = kernels.compile_kernels(SOURCE, Kernels._fields, [f"-DVECTOR={vector}"], device)
+    return None if compiled is None else Kernels(*compiled)
+
+
+class Launch(NamedTuple):
+    """How the kernels are started for a map."""
+    chunks: int
+    where: dict  # grid, block and shared memory
+    pixels: int
+
+
+def _launch_of(x: Tensor, vector: int) -> Launch:
+    """Columns times rows of threads; as many chunks of an image as keep the GPU busy, but with work for each thread."""
+    batch, channels, height, width = x.shape
+    columns = channels // vector
+    rows = max(1, THREADS // columns)
+    pixels = height * width
+    chunks = min(math.ceil(pixels / rows), math.ceil(BLOCKS / batch), MOST_CHUNKS)
+    where = {"grid": (chunks, batch, 1), "block": (columns, rows, 1), "shared_mem": 8 * columns * rows}
+    return Launch(chunks, where, pixels)
+
+
+def _or_null(x: Tensor | None, like: Tensor) -> Tensor:
+    """A tensor in one piece; one without numbers, whose pointer is null, where there is none."""
+    return like.new_empty(0) if x is None else x.contiguous()
+
+
+class _NormByKernels(torch.autograd.Function):
+    """`group_norm` and its gradient in x by `groupnorm.cu`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, bias: Tensor | None, norm: nn.GroupNorm, silu: bool, modulation: Tensor | None,
+                compiled: Kernels) -> Tensor:
+        # What a gradient will need: the map and its sums, of which the normalization follows again.
+        x = x.contiguous(memory_format=torch.channels_last)
+        offset = _or_null(bias, x)
+        launch = _launch_of(x, _vector(norm))
+        shape = [launch.pixels, norm.num_groups]
+        sums = x.new_empty(len(x), launch.chunks, norm.num_groups, 2, dtype=torch.float32)
+        y = torch.empty_like(x)
+        ctx.save_for_backward(x, offset, sums)
+        ctx.norm, ctx.silu, ctx.compiled = norm, silu, compiled
+        ctx.modulated = modulation is not None
+
+        # First the sums, then the map.
+        given = [x, offset, sums, norm.weight, norm.bias, _or_null(modulation, x), y]
+        with torch.cuda.device(x.device):
+            compiled.moments(**launch.where, args=[x, offset, sums, *shape])
+            compiled.apply(**launch.where, args=[*given, int(silu), *shape, launch.chunks, norm.eps])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        """The gradient in y (B, C, H, W) -> in x, the same shape."""
+        if ctx.modulated:
+            raise NotImplementedError("a modulated group normalization in half precision has no gradient")
+
+        # The same launch as forward, which knows the number of chunks.
+        x, offset, sums = ctx.saved_tensors
+        norm = ctx.norm
+        launch = _launch_of(x, _vector(norm))
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad_sums = torch.empty_like(sums)
+        grad_x = torch.empty_like(x)
+
+        # First the sums, then the map.
+        given = [x, offset, sums, norm.weight, norm.bias, grad]
+        tail = [int(ctx.silu), launch.pixels, norm.num_groups, launch.chunks, norm.eps]
+        with torch.cuda.device(x.device):
+            ctx.compiled.gradient_moments(**launch.where, args=[*given, grad_sums, *tail])
+            ctx.compiled.gradient_apply(**launch.where, args=[*given, grad_sums, grad_x, *tail])
+        return grad_x, None, None, None, None, None
+
+
+class _SumByKernel(torch.autograd.Function):
+    """`add` and its gradient in the maps by `groupnorm.cu`."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, a_bias: Tensor | None, b: Tensor, b_bias: Tensor | None, gate: Tensor | None,
+                compiled: Kernels) -> Tensor:
+        a = a.contiguous(memory_format=torch.channels_last)
+        b = b.contiguous(memory_format=torch.channels_last)
+        y = torch.empty_like(a)
+        ctx.gated = gate is not None
+        launch = _launch_of(a, math.gcd(a.shape[1], 8))
+        offsets = _or_null(a_bias, a), _or_null(b_bias, a)
+        with torch.cuda.device(a.device):
+            compiled.add(**launch.where, args=[a, offsets[0], b, offsets[1], _or_null(gate, a), y, launch.pixels])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, Tensor, None, None, None]:
+        """The gradient in the sum (B, C, H, W), which is that in both maps."""
+        if ctx.gated:
+            raise NotImplementedError("a gated sum in half precision has no gradient")
+        return grad, None, grad, None, None, None

@@ -1,0 +1,170 @@
+"""One update of what an instance learns: a loss, its gradient, a step of Adam. On a GPU all of it is one CUDA graph.
+
+An update is some thousand small kernels, a question about the parameters hundreds, and to launch them one by one
+takes several times longer than to run them. A CUDA graph is launched at once, and does the same with other numbers at
+the same places: hence a batch is a named tuple of tensors whose shapes never change, and a loss is a function of a
+batch that waits for nothing.
+
+Different from the released code, which launches one kernel at a time.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gpu.graphs import recording
+
+NEVER = 2**62     # an iteration that no run reaches
+WARM_UPS = 2      # updates before one is captured: torch picks algorithms and makes room in the first ones
+
+Function = Callable[[NamedTuple], Tensor]  # of a batch of tensors, such as a loss, a scalar
+
+
+class Group(NamedTuple):
+    """Parameters with a learning rate of their own."""
+    parameters: Iterable[nn.Parameter]
+    rate: float  # at its peak
+
+
+class Optimization:
+    """Adam for groups of parameters, all on one device, that takes one update a call."""
+
+    def __init__(self, groups: list[Group], betas: tuple[float, float], eps: float, device: torch.device):
+        self.peak_rates = [group.rate for group in groups]
+        self.graphed = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if self.graphed else None  # of all graphs, for they share memory
+        self.forget_graphs()
+
+        # A graph reads the rates where they stood when it was made, so there they are tensors.
+        settings = []
+        for group in groups:
+            rate = torch.tensor(group.rate, device=device) if self.graphed else group.rate
+            settings.append({"params": list(group.parameters), "lr": rate})
+        self.adam = torch.optim.Adam(settings, betas=betas, eps=eps, fused=True, capturable=self.graphed)
+
+        # The iteration, and the first one whose loss was not finite, of each of the two kinds of views.
+        self.iteration = torch.zeros((), dtype=torch.long, device=device)
+        self.broken = {view: torch.full((), NEVER, device=device) for view in ("input", "query")}
+
+    def set_rates(self, fraction: float) -> None:
+        """Learning rates at a fraction of their peaks."""
+        for group, peak in zip(self.adam.param_groups, self.peak_rates):
+            if self.graphed:
+                group["lr"].fill_(peak * fraction)
+            else:
+                group["lr"] = peak * fraction
+
+    def update(self, view: str, iteration: int, loss: Function, batch: NamedTuple) -> Tensor:
+        """One step down a loss of a batch, of an "input" or a "query" view; returns the loss."""
+        self.iteration.fill_(iteration)
+        if not self.graphed:
+            return self._descend(view, loss, batch)
+        return self._replay(("update", loss.__name__), lambda given: self._descend(view, loss, given), batch)
+
+    @torch.no_grad()
+    def ask(self, function: Function, batch: NamedTuple) -> Tensor:
+        """What a function makes of a batch where nothing is updated, by a graph, too."""
+        if not self.graphed:
+            return function(batch)
+        return self._replay(("ask", function.__name__), function, batch)
+
+    def _replay(self, name: tuple[str, str], function: Function, batch: NamedTuple) -> Tensor:
+        """What a function makes of a batch, by the graph of that name, which this makes if there is none."""
+        if name not in self.graphs:
+            self.graphs[name] = _Graph(function, batch, self.pool, self.stream)
+        return self.graphs[name](batch)
+
+    def _descend(self, view: str, loss: Function, batch: NamedTuple) -> Tensor:
+        """The update itself, every operation of it on the device."""
+        self.adam.zero_grad(set_to_none=True)
+        value = loss(batch)
+        value.backward()
+        self.adam.step()
+
+        # Remember when it broke, without reading it.
+        value = value.detach()
+        now = torch.where(value.isfinite(), NEVER, self.iteration)
+        torch.minimum(self.broken[view], now, out=self.broken[view])
+        return value
+
+    def forget_graphs(self) -> None:
+        """Make new ones, for what they do has changed; or free their memory, for the work is done."""
+        self.graphs = {}  # of updates and of questions, by the names of their functions
+        self.pool = None  # the memory of all of them, as one runs after the other
+        if self.graphed:
+            self.pool = torch.cuda.graph_pool_handle()
+
+    def check_losses(self) -> None:
+        """Raise `FloatingPointError` if a loss was not finite so far, naming the view and the iteration."""
+        first = {view: int(iteration) for view, iteration in self.broken.items()}
+        view = min(first, key=first.get)
+        if first[view] < NEVER:
+            raise FloatingPointError(f"the loss of the {view} view is not a finite number in iteration {first[view]}; "
+                                     "the field cannot recover from that")
+
+    def state_dict(self) -> dict:
+        """What Adam remembers."""
+        return self.adam.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from what Adam remembered, which may come from another device."""
+        self.adam.load_state_dict(state)
+        for group, peak in zip(self.adam.param_groups, self.peak_rates):
+            group["lr"] = torch.tensor(peak, device=self.iteration.device) if self.graphed else peak
+            group["capturable"] = self.graphed
+        self.forget_graphs()
+
+
+class _Graph:
+    """A function of a batch as a CUDA graph: the first calls run as usual, then one is captured and replayed."""
+
+    def __init__(self, function: Function, batch: NamedTuple, pool: tuple[int, int], stream: torch.cuda.Stream):
+        self.function = function
+        self.pool = pool
+        self.stream = stream
+        self.batch = _clone(batch)
+        self.graph = None
+        self.result = None
+        self.calls = 0
+
+    def __call__(self, batch: NamedTuple) -> Tensor:
+        # The graph's own batch takes the new numbers.
+        _copy(self.batch, batch)
+        self.calls += 1
+        if self.calls <= WARM_UPS:
+            return self._run_on_stream()
+        if self.graph is None:
+            self._capture()
+        self.graph.replay()
+        return self.result.clone()  # where other graphs do not write
+
+    def _run_on_stream(self) -> Tensor:
+        """As usual, but on the stream of the capture, as torch asks for."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            result = self.function(self.batch)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result
+
+    def _capture(self) -> None:
+        """Record what one call does; nothing is done yet."""
+        self.graph = torch.cuda.CUDAGraph()
+        with recording(self.graph, pool=self.pool, stream=self.stream):
+            self.result = self.function(self.batch)
+
+
+def _clone(batch: NamedTuple) -> NamedTuple:
+    """The same numbers elsewhere; batches may be nested."""
+    return type(batch)(*(x.clone() if isinstance(x, Tensor) else _clone(x) for x in batch))
+
+
+def _copy(own: NamedTuple, given: NamedTuple) -> None:
+    """Take over the numbers of another batch of the same shapes."""
+    for mine, theirs in zip(own, given):
+        if isinstance(mine, Tensor):
+            mine.copy_(theirs)
+        else:
+            _copy(mine, theirs)

@@ -1,0 +1,262 @@
+"""Do masks and cameras fit together? What all other views allow, seen from one view.
+
+The object lies inside the cone of every mask, so in the intersection of the cones (the visual hull, Laurentini 1994).
+A ray through a pixel of one mask has to pass through a point that all other masks allow. Where cameras are wrong, many
+rays do not. Rays along a mask's outline are the strictest: they only touch the object.
+
+No grid in space is needed, and no box: along a ray, the rectangles round the other masks leave an interval of depths.
+
+Letters: `V` views, `P` rays of a view, `G` cells of a mask's grid a side, `D` depths along a ray, `N` rays that may
+meet something.
+"""
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cameras import Cameras
+from datasets.crop import Scene, evenly_spaced
+
+GRID = 128       # cells a side of the grid that holds a mask and its surroundings
+MARGIN = 6       # cells of it around the mask's box
+REACH = 4        # cells: distances to an outline are known up to here
+BORDER = 3       # cells that a mask may end before the picture's border and still count as touching it
+RAYS = 96        # rays through a mask, and as many along its outline
+GLANCE = 4       # one of them in so many is enough for a glance
+DEPTHS = 64      # points along a ray
+FARTHEST = 20.0  # how far along a ray the object may be, in radii of the cameras' cloud
+PASSES_BY = 1.5  # cells by which a ray through a mask passes the other masks by, to count as outside
+BLUR = 0.5       # cells by which a ray along an outline may pass them by, for pixels are not points
+BIG = 1e9        # what stands for infinity, which times zero is no number
+
+
+class Silhouette(NamedTuple):
+    """The mask of one view on a grid round its box. Positions are NDC of the view."""
+    distance: Tensor  # (G, G) cells from the outline, positive inside the mask; outside the picture nothing is known
+    corner: Tensor    # (2,) the grid's top left corner
+    side: float       # of the grid
+    least: Tensor     # (2,) corner of the rectangle outside which the object cannot be
+    greatest: Tensor  # (2,) its other corner
+    inside: Tensor    # (RAYS, 2) points of the mask
+    outline: Tensor   # (RAYS, 2) points along its outline, just inside
+
+    def look_up(self, xy: Tensor) -> Tensor:
+        """`distance` at NDC positions (N, D, 2): (N, D)."""
+        position = 2 * (self.corner - xy) / self.side - 1
+        grid = self.distance[None, None]
+        return F.grid_sample(grid, position[None], padding_mode="border", align_corners=False)[0, 0]
+
+
+def silhouettes(scene: Scene) -> list[Silhouette]:
+    """The masks of a scene's views. Raises `ValueError` with one line for an empty one."""
+    found = []
+    for name, mask, valid in zip(scene.names, scene.masks, scene.valid):
+        if not (mask > 0.5).any():
+            raise ValueError(f"frame {name}: its mask is empty")
+        found.append(_silhouette(mask[0].float(), valid[0].float()))
+    return found
+
+
+def _silhouette(mask: Tensor, valid: Tensor) -> Silhouette:
+    """The silhouette of a soft mask (S, S), where `valid` (S, S) is 1."""
+    # A grid as fine as the picture, or coarser.
+    size = len(mask)
+    box = _box(mask > 0.5)
+    cell = max(1.0, (box[1] - box[0]).max().item() / (GRID - 2 * MARGIN))  # pixels
+    first = box[0] - MARGIN * cell
+    corner = 1 - 2 * first / size
+    side = 2 * GRID * cell / size
+
+    # The object may go on outside the picture where its mask touches the border.
+    inside = _resample(mask, first, cell) > 0.5
+    unknown = _resample(valid, first, cell) < 0.5
+    touching = inside & _grow(unknown, BORDER)
+    possible = inside | unknown if touching.any() else inside
+
+    # The outline runs between two cells, half a cell from the center of each.
+    distance = _distance_to(~possible) - _distance_to(possible)
+    distance = distance - distance.sign() / 2
+
+    # No rectangle's edge on a side where the object may go on. NDC point left and up, so the last cell is the least.
+    edges = _box(inside) + torch.tensor([[-2.0], [2.0]])
+    for axis in range(2):
+        line = touching.any(axis)
+        first_cell, last_cell = edges[:, axis].int().clamp(0, GRID).tolist()
+        if line[:first_cell + 2 + BORDER].any():
+            edges[0, axis] = -BIG
+        if line[last_cell - 2 - BORDER:].any():
+            edges[1, axis] = BIG
+    greatest, least = corner - side * edges / GRID
+
+    # Where the picture's border cuts the object is no outline.
+    outline = inside & _grow(~inside, 1) & ~_grow(unknown, BORDER)
+    points = corner - side * _some_cells(inside) / GRID
+    on_outline = corner - side * _some_cells(outline if outline.any() else inside) / GRID
+    return Silhouette(distance, corner, side, least, greatest, points, on_outline)
+
+
+# ---------------------------------------------------------------------------------------------- views and other views
+
+def clearance(views: list[Silhouette], cameras: Cameras, view: int, points: Tensor) -> Tensor:
+    """How far inside all other masks the rays through points (P, 2), NDC of one view, come: (P,), cells of a mask.
+
+    Of each ray its best point counts. Negative where it passes the others by, -REACH where it meets nothing at all.
+    The cameras (V,) must be `centered`.
+    """
+    # The rays as the other cameras see them: start + depth * step.
+    others = [j for j in range(len(views)) if j != view]
+    rays_o, rays_d = cameras[view].rays(points)
+    start = cameras.to_view(rays_o.expand(len(views), -1, -1))  # (V, P, 3)
+    step = rays_d @ cameras.R
+
+    # Rays that the rectangles round the other masks leave no depth meet nothing.
+    nearest = torch.full((len(points),), 1e-3)
+    farthest = torch.full_like(nearest, BIG)
+    for j in others:
+        least, most = _depths(views[j], cameras[j], start[j], step[j])
+        nearest = torch.maximum(nearest, least)
+        farthest = torch.minimum(farthest, most)
+        if (nearest >= farthest).all():
+            break
+    farthest = torch.minimum(farthest, nearest + FARTHEST)
+    meets = nearest < farthest
+    best = torch.full_like(nearest, -REACH)
+    if not meets.any():
+        return best
+
+    # A point is as far inside as the strictest of the other masks says.
+    fraction = (torch.arange(DEPTHS) + 0.5) / DEPTHS
+    nearest = nearest[meets].unsqueeze(1)
+    farthest = farthest[meets].unsqueeze(1)
+    depth = (nearest + (farthest - nearest) * fraction).unsqueeze(2)  # (N, D, 1)
+    strictest = torch.full(depth.shape[:2], float(REACH))
+    for j in others:
+        first = start[j][meets].unsqueeze(1)
+        seen = first + depth * step[j][meets].unsqueeze(1)  # (N, D, 3)
+        slope = seen[..., :2] / seen[..., 2:].clamp(min=1e-6)
+        xy = cameras.focal[j] * slope + cameras.principal[j]
+        strictest = torch.minimum(strictest, views[j].look_up(xy))
+    best[meets] = strictest.amax(1)
+    return best
+
+
+def _depths(view: Silhouette, camera: Cameras, start: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and greatest depth (P,) at which rays are in front of a camera and in the rectangle round its mask.
+
+    start, step (P, 3): the rays in the view's coordinates.
+    """
+    # Five planes bound that space: those through the rectangle's sides, and the camera's own.
+    low = (view.least - camera.principal) / camera.focal
+    high = (view.greatest - camera.principal) / camera.focal
+
+    def heights(x: Tensor) -> Tensor:
+        """How far points (P, 3) in view coordinates are on the right side of each plane: (P, 5)."""
+        across = x[:, :2]
+        along = x[:, 2:]
+        return torch.cat([across - low * along, high * along - across, along], 1)
+
+    # A ray is on the right side of each before a depth, or beyond one.
+    at_start = heights(start)
+    slope = heights(step)
+    slope = torch.where(slope.abs() < 1e-9, 1e-9, slope)
+    depth = -at_start / slope
+    least = torch.where(slope > 0, depth, -BIG).amax(1)
+    most = torch.where(slope < 0, depth, BIG).amin(1)
+    return least, most
+
+
+def centered(cameras: Cameras) -> Cameras:
+    """The same cameras, float32, in a world whose origin is their mean center and whose unit is the radius of their
+    cloud."""
+    # In double precision: georeferenced coordinates are large.
+    cameras = cameras.to(torch.float64)
+    centers = cameras.centers()
+    mean = centers.mean(0)
+    radius = (centers - mean).norm(dim=1).square().mean().sqrt().clamp(min=1e-12)
+    T = (cameras.T + mean @ cameras.R) / radius
+    return Cameras(cameras.R, T, cameras.focal, cameras.principal).to(torch.float32)
+
+
+class Misfit(NamedTuple):
+    """How badly the masks of V views fit some cameras."""
+    outline: Tensor  # (V,) by how much rays along a mask's outline pass the other masks by, mean, cells
+    outside: Tensor  # (V,) fraction of the mask outside what the others allow
+    touching: Tensor  # (V,) fraction of the outline outside what the others allow
+
+    def total(self) -> float:
+        """One number, cells."""
+        return self.outline.mean().item()
+
+
+def misfit(views: list[Silhouette], cameras: Cameras) -> Misfit:
+    """How badly silhouettes fit cameras (V,)."""
+    cameras = centered(cameras)
+    rows = []
+    for i, view in enumerate(views):
+        passes = -clearance(views, cameras, i, torch.cat([view.inside, view.outline]))
+        along = passes[RAYS:]
+        outside = (passes[:RAYS] > PASSES_BY).float().mean()
+        touching = (along > 2 * BLUR).float().mean()
+        rows.append(torch.stack([(along - BLUR).clamp(min=0).mean(), outside, touching]))
+    return Misfit(*torch.stack(rows, 1))
+
+
+def glance(views: list[Silhouette], cameras: Cameras, most: float) -> float:
+    """The total of the misfit, by a few rays along the outlines; infinite as soon as it is sure to be above `most`."""
+    cameras = centered(cameras)
+    total = 0.0
+    for i, view in enumerate(views):
+        passes = -clearance(views, cameras, i, view.outline[::GLANCE])
+        total += (passes - BLUR).clamp(min=0).mean().item() / len(views)
+        if total > most:
+            return math.inf
+    return total
+
+
+# ---------------------------------------------------------------------------------------------- masks
+
+def _box(mask: Tensor) -> Tensor:
+    """Corners (2, 2) of the box round a mask's pixels: least and greatest (column, row)."""
+    places = mask.nonzero().flip(1)
+    return torch.stack([places.amin(0), places.amax(0) + 1]).float()
+
+
+def _resample(image: Tensor, first: Tensor, cell: float) -> Tensor:
+    """An image (S, S) averaged over the cells of a grid, (G, G); 0 outside.
+
+    The grid begins at pixel `first` (column, row); a cell has `cell` pixels a side.
+    """
+    # Three by three points of every cell.
+    points = first.unsqueeze(1) + cell * (torch.arange(3 * GRID) + 0.5) / 3  # (2, 3 G)
+    columns, rows = 2 * points / len(image) - 1
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    sampled = F.grid_sample(image[None, None], torch.stack([x, y], -1)[None], align_corners=False)
+    return F.avg_pool2d(sampled, 3)[0, 0]
+
+
+def _grow(mask: Tensor, cells: int) -> Tensor:
+    """A mask (G, G), boolean, grown to all sides."""
+    return F.max_pool2d(mask[None].float(), 2 * cells + 1, stride=1, padding=cells)[0] > 0
+
+
+def _distance_to(mask: Tensor) -> Tensor:
+    """Distance of every cell to the nearest one of a mask (G, G), at most REACH: along the rows, then across them."""
+    squared = torch.where(mask, 0.0, float(REACH**2))
+    for axis in range(2):
+        padding = (REACH, REACH, 0, 0) if axis == 1 else (0, 0, REACH, REACH)
+        padded = F.pad(squared, padding, value=float(REACH**2))
+        shifted = padded.unfold(axis, 2 * REACH + 1, 1)  # (G, G, 2 REACH + 1)
+        offset = torch.arange(-REACH, REACH + 1)
+        squared = (shifted + offset.square()).amin(2)
+    return squared.clamp(max=REACH**2).sqrt()
+
+
+def _some_cells(mask: Tensor) -> Tensor:
+    """Centers (column, row) of RAYS cells of a mask, (RAYS, 2), evenly spaced in reading order; small ones repeat."""
+    centers = mask.nonzero().flip(1) + 0.5
+    chosen = evenly_spaced(len(centers), RAYS)
+    return centers[torch.tensor(chosen).repeat(RAYS)[:RAYS]]

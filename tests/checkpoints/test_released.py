@@ -1,0 +1,447 @@
+"""Released files: every key in its place, and one line for whatever is not such a file."""
+import functools
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import sparsefusion as sf
+import vae
+from cameras import Cameras
+from checkpoints import released
+from metrics import VGG16LPIPS
+from tests.support import parity
+from tests.support.helpers import Evil, one_line, same
+from tests.support.released_files import (diffusers_state, foreign_module, lpips_states, optimizer_state,
+                                          released_state, write_safetensors, write_sd)
+from tests.support.thin import SMALL
+
+MODEL = ("eft", "vldm", "vae")  # the parts of the model, each with a file of its own
+FORMATS = [{}, {"pickle_protocol": 4}, {"_use_new_zipfile_serialization": False}]  # of torch.save
+
+
+@pytest.fixture(scope="module")
+def small_files(tmp_path_factory):
+    """Paths of the three released files of the thin model, and their state dicts."""
+    folder = tmp_path_factory.mktemp("released")
+    with torch.device("meta"):
+        model = sf.SparseFusion(SMALL)
+    states = {part: released_state(part, getattr(model, part)) for part in MODEL}
+    for part in ("eft", "vldm"):
+        torch.save({"model_state_dict": states[part], **optimizer_state()}, folder / f"{part}.pt")
+    write_sd(folder / "vae.pt", states["vae"])
+    return {part: folder / f"{part}.pt" for part in states}, states
+
+
+@pytest.fixture
+def small(small_files, monkeypatch):
+    """`small_files`, while the preset `paper` is the thin one."""
+    monkeypatch.setitem(sf.PRESETS, "paper", SMALL)
+    return small_files
+
+
+def convert(files, out):
+    """Arguments of the command."""
+    return ["convert", *(str(x) for part in files for x in (f"--{part}", files[part])), "--out", str(out)]
+
+
+@pytest.fixture
+def refused(small, tmp_path, capsys):
+    """A function: with this file for a part, `convert` ends in one line that has the file and the words."""
+    def check(part, file, *words):
+        one_line(capsys, sf.main, convert(small[0] | {part: file}, tmp_path / "out.pt"), file, *words)
+        assert not (tmp_path / "out.pt").exists()
+    return check
+
+
+def from_released(files):
+    return sf.SparseFusion.from_released(files["eft"], files["vldm"], files["vae"])
+
+
+def test_every_key_goes_where_the_table_says(small, capsys):
+    files, states = small
+    model = from_released(files)
+    out = capsys.readouterr().out
+    for part in MODEL:
+        source = released.PARTS[part]
+        ours, used = getattr(model, part).state_dict(), 0
+        for key, value in states[part].items():
+            if not any(re.search(p, key) for p in source.unused):
+                assert torch.equal(ours[released.our_name(key, source.rules)], value), key
+                used += 1
+        assert used == len(ours)
+        parameters = sum(x.numel() for k, x in states[part].items() if "running" not in k and "tracked" not in k)
+        assert f"{part.upper()} with {parameters:,} parameters" in out
+    assert "left alone: optimizer_state_dict, scheduler_state_dict, epoch" in out and "4 keys of other networks" in out
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("options", FORMATS, ids=str)
+def test_foreign_classes_and_formats(small, options, tmp_path):
+    files, states = small
+    expected = from_released(files)
+    marker = write_sd(tmp_path / "sd.ckpt", states["vae"], **options)
+    parameters = {k: nn.Parameter(x) if x.is_floating_point() else x for k, x in states["eft"].items()}
+    torch.save({"model_state_dict": parameters}, tmp_path / "eft2.pt", **options)
+    model = from_released(files | {"eft": tmp_path / "eft2.pt", "vae": tmp_path / "sd.ckpt"})
+    assert same(model, expected)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("new", [False, True])
+@pytest.mark.parametrize("matrices", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_diffusers_names(small, new, matrices, dtype, tmp_path):
+    files, states = small
+    write_safetensors(tmp_path / "vae.safetensors", diffusers_state(states["vae"], new, matrices, dtype))
+    with torch.device("meta"):
+        module = vae.VAE(SMALL.vae)
+    module.to_empty(device="cpu")
+    released.load_part(module, "vae", tmp_path / "vae.safetensors")
+    expected = vae.VAE(SMALL.vae)
+    released.load_part(expected, "vae", files["vae"])
+    pairs = zip(module.state_dict().values(), expected.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b.to(dtype).float()) for a, b in pairs)
+
+
+def test_converted_file_is_the_same_model(small, tmp_path):
+    files, _ = small
+    direct = from_released(files)
+    sf.main(convert(files, tmp_path / "out.pt"))
+    assert same(sf.load(tmp_path / "out.pt"), direct)
+    assert torch.load(tmp_path / "out.pt", weights_only=True)["preset"]["name"] == "paper"
+    sf.main(convert(files, tmp_path / "out.pt") + ["--half"])
+    assert same(sf.load(tmp_path / "out.pt"), direct.half().float())
+
+
+# --- files that do not fit ---
+
+CHANGES = {
+    "removed": lambda state, key: state.pop(key),
+    "renamed": lambda state, key: state.update({key + "_": state.pop(key)}),
+    "reshaped": lambda state, key: state.update({key: state[key].flatten()}),
+    "surplus": lambda state, key: state.update({"surplus.weight": torch.zeros(2, 3)}),
+    "whole": lambda state, key: state.update({key: state[key].long()}),
+    "foreign": lambda state, key: state.update({key: [1.0]}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("part,key", [
+    ("eft", "encoder_model.conv1.weight"), ("eft", "t3.encoder.layers.2.self_attn.in_proj_weight"),
+    ("vldm", "unets.0.downs.3.3.layers.0.1.1.weight"), ("vldm", "unets.0.mid_attn.fn.fn.to_q.weight"),
+    ("vae", "first_stage_model.decoder.up.1.upsample.conv.weight"),
+    ("vae", "first_stage_model.encoder.mid.attn_1.q.weight"),
+    ("diffusers", "decoder.mid_block.attentions.0.to_out.0.weight"),
+    ("diffusers", "encoder.down_blocks.0.downsamplers.0.conv.weight")])
+def test_one_key_wrong_is_refused_in_one_line(small, refused, part, key, change, tmp_path):
+    if part == "diffusers" and change in ("whole", "foreign"):
+        return
+    _, states = small
+    state = diffusers_state(states["vae"], True, False) if part == "diffusers" else dict(states[part])
+    shape = tuple(state[key].shape)
+    CHANGES[change](state, key)
+    if part == "diffusers":
+        write_safetensors(tmp_path / "changed", state)
+    else:
+        torch.save({released.PARTS[part].entry: state}, tmp_path / "changed")
+    missing = f"our {released.our_name(key, released.PARTS[part].rules)!r}: expected {shape}, found no key for it"
+    expected = {
+        "removed": [missing],
+        "renamed": [f"{missing}; nearest is {key + '_'!r}", f"key {key + '_'!r}: expected no such key, found {shape}"],
+        "reshaped": [f"key {key!r}: expected {shape}, found ({np.prod(shape)},)"],
+        "surplus": ["key 'surplus.weight': expected no such key, found (2, 3)"],
+        "whole": [f"key {key!r}: expected {shape}, found {shape} torch.int64"],
+        "foreign": [f"key {key!r}: expected {shape}, found a list"],
+    }[change]
+    if change == "surplus" and part == "vae":  # the file has other networks' keys: only the first stage's count
+        state["first_stage_model.surplus.weight"] = state.pop("surplus.weight")
+        torch.save({"state_dict": state}, tmp_path / "changed")
+        expected = ["key 'first_stage_model.surplus.weight': expected no such key, found (2, 3)"]
+    refused("vae" if part == "diffusers" else part, tmp_path / "changed", *expected)
+
+
+def test_a_missing_key_comes_with_the_nearest_one_left_over(small):
+    """A key with a slip in it is the nearest to what it stands for, though others are left over."""
+    with torch.device("meta"):
+        model = sf.SparseFusion(SMALL)
+    for part in MODEL:
+        source, state, module = released.PARTS[part], small[1][part], getattr(model, part)
+        names = {key: released.our_name(key, source.rules) for key in state}
+        keys = [key for key in names if names[key] in module.state_dict()]
+        for key, other in zip(keys[::31], keys[5::31]):
+            slip = key[:-2] + key[-1] + key[-2]
+            slipped = {slip if old == key else old: x for old, x in state.items()} | {other + "_": torch.zeros(2)}
+            with pytest.raises(ValueError, match=re.escape(f"our {names[key]!r}: ")) as e:
+                released.fill(module, slipped, source, "file")
+            assert str(e.value).endswith(f"found no key for it; nearest is {slip!r}")
+
+
+def test_two_names_for_one_weight(small, refused, tmp_path):
+    _, states = small
+    state = diffusers_state(states["vae"], True, False) | diffusers_state(states["vae"], False, True)
+    write_safetensors(tmp_path / "both", state)
+    refused("vae", tmp_path / "both", "expected no such key", "and ")
+
+
+def test_files_that_are_not_weights(small, refused, tmp_path):
+    files, states = small
+    bad = tmp_path / "bad"
+    cut = files["vae"].read_bytes()[:-200000]
+    for content in (b"", b"PK\3\4", b"not a checkpoint", b"\x80\x02", cut, b"\x80\x02]q\x00."):
+        bad.write_bytes(content)
+        refused("vae", bad, "not a PyTorch checkpoint")
+    torch.save({"state_dict": states["vae"]}, bad, _use_new_zipfile_serialization=False)
+    bad.write_bytes(bad.read_bytes()[:-1000])
+    refused("vae", bad, "not a PyTorch checkpoint")
+    torch.save({"weights": {}}, bad)
+    refused("eft", bad, "'model_state_dict'", "'weights'")
+    refused("eft", tmp_path / "none", "no such weights file")
+    refused("eft", tmp_path, "no such weights file")
+
+
+def test_what_a_file_says_is_printable(small, refused, tmp_path, capsys):
+    """Names in a file cannot steer the terminal."""
+    files, states = small
+    bad = tmp_path / "bad"
+    bad.write_bytes(b"\x80\x02cos\nx\x1b[2Jy\n.")
+    refused("vae", bad, r"x\x1b[2Jy")
+    torch.save({"model_state_dict": states["eft"] | {"a\x1b[2J": torch.zeros(1)}}, bad)
+    refused("eft", bad, r"a\x1b[2J")
+    torch.save({"model_state_dict": states["eft"], "b\x1b[2J\n": 1}, bad)
+    from_released(files | {"eft": bad})
+    assert r"left alone: b\x1b[2J\n" in capsys.readouterr().out
+
+
+def test_safetensors_that_lie(tmp_path, capsys):
+    path, x = tmp_path / "x.safetensors", {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4).half()}
+    write_safetensors(path, x)
+    good = path.read_bytes()
+    assert all(torch.equal(x[k], v) for k, v in released.read_safetensors(path).items())
+    n = 8 + int.from_bytes(good[:8], "little")
+
+    def header(change):
+        h = json.loads(good[8:n])
+        change(h)
+        text = json.dumps(h).encode()
+        return len(text).to_bytes(8, "little") + text + good[n:]
+
+    lies = [good[:-1], good + b"\0", good[:n - 3], good[:9],
+            b"\xff" * 8 + good[8:], (2**40).to_bytes(8, "little") + good[8:],
+            header(lambda h: h["a"].update(shape=[2, 4])), header(lambda h: h["a"].update(shape=[-2, -3])),
+            header(lambda h: h["a"].update(dtype="F99")), header(lambda h: h["a"].update(data_offsets=[0, 2**70])),
+            header(lambda h: h["b"].update(data_offsets=[16, 24])),
+            header(lambda h: h["b"].update(data_offsets=[28, 36])),
+            header(lambda h: h["a"].update(data_offsets=[24, 0])),
+            header(lambda h: h.update(a=3)), header(lambda h: h["a"].pop("shape")),
+            header(lambda h: h.pop("b")), b"\x08" + bytes(7) + b"{{{{{{{{", header(lambda h: h["a"].update(shape="23"))]
+    for lie in lies:
+        path.write_bytes(lie)
+        with pytest.raises(ValueError, match="not a complete safetensors file") as e:
+            released.read_safetensors(path)
+        assert len(str(e.value).splitlines()) == 1 and str(path) in str(e.value)
+
+
+# --- pickles that would run code ---
+
+def evils(marker):
+    touch = f"open({str(marker)!r}, 'w').close()"
+    shell = f"touch {marker}"
+    inner = pickle.dumps(Evil(os.system, shell))
+    return {
+        "system": Evil(os.system, shell), "partial": Evil(functools.partial, os.system, shell),
+        "eval": Evil(eval, touch), "exec": Evil(exec, touch), "open": Evil(open, str(marker), "w"),
+        "Popen": Evil(subprocess.Popen, ["touch", str(marker)]),
+        "__import__": Evil(__import__, "os"),
+        "getattr": Evil(getattr, Evil(__import__, "os"), "system"),
+        "copyfile": Evil(shutil.copyfile, __file__, str(marker)),
+        "loads": Evil(pickle.loads, inner), "load": Evil(torch.load, str(marker)),
+        "storage": Evil(torch.storage._load_from_bytes, inner),
+        "map": Evil(list, Evil(map, eval, [touch])),
+        "setattr": Evil(setattr, torch.Tensor, "shape", 1),
+        "fromfile": Evil(np.fromfile, str(marker)),
+    }
+
+
+@pytest.mark.parametrize("name", evils(""))
+@pytest.mark.parametrize("options", FORMATS, ids=str)
+def test_code_in_a_pickle_is_refused_and_not_run(small, refused, name, options, tmp_path):
+    _, states = small
+    marker, bad = tmp_path / "marker", tmp_path / "bad.pt"
+    evil = evils(marker)[name]
+    torch.save({"model_state_dict": states["eft"] | {"t1.pre.0.bias": evil}}, bad, **options)
+    refused("eft", bad, "could run code")
+    torch.save({"model_state_dict": states["eft"], "optimizer_state_dict": [{"state": evil}]}, bad, **options)
+    refused("eft", bad, "could run code")
+    bad.write_bytes(pickle.dumps(evil))
+    refused("eft", bad, "could run code")
+    assert not marker.exists()
+
+
+def test_the_evil_ones_would_have_worked(tmp_path):
+    marker = tmp_path / "marker"
+    torch.save({"x": evils(marker)["system"]}, tmp_path / "bad.pt")
+    torch.load(tmp_path / "bad.pt", weights_only=False)
+    assert marker.exists()
+
+
+def test_code_behind_a_stand_in_is_refused(small, refused, tmp_path, monkeypatch):
+    _, states = small
+    marker, foreign = tmp_path / "marker", foreign_module(tmp_path / "marker")
+    with monkeypatch.context() as m:
+        m.setitem(sys.modules, foreign.__name__, foreign)
+        evil = Evil(foreign.touch, Evil(os.system, f"touch {marker}"))
+        torch.save({"state_dict": states["vae"], "x": evil}, tmp_path / "bad.pt")
+        # The framework is there this time, and still is not called.
+        refused("vae", tmp_path / "bad.pt", "system")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("module,name", [
+    ("posix", "system"), ("__builtin__", "eval"), ("__builtin__", "execfile"), ("commands", "getoutput"),
+    ("os.path", "os.system"), ("collections", "OrderedDict.fromkeys"), ("torch.hub", "load"),
+    ("numpy.testing._private.utils", "runstring")])
+def test_names_that_are_refused(module, name, tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"\x80\x02c%s\n%s\n." % (module.encode(), name.encode()))
+    with pytest.raises(ValueError, match="could run code"):
+        released.read_pickled(path)
+
+
+def test_a_pickle_cannot_change_what_it_is_given(tmp_path):
+    """BUILD, which sets attributes, on the function that makes tensors, and on a stand-in's class."""
+    path = tmp_path / "x"
+    path.write_bytes(b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x0c\x00\x00\x00dump_patchesK\x01sb.")
+    with pytest.raises(ValueError, match="AttributeError"):
+        released.read_pickled(path)
+    for name in (b"cforeign\nX\n", b"ccollections\nCounter\n"):
+        path.write_bytes(b"\x80\x02" + name + b"}X\x0c\x00\x00\x00dump_patchesK\x01sb.")
+        with pytest.raises(ValueError):
+            released.read_pickled(path)
+    assert not hasattr(released.Inert, "dump_patches")
+
+
+def test_torchscript_is_refused(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), str(tmp_path / "x"))
+    with pytest.raises(ValueError, match="TorchScript"):
+        released.read_pickled(tmp_path / "x")
+
+
+# --- LPIPS ---
+
+@pytest.fixture(scope="module")
+def lpips_files(tmp_path_factory):
+    """Torchvision's VGG16 and the LPIPS package's weights."""
+    folder = tmp_path_factory.mktemp("lpips")
+    files = [folder / "vgg16-397923af.pth", folder / "vgg.pth"]
+    vgg, lin = lpips_states()
+    torch.save(vgg, files[0], _use_new_zipfile_serialization=False)  # the public file is of the old kind
+    torch.save(lin, files[1])
+    return files
+
+
+def test_lpips_has_every_key_of_its_files(lpips_files):
+    vgg, lin = lpips_states()
+    lpips = released.load_lpips(*lpips_files)
+    ours = lpips.state_dict()
+    for key, value in vgg.items():
+        assert key.startswith("classifier.") or torch.equal(ours.pop(key), value)
+    for i in range(5):
+        assert torch.equal(ours.pop(f"channel_weights.{i}"), lin[f"lin{i}.model.1.weight"])
+    assert ours.keys() == {"shift", "scale"} and all(torch.equal(ours[k], VGG16LPIPS().state_dict()[k]) for k in ours)
+    assert not any(p.requires_grad for p in lpips.parameters()) and not lpips.training
+
+
+@pytest.mark.parametrize("case", [
+    "absent", "garbage", "pickle", "list", "missing", "surplus", "renamed", "shape", "not a tensor"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_bad_lpips_files_are_refused_in_one_line(tmp_path, lpips_files, case, which):
+    state = lpips_states()[which]
+    key, ours, shape = [("features.7.bias", "features.7.bias", "(128,)"),
+                        ("lin2.model.1.weight", "channel_weights.2", "(1, 256, 1, 1)")][which]
+    missing = f"our {ours!r}: expected {shape}, found no key for it"
+    bad, words = tmp_path / "bad.pth", []
+    if case == "missing":
+        del state[key]
+        words = [missing]
+    elif case == "surplus":
+        state["extra.weight"] = torch.zeros(1)
+        words = ["key 'extra.weight': expected no such key, found (1,)"]
+    elif case == "renamed":
+        state["x." + key] = state.pop(key)
+        words = [f"{missing}; nearest is {'x.' + key!r}", f"key {'x.' + key!r}: expected no such key"]
+    elif case == "shape":
+        state[key] = torch.zeros(3)
+        words = [f"key {key!r}: expected {shape}, found (3,)"]
+    elif case == "not a tensor":
+        state[key] = 1.5
+        words = [f"key {key!r}: expected {shape}, found a float"]
+    elif case == "list":
+        state = [1, 2]
+        words = ["list"]
+    elif case == "pickle":
+        state = {"x": Evil(open, str(tmp_path / "ran"), "w")}
+        words = ["could run code"]
+    if case == "garbage":
+        bad.write_bytes(b"not weights at all")
+    elif case != "absent":
+        torch.save(state, bad)
+    files = [*lpips_files]
+    files[which] = bad
+    with pytest.raises(FileNotFoundError if case == "absent" else ValueError) as e:
+        released.load_lpips(*files)
+    assert "\n" not in str(e.value) and all(word in str(e.value) for word in ["bad.pth", *words]), str(e.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_negative_channel_weights_are_refused(tmp_path, lpips_files):
+    state = lpips_states()[1]
+    state["lin3.model.1.weight"][0, 5] = -0.1
+    torch.save(state, tmp_path / "lin.pth")
+    with pytest.raises(ValueError, match="lin.pth: .*'lin3.model.1.weight' has negative weights"):
+        released.load_lpips(lpips_files[0], tmp_path / "lin.pth")
+
+
+# --- full size ---
+
+def test_full_size(tmp_path, capsys):
+    """The whole released model from its three files: parameter counts, recorded numbers, the same bits if converted."""
+    f, u = parity.load("eft"), parity.load("unet_full")
+    files = {part: tmp_path / f"{part}.pt" for part in MODEL}
+    for part in ("eft", "vldm"):
+        torch.save({"model_state_dict": parity.weights(part), **optimizer_state()}, files[part])
+    write_sd(files["vae"], {"first_stage_model." + k: x for k, x in parity.weights("vae").items()})
+
+    def outputs(model):
+        views, cameras = f["in_views1"], Cameras(*(f["in_cam_" + k] for k in "RTfc"))
+        images, (near, far), query = f["in_images"][views], f["mid_depth_range"], [int(f["in_query"])]
+        size = f["out_set1_rgb"].shape[1]
+        condition = model.condition(images, cameras[views], cameras[query], (float(near), float(far)), size)
+        eps = model.vldm.noise_predictor(u["in_cond"])(u["in_x"], u["mid_log_snr"][:1])
+        return *condition, eps, model.vae.encode(images[:1, :, :64, :64])
+
+    model = from_released(files)
+    printed = capsys.readouterr().out
+    for part in MODEL:
+        assert f"{part.upper()} with {parity.manifest(part)['parameter_count']:,} parameters" in printed
+    direct = outputs(model)
+    parity.assert_close(direct[1][0].permute(1, 2, 0)[None], f["out_set1_rgb"], std=1e-4)
+    parity.assert_close(direct[2], u["out_eps"][0], std=1e-4)
+    del model
+    sf.main(convert(files, tmp_path / "out.pt"))
+    for path in files.values():
+        path.unlink()
+    converted = outputs(sf.load(tmp_path / "out.pt"))
+    (tmp_path / "out.pt").unlink()
+    assert all(torch.equal(a, b) for a, b in zip(direct, converted, strict=True))

@@ -1,0 +1,135 @@
+"""Files: the old one or the new one, never half of one; and weights in which nothing runs."""
+import hashlib
+import json
+import os
+import pickle
+
+import pytest
+import torch
+
+from common import files
+from tests.support.helpers import Evil
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- writing ---
+
+def test_a_file_appears_when_it_is_complete(tmp_path):
+    path = tmp_path / "deep" / "er" / "picture.png"
+    with files.write_atomically(path) as temporary:
+        assert temporary.parent == path.parent and temporary.suffix == ".png" and not path.exists()
+        temporary.write_text("whole")
+        assert not path.exists()
+    assert path.read_text() == "whole" and names(path.parent) == ["picture.png"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_what_fails_leaves_the_old_file_alone(error, tmp_path):
+    path = tmp_path / "x"
+    path.write_text("old")
+    with pytest.raises(error), files.write_atomically(path) as temporary:
+        temporary.write_text("half of the n")
+        raise error
+    assert path.read_text() == "old" and names(tmp_path) == ["x"]
+
+
+def test_tensors_that_cannot_be_saved_leave_the_old_file_alone(tmp_path):
+    path = tmp_path / "x.pt"
+    files.save_tensors({"weights": {}}, path)
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        files.save_tensors({"weights": {"a": torch.zeros(1000), "b": lambda: 0}}, path)
+    assert files.read_tensors(path) == {"weights": {}} and names(tmp_path) == ["x.pt"]
+
+
+def test_a_folder_that_is_none_is_an_oserror(tmp_path):
+    """The commands make one line of it."""
+    (tmp_path / "file").write_text("")
+    for save in (files.save_tensors, files.save_json):
+        with pytest.raises(OSError):
+            save({}, tmp_path / "file" / "x")
+        with pytest.raises(OSError):
+            save({}, tmp_path)
+    assert names(tmp_path) == ["file"]
+
+
+def test_json(tmp_path):
+    files.save_json({"a": [1, 2.5, None]}, tmp_path / "x.json")
+    text = (tmp_path / "x.json").read_text()
+    assert json.loads(text) == {"a": [1, 2.5, None]} and text.endswith("}\n") and len(text.splitlines()) > 1
+
+
+# --- reading ---
+
+def test_tensors_come_back(tmp_path):
+    weights = {"a": torch.arange(3.0), "b": torch.tensor(2)}
+    data = {"weights": weights, "preset": {"widths": (1, 2)}, "state": {"step": 7}}
+    files.save_tensors(data, tmp_path / "x.pt")
+    again = files.read_tensors(tmp_path / "x.pt")
+    assert again["preset"] == data["preset"] and again["weights"].keys() == data["weights"].keys()
+    assert all(torch.equal(again["weights"][name], x) for name, x in data["weights"].items())
+    assert files.read_tensors(str(tmp_path / "x.pt"), entry="state")["state"] == {"step": 7}
+
+
+def test_a_file_may_be_replaced_while_it_is_read(tmp_path):
+    """Tensors are mapped, and the new file is another one."""
+    files.save_tensors({"weights": {"a": torch.ones(10000)}}, tmp_path / "x")
+    data = files.read_tensors(tmp_path / "x")
+    files.save_tensors({"weights": {"a": torch.zeros(10000)}}, tmp_path / "x")
+    assert data["weights"]["a"].sum() == 10000 and files.read_tensors(tmp_path / "x")["weights"]["a"].sum() == 0
+
+
+def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path):
+    path, marker = tmp_path / "x", tmp_path / "marker"
+    files.save_tensors({"weights": {"a": torch.zeros(100)}}, path)
+    contents = [path.read_bytes()[:-100], b"", b"text", pickle.dumps(Evil(os.system, f"touch {marker}"))]
+    evil = {"weights": {"a": Evil(os.system, f"touch {marker}")}}
+    for data in ([], {}, {"weights": 3}, {"weights": torch.zeros(2)}, {"model_state_dict": {}}, evil):
+        torch.save(data, path)
+        contents.append(path.read_bytes())
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(ValueError) as e:
+            files.read_tensors(path)
+        assert len(str(e.value).splitlines()) == 1 and str(path) in str(e.value)
+    assert not marker.exists()
+
+
+def test_the_missing_entry_is_named(tmp_path):
+    files.save_tensors({"weights": {}}, tmp_path / "x")
+    with pytest.raises(ValueError, match="'field'"):
+        files.read_tensors(tmp_path / "x", entry="field")
+
+
+def test_no_file_is_another_error(tmp_path):
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(FileNotFoundError, match="no such file"):
+            files.read_tensors(path)
+
+
+def test_fingerprints_tell_files_apart(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    (tmp_path / "b").write_bytes(b"abd")
+    assert files.fingerprint(tmp_path / "a") == "ba7816bf8f01cfea"  # SHA-256 of "abc", as everywhere
+    assert files.fingerprint(tmp_path / "b") != files.fingerprint(tmp_path / "a")
+    (tmp_path / "empty").touch()
+    assert files.fingerprint(tmp_path / "empty") == "e3b0c44298fc1c14"
+
+
+def test_fingerprints_of_large_files(tmp_path, monkeypatch):
+    """Every byte of every piece counts, and the order of the pieces."""
+    monkeypatch.setattr(files, "PIECE", 8)
+    monkeypatch.setattr(files, "READ", 2)
+    path, content = tmp_path / "large", bytes(range(20))
+    path.write_bytes(content)
+    pieces = [hashlib.sha256(content[i:i + 8]).digest() for i in (0, 8, 16)]
+    found = {files.fingerprint(path)}
+    assert found == {hashlib.sha256(b"pieces" + b"".join(pieces)).hexdigest()[:16]}
+    variants = [content[:i] + b"x" + content[i + 1:] for i in range(20)] + [content[8:16] + content[:8] + content[16:]]
+    for i, variant in enumerate(variants):
+        path = tmp_path / str(i)
+        path.write_bytes(variant)
+        found.add(files.fingerprint(path))
+    assert len(found) == 1 + len(variants)

@@ -1,0 +1,303 @@
+"""Training: losses against released numbers, the three trainings, resuming, the command."""
+import functools
+import itertools
+import json
+import shutil
+import signal
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import distill
+import metrics
+import sparsefusion
+import train
+import vldm
+from common import files
+from datasets.co3d import load_packed
+from tests.support import parity
+from tests.support.helpers import one_line, same
+from tests.support.small import TINY, tiny_model
+from training import fit
+
+load = functools.partial(sparsefusion.load, stage="vae")  # a model of either stage
+SAMPLE = Path(__file__).resolve().parents[2] / "sample" / "co3d"
+
+
+# --- losses, released numbers ---
+
+def test_color_loss_parity():
+    """The released training loss: colors of the photograph at the rays' positions, the mask of its valid part at
+    their resolution.
+    """
+    f = parity.load("losses")
+    side = f["in_grid_xy"].shape[1]
+    mask = vldm.latent_mask(f["in_valid_region"], side)
+    parity.assert_close(mask, f["out_train_mask"])
+    colors = train.colors_at(f["in_mc_image"], f["in_grid_xy"].flatten(0, 2), aligned=True)
+    colors = colors.transpose(1, 2).unflatten(-1, (side, side))
+    loss = (metrics.pseudo_huber(f["in_render"] - colors) * mask).mean()
+    parity.assert_close(loss[None], f["out_train_color_loss"], rtol=1e-5)
+
+
+def test_sampled_color_parity():
+    f = parity.load("losses")
+    colors = train.colors_at(f["in_mc_image"], f["in_grid_xy"].flatten(0, 2), aligned=True)
+    expected = f["out_sampled_colors"].flatten(1, 2)
+    parity.assert_close(colors, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(train.colors_at(f["in_mc_image"], f["in_grid_xy"].flatten(0, 2)), expected, atol=1e-3)
+
+
+def test_colors_at_pixel_centers():
+    """Pixel (row, column) of an image of side S is at NDC 1 - (2 i + 1) / S, left and up."""
+    image = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    at = 1 - (2 * torch.arange(4) + 1) / 4
+    xy = torch.stack(torch.meshgrid(at, at, indexing="xy"), -1).reshape(-1, 2)  # row by row
+    parity.assert_close(train.colors_at(image, xy), image.flatten(2).transpose(1, 2), atol=1e-6)
+
+
+# --- data ---
+
+def test_a_query_view_is_none_of_its_inputs():
+    data = load_packed([SAMPLE], "toys", None, 5, 32, workers=1)
+    for seed in range(20):
+        batch = train.draw_batch(data, 3, (1, 3), torch.Generator().manual_seed(seed))
+        assert 1 <= batch.images.shape[1] <= 3 and len(batch.target) == 3
+        for b in range(3):
+            assert all(not torch.equal(batch.target[b], x) for x in batch.images[b])
+            assert all(not torch.equal(batch.query.R[b], R) for R in batch.cameras.R[b])
+
+
+# --- trainings ---
+
+@pytest.fixture
+def training(tmp_path, monkeypatch):
+    """A function that runs `train.py` on the shipped sample with a tiny preset and returns the weights file."""
+    monkeypatch.setitem(sparsefusion.PRESETS, "nano", TINY)
+    monkeypatch.setattr(train, "load_packed", functools.partial(load_packed, workers=1))
+
+    def run(what, out, *flags):
+        argv = [what, "--root", SAMPLE, "--frames", 5, "--steps", 3, "--device", "cpu", "--out", tmp_path / out, *flags]
+        train.main([str(x) for x in (*argv, "--set", "batch=2")])
+        return tmp_path / out
+    return run
+
+
+def test_training_and_resuming(training, tmp_path, capsys):
+    vae, again = training("vae", "vae.pt"), training("vae", "vae2.pt", "--minutes", 1e-9)
+    assert "stopped" in capsys.readouterr().out and not same(load(vae), load(again))
+    training("vae", "vae2.pt")
+    assert "resuming vae2.pt at step 1" in capsys.readouterr().out
+    assert same(load(vae), load(again))
+    assert load(vae).preset == load(again).preset
+    assert load(vae).preset.vae.scale != TINY.vae.scale
+
+    prior = training("prior", "prior.pt", "--vae", vae)
+    other = training("prior", "prior2.pt", "--vae", vae, "--minutes", 1e-9)
+    half_way = load(other)
+    training("prior", "prior2.pt", "--vae", vae)
+    assert same(load(prior), load(other)) and not same(half_way, load(other))
+    assert same(load(prior).vae, load(vae).half().float().vae)  # frozen
+    assert not same(load(prior).eft, tiny_model().eft)
+
+    one, two = training("perceptual", "p.pt"), training("perceptual", "p2.pt", "--minutes", 1e-9)
+    training("perceptual", "p2.pt")
+    one, two = (files.read_tensors(p)["weights"] for p in (one, two))
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_killed_training_goes_on_from_what_it_saved_by_itself(training, tmp_path, monkeypatch, capsys):
+    whole, clock, steps = training("vae", "whole.pt"), itertools.count(0, 200), itertools.count(1)
+
+    def update_average(*args, real=fit.update_average):
+        if next(steps) == 3:
+            raise KeyboardInterrupt
+        real(*args)
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(fit, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))  # 200 s between looks
+        m.setattr(fit, "update_average", update_average)
+        training("vae", "killed.pt")
+    assert "resuming" not in capsys.readouterr().out
+    killed = training("vae", "killed.pt")
+    assert "resuming killed.pt at step 1" in capsys.readouterr().out
+    assert same(load(whole), load(killed))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_training_saves_and_goes_on_without_a_trace(number, training, tmp_path, monkeypatch, capsys):
+    """In the middle of a step: it is finished, and saved with all before it."""
+    whole, steps = training("vae", "whole.pt"), itertools.count(1)
+    before = signal.signal(number, signal.default_int_handler)  # whatever the tests' parent process ignores
+
+    def update_average(*args, real=fit.update_average):
+        if next(steps) == 2:
+            signal.raise_signal(number)
+        real(*args)
+
+    with monkeypatch.context() as m, pytest.raises(SystemExit) as e:
+        m.setattr(fit, "update_average", update_average)
+        training("vae", "stopped.pt")
+    signal.signal(number, before)
+    lines = capsys.readouterr().err.splitlines()
+    assert e.value.code == 128 + number and len(lines) == 1
+    assert "stopped.pt.state has 2 of 3 steps" in lines[0] and "the same command goes on" in lines[0]
+    assert same(load(whole), load(training("vae", "stopped.pt")))
+    assert "resuming stopped.pt at step 2" in capsys.readouterr().out
+
+
+def test_a_state_without_a_part(training, tmp_path, capsys):
+    training("vae", "vae.pt")
+    state = files.read_tensors(tmp_path / "vae.pt.state", "module")
+    files.save_tensors({name: x for name, x in state.items() if name != "average"}, tmp_path / "vae.pt.state")
+    argv = ["vae", "--root", SAMPLE, "--frames", 5, "--steps", 3, "--set", "batch=2", "--out", tmp_path / "vae.pt"]
+    one_line(capsys, train.main, argv, "vae.pt.state: not a whole state")
+
+
+# --- what a weights file says about its trainings ---
+
+def test_weights_know_what_they_were_trained_on(training, tmp_path):
+    vae = training("vae", "vae.pt")
+    prior = training("prior", "prior.pt", "--vae", vae)
+    again = training("prior", "again.pt", "--vae", prior, "--set", "lr=1e-3")
+    trainings = sparsefusion.read_trained_on(again)
+    assert [x["what"] for x in trainings] == ["vae", "prior", "prior"]
+    for x in trainings:
+        assert x["category"] == "toys" and x["sequences"] == 6 and x["frames"] == 5 and x["steps"] == 3
+    assert sparsefusion.read_trained_on(prior) == trainings[:2]
+    assert str(tmp_path) not in json.dumps(trainings)  # nothing about the machine
+
+
+def test_weights_that_say_nothing(tmp_path):
+    sparsefusion.save(tiny_model(), tmp_path / "silent.pt")
+    assert sparsefusion.read_trained_on(tmp_path / "silent.pt") == []
+    for strange in ("toys", {"category": "toys"}, [1, {"category": 2}, None]):
+        files.save_tensors({"weights": {}, "trained_on": strange}, tmp_path / "strange.pt")
+        assert sparsefusion.read_trained_on(tmp_path / "strange.pt") == []
+    assert [x["category"] for x in sparsefusion.read_trained_on(sparsefusion.SHIPPED)] == ["toys"]
+
+
+def test_converted_weights_know_their_category(tmp_path, monkeypatch):
+    monkeypatch.setattr(sparsefusion.SparseFusion, "from_released", lambda *files: tiny_model())
+    argv = ["convert", "--eft", "a", "--vldm", "b", "--vae", "c", "--out", str(tmp_path / "out.pt")]
+    sparsefusion.main(argv)
+    assert sparsefusion.read_trained_on(tmp_path / "out.pt") == []
+    sparsefusion.main([*argv, "--category", "hydrant"])
+    assert sparsefusion.read_trained_on(tmp_path / "out.pt") == [{"what": "prior", "category": "hydrant"}]
+
+
+def test_flags_of_other_trainings_are_named(training, capsys):
+    vae = training("vae", "vae.pt", "--max-views", 2)
+    assert "note: --max-views: no effect on `train.py vae`" in capsys.readouterr().out
+    training("prior", "prior.pt", "--vae", vae, "--preset", "nano")
+    assert "note: --preset: no effect" in capsys.readouterr().out
+
+
+def test_another_seed_trains_another_model(training):
+    assert not same(load(training("vae", "a.pt")), load(training("vae", "b.pt", "--seed", 1)))
+
+
+def test_state_of_another_training(training, tmp_path, capsys):
+    vae = training("vae", "vae.pt")
+    shutil.copy(tmp_path / "vae.pt.state", tmp_path / "p.pt.state")
+    capsys.readouterr()
+    flags = ["--root", SAMPLE, "--frames", 5, "--steps", 3, "--out"]
+    perceptual = ["perceptual", *flags, tmp_path / "p.pt"]
+    one_line(capsys, train.main, perceptual, tmp_path / "p.pt.state", "another training", "what")
+    (tmp_path / "p.pt.state").write_bytes(b"junk")
+    one_line(capsys, train.main, perceptual, tmp_path / "p.pt.state")
+    prior = ["prior", *flags, tmp_path / "q.pt", "--vae", tmp_path / "vae.pt.state"]
+    one_line(capsys, train.main, prior, "vae.pt.state")
+    assert vae.exists() and not (tmp_path / "q.pt").exists()
+
+
+@pytest.mark.parametrize("flags, differs", [
+    (["--seed", 1], "seed"), (["--steps", 4], "fit"), (["--set", "lr=1e-2"], "fit"), (["--set", "batch=1"], "config"),
+    (["--frames", 4], "config")])
+def test_other_numbers_are_another_training(flags, differs, training, tmp_path, capsys):
+    training("vae", "vae.pt")
+    argv = ["vae", "--root", SAMPLE, "--frames", 5, "--steps", 3, "--set", "batch=2", "--out", tmp_path / "vae.pt"]
+    one_line(capsys, train.main, [*argv, *flags], "another training", differs)
+
+
+def test_another_vae_is_another_training(training, tmp_path, capsys):
+    vae, other = training("vae", "vae.pt"), training("vae", "other.pt", "--seed", 1)
+    training("prior", "prior.pt", "--vae", vae)
+    argv = ["prior", "--root", SAMPLE, "--frames", 5, "--steps", 3, "--set", "batch=2", "--out", tmp_path / "prior.pt"]
+    one_line(capsys, train.main, [*argv, "--vae", other], "another training", "vae")
+
+
+def test_numbers_of_a_prior(training, tmp_path, capsys):
+    """The diffusion's may be set, the architecture's may not: the --vae file fixes it, the pictures' size included."""
+    vae = training("vae", "vae.pt", "--set", "image_size=64")
+    prior = training("prior", "prior.pt", "--vae", vae, "--set", "noisings=1", "drop=0.5")
+    preset = load(prior).preset
+    assert preset.image_size == 64 and preset.diffusion.noisings == 1 and preset.diffusion.drop == 0.5
+    argv = ["prior", "--root", SAMPLE, "--frames", 5, "--out", tmp_path / "x.pt", "--vae", vae]
+    one_line(capsys, train.main, [*argv, "--set", "model.unet.heads=4"], "architecture")
+    one_line(capsys, train.main, [*argv, "--set", "image_size=32"], "architecture")
+
+
+# --- the loop ---
+
+def test_the_average_follows_the_weights():
+    layer = nn.BatchNorm1d(2)
+    average = {k: v.clone() for k, v in layer.state_dict().items()}
+    with torch.no_grad():
+        layer.weight.add_(1.0), layer.num_batches_tracked.add_(5)
+    fit.update_average(average, layer, 0.75)
+    assert torch.allclose(average["weight"], torch.full((2,), 1.25)) and average["num_batches_tracked"] == 5
+
+
+def test_the_learning_rate_warms_up_and_falls():
+    config = fit.FitConfig(steps=1000, lr=2.0, warmup=100, final_lr_fraction=0.01)
+    assert fit.learning_rate(0, config) == pytest.approx(0.02)
+    assert fit.learning_rate(500, config) == pytest.approx(2 * (0.01 + 0.99 / 2))
+    assert fit.learning_rate(1000, config) == pytest.approx(0.02)
+
+
+# --- the command line ---
+
+@pytest.mark.parametrize("flags, words", [
+    (["--steps", "0"], "--steps"), (["--steps", "x"], "--steps"), (["--frames", "1.5"], "--frames"),
+    (["--set", "batch=-1"], "batch"), (["--set", "lr=0"], "lr"), (["--set", "lr=nan"], "lr"),
+    (["--set", "ema=1"], "ema"), (["--set", "ema=x"], "ema"),
+    (["--set", "min_views=5"], "min_views"), (["--set", "betas=0.9,x"], "betas"),
+    (["--minutes", "-3"], "--minutes"), (["--seed", "x"], "--seed"), (["--seed", "2147483648"], "--seed"),
+    (["--preset", "huge"], "--preset"),
+    (["--device", "tpu"], "--device"),
+    (["--root"], "--root"), (["--set", "widths=8"], "model.vae.widths"),
+    (["--unknown"], "--unknown"), (["--frames", "999"], "toys"), (["--category", "cars"], "cars"),
+    (["--root", "nowhere"], "nowhere")])
+def test_bad_values(flags, words, tmp_path, capsys):
+    one_line(capsys, train.main, ["vae", "--root", SAMPLE, "--out", tmp_path / "x", *flags], words)
+
+
+def test_an_autoencoder_is_no_prior(training, tmp_path, capsys):
+    vae = training("vae", "vae.pt")
+    capsys.readouterr()
+    one_line(capsys, distill.main, ["--weights", vae, "--out", tmp_path / "x"], vae, "only its autoencoder is trained")
+
+
+def test_prior_needs(training, tmp_path, capsys):
+    vae = training("vae", "vae.pt")
+    argv = ["prior", "--root", SAMPLE, "--out", tmp_path / "x"]
+    one_line(capsys, train.main, argv, "--vae")
+    one_line(capsys, train.main, [*argv, "--vae", vae, "--min-views", 5], "min_views 5", "max_views 4")
+    one_line(capsys, train.main, [*argv, "--vae", vae, "--frames", 4], "--max-views 4", "4 frames")
+
+
+def test_commands_are_needed(capsys):
+    for argv in ([], ["fly"], ["vae"]):
+        one_line(capsys, train.main, argv, "error:")
+
+
+def test_attributes_are_needed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "load_packed", functools.partial(load_packed, workers=1))
+    shutil.copytree(SAMPLE, tmp_path / "co3d")
+    (tmp_path / "co3d" / "toys" / "sequence_annotations.jgz").unlink()
+    argv = ["perceptual", "--root", tmp_path / "co3d", "--out", tmp_path / "x", "--frames", 5]
+    one_line(capsys, train.main, argv, "sequence_annotations.jgz")
