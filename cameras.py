@@ -19,14 +19,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.runtime import rand
+from common.machine import rand
 
 
 # ---------------------------------------------------------------------------------------------- cameras
@@ -339,3 +339,44 @@ def _perpendicular(a: Tensor, b: Tensor) -> Tensor:
     least = F.one_hot(b.abs().argmin(-1), 3).to(b)
     instead = torch.linalg.cross(least, b)
     return F.normalize(torch.where(parallel, instead, cross), dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------- scenes
+
+@dataclass(frozen=True)
+class Scene:
+    """V views of one object, S pixels a side. Images are already multiplied by their soft masks: the background is black."""
+    images: Tensor    # (V, 3, S, S) in [0, 1]
+    masks: Tensor     # (V, 1, S, S) soft, probability of foreground in [0, 1]
+    valid: Tensor     # (V, 1, S, S) 1 where the photograph is, 0 in the padding
+    cameras: Cameras  # (V,), NDC of the square output
+    names: list[str]  # frame numbers as annotated
+    sequence: str     # the sequence's name
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index) -> Scene:
+        """The scene with the views at `index` only: a list, a slice or a tensor of positions."""
+        # Positions in a list work for tensors and names alike.
+        index = torch.arange(len(self))[index].tolist()
+        names = [self.names[i] for i in index]
+        cameras = self.cameras[index]
+        return Scene(self.images[index], self.masks[index], self.valid[index], cameras, names, self.sequence)
+
+    def to(self, device) -> Scene:
+        """The same scene on another device."""
+        images = self.images.to(device)
+        masks = self.masks.to(device)
+        valid = self.valid.to(device)
+        return replace(self, images=images, masks=masks, valid=valid, cameras=self.cameras.to(device))
+
+
+def evenly_spaced(n: int, count: int) -> list[int]:
+    """Positions of `count` evenly spaced ones of `n` things: the first, the last and between; or all where n <= count.
+
+    A single one is the first.
+    """
+    if n <= count:
+        return list(range(n))
+    return torch.linspace(0, n - 1, count).long().tolist()

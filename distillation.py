@@ -25,27 +25,245 @@ import math
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import ngp
+import vldm
 import volume
-from cameras import Cameras, pixel_grid
-from common.runtime import Progress, rand
-from datasets.crop import Scene
+from cameras import Cameras, Scene, pixel_grid
+from common.machine import rand
+from common.progress import Progress
 from gpu.update import Group, Optimization
-from lattice import Lattice, random_lattice, upsample
-from losses import blurred, brightness_mask, fusion_weight, opacity_loss, photometric_loss
-from ngp import Field
-from occupancy import Occupancy
-from settings import DistillConfig
+from metrics import pseudo_huber
+from ngp import Field, FieldConfig
 from sparsefusion import Condition, SparseFusion
-from volume import SampleBuffer
+from volume import Occupancy, SampleBuffer
 
+MOST_FURTHER = 20_000  # iterations that many input views may add
+LONG = 4000  # iterations from which on a field without a prior learns more from several rays a pixel than from one
 SAVE_SECONDS = 60  # between two checkpoints of a running distillation
 LOOK_EVERY = 16    # iterations, at most, between two looks at the losses
+
+
+# ---------------------------------------------------------------------------------------------- the numbers
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """The numbers of one distillation. The defaults are the released ones; `RELEASED` adds what the released code does
+    otherwise.
+    """
+    iterations: int = 3000               # updates of each kind [released: demo.py:101]
+    bootstrap: int = 1001                # first iterations, fit to the EFT images [released: distillation.py:156, 294]
+    viewpoints: int = 50                 # query viewpoints on the circle path [released: distillation.py:73]
+    jitter: float = 0.17                 # radians; random swing of each of them [released: distillation.py:73]
+    image_size: int = 256                # S of the pictures where there is no prior to say
+    render_size: int = 128               # s of a rendering, upsampled to S [released: distillation.py:85]
+    input_pixels: int = 0                # random pixels of all input views an update; 0: a lattice of one view's
+    pixel_side: int = 1                  # rays a side of the square of each of these, whose mean is its color
+    picture_side: int = 1                # the same for the pixels of pictures of the finished field
+    lr_grid: float = 5e-3                # Adam's rate for the encoding's table [released: network_grid.py:223-228]
+    lr_mlp: float = 5e-4                 # Adam's rate for the network, from the same lines
+    # The rates fall exponentially to this fraction by the end; 1: constant [released: distillation.py:166, 247, 352].
+    final_lr_fraction: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)  # Adam's decay rates [released: distillation.py:165]
+    eps: float = 1e-8                    # Adam's smallest denominator [released: distillation.py:165]
+    lr_exposure: float = 0.0             # Adam's rate for the gains of the input views; 0: all were exposed alike
+    weight_exposure: float = 0.3         # of the gains' spread; at 0 the colors of two sides become gains
+    blur: int = 1                        # pixels a side, odd, of the squares over which input views are blurred
+    weight_background: float = 1.0       # of pixels outside an input's mask; below 1 where masks are rough
+    weight_opacity: float = 1e-3         # of the opacity term [released: distillation.py:150-151]
+    weight_perceptual: float = 0.1       # of the perceptual term of distillation [released: distillation.py:312-314]
+    min_noise_level: float = 0.0         # noise levels are drawn from U(this, 1)
+    # Query views denoised at once, each the target of one of as many iterations; a GPU divides those above 32.
+    denoise_batch: int = 1
+    # Input views that these numbers are for; more of them bear a finer field (`fitted`). 0: the numbers stay.
+    reference_views: int = 0
+    iterations_per_view: int = 0         # that each input view beyond those adds
+    occupancy_every: int = 16            # iterations between two looks at where space is empty
+    mesh_resolution: int = 160           # cells along the longest side of the meshed box
+    turntable_frames: int = 36           # pictures of the turntable
+    eft_train_mode: bool = False         # dropout and batch statistics on [released: load_model.py:33-45, 179]
+    metrics_on_inputs: bool = False      # measure input views, too [released: distillation.py:395-443]
+    sampler: vldm.SamplerConfig = vldm.SamplerConfig()
+    field: FieldConfig = ngp.FieldConfig()
+
+    def __post_init__(self):
+        # Each number for itself.
+        for name, least in _LEAST.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least {least}")
+        if max(self.betas) >= 1 or min(self.betas) < 0:
+            raise ValueError(f"betas {self.betas} must be at least 0 and below 1")
+
+        # Numbers that must fit each other, and those with an upper end.
+        if not 0 <= self.bootstrap <= self.iterations:
+            raise ValueError(f"bootstrap {self.bootstrap} is not between 0 and the {self.iterations} iterations")
+        if self.blur < 1 or self.blur % 2 == 0:
+            raise ValueError(f"blur {self.blur} is not an odd number of pixels")
+        if not 0 <= self.min_noise_level <= 1:
+            raise ValueError(f"min_noise_level {self.min_noise_level} is not in [0, 1]")
+        if not 0 < self.final_lr_fraction:
+            raise ValueError(f"final_lr_fraction {self.final_lr_fraction} is not above 0")
+
+    def with_iterations(self, iterations: int) -> DistillConfig:
+        """The same for another number of iterations: the bootstrap keeps its length, but takes at most two thirds of
+        them.
+        """
+        return replace(self, iterations=iterations, bootstrap=min(self.bootstrap, iterations * 2 // 3),
+                       iterations_per_view=0)
+
+    def fitted(self, views: int) -> DistillConfig:
+        """The same for a number of input views: each further one sees details that a finer grid can hold, with fewer
+        pixels blurred into its cells, more samples to find them and more iterations to learn them.
+        """
+        # How many times as many views as these numbers are for.
+        growth = views / self.reference_views if self.reference_views else 1.0
+        if growth <= 1:
+            return replace(self, reference_views=0, iterations_per_view=0)
+
+        # More views determine finer cells, and more samples find them.
+        field = replace(
+            self.field,
+            levels=self.field.levels + round(min(math.log2(growth), 4)),
+            finest_resolution=min(round(self.field.finest_resolution * growth), 1024),
+            log2_hashmap_size=self.field.log2_hashmap_size + round(min(math.log2(growth), 4) / 2),
+            samples_per_ray=min(round(self.field.samples_per_ray * growth**0.5), 192),
+            occupancy_cells=min(round(self.field.occupancy_cells * growth**0.5), 128),
+        )
+
+        # That is more to learn, of colors less blurred.
+        further = min(self.iterations_per_view * (views - self.reference_views), MOST_FURTHER)
+        iterations = self.iterations + further
+        blur = max(round(self.blur / growth / 2 - 0.5), 0) * 2 + 1  # odd
+        fitted = replace(self, field=field, iterations=iterations, blur=blur, reference_views=0, iterations_per_view=0)
+
+        # Where there is time for it, what a pixel sees beside its center.
+        if iterations < LONG:
+            return fitted
+        return replace(fitted, pixel_side=2 * self.pixel_side, input_pixels=math.ceil(self.input_pixels / 2))
+
+
+_LEAST = {"iterations": 1, "viewpoints": 1, "jitter": 0, "image_size": 1, "render_size": 2, "lr_grid": 0, "lr_mlp": 0,
+          "eps": 0, "lr_exposure": 0, "weight_exposure": 0, "weight_background": 0, "weight_opacity": 0,
+          "weight_perceptual": 0, "input_pixels": 0, "pixel_side": 1, "picture_side": 1, "reference_views": 0,
+          "iterations_per_view": 0, "denoise_batch": 1, "occupancy_every": 1, "mesh_resolution": 1,
+          "turntable_frames": 1}
+
+
+# ---------------------------------------------------------------------------------------------- losses
+
+def photometric_loss(color: Tensor, silhouette: Tensor, target: Tensor, mask: Tensor, weight_background: float = 1.0,
+                     valid: Tensor | float = 1.0) -> Tensor:
+    """Pseudo-Huber color loss plus pseudo-Huber silhouette loss, means over (B, 3, s, s) and (B, 1, s, s): a scalar.
+
+    Pixels outside the mask weigh `weight_background`, those inside 1; those that no photograph shows, where `valid` is
+    0, nothing. [released: distillation.py:218-227]
+    """
+    weight = valid * (weight_background + (1 - weight_background) * mask)
+    color_loss = (weight * pseudo_huber(color - target)).mean()
+    silhouette_loss = (weight * pseudo_huber(silhouette - mask)).mean()
+    return color_loss + silhouette_loss
+
+
+def opacity_loss(silhouette: Tensor) -> Tensor:
+    """mean sqrt(silhouette^2 + 0.01): prefers empty space. A scalar. [released: distillation.py:231-241]"""
+    return (silhouette**2 + 0.01).sqrt().mean()
+
+
+def brightness_mask(images: Tensor) -> Tensor:
+    """The silhouette of pictures (B, 3, s, s) on black: where the mean color is over 0.1, (B, 1, s, s) of 0 and 1.
+
+    [released: distillation.py:268-271]
+    """
+    return (images.mean(1, keepdim=True) > 0.1).to(images.dtype)
+
+
+def fusion_weight(noise_level: float) -> float:
+    """1 - alpha^2 at noise level t in [0, 1]: the weight of the pixels' distance. [released:
+    distillation.py:307-310]
+    """
+    log_snr = vldm.cosine_log_snr(torch.tensor(float(noise_level)))
+    return torch.sigmoid(-log_snr).item()
+
+
+def blurred(images: Tensor, valid: Tensor, side: int) -> Tensor:
+    """Means of (B, C, H, W) over squares of `side` pixels a side, an odd number, around each pixel.
+
+    valid (B, 1, H, W) is 0 where pictures show nothing: that, and what is outside of them, does not count.
+    Premultiplied colors and their masks are filtered alike, so that the object keeps its color up to the rim.
+    """
+    # A single pixel is its own mean.
+    if side == 1:
+        return images
+
+    # Where nothing valid is near, the mean is 0.
+    pool = partial(F.avg_pool2d, kernel_size=side, stride=1, padding=side // 2)
+    share = pool(valid)
+    return pool(images * valid) / torch.where(share > 0, share, 1)
+
+
+# ---------------------------------------------------------------------------------------------- coarse renderings
+
+class Lattice(NamedTuple):
+    """Every `step`-th pixel of a square picture of `full` pixels a side."""
+    full: int
+    step: int
+    row: int     # of the first pixel
+    column: int  # of the first pixel
+
+    def pick(self, images: Tensor) -> Tensor:
+        """The lattice's pixels of images (B, C, S, S): (B, C, s, s)."""
+        return images[..., self.row::self.step, self.column::self.step]
+
+    def centers(self, device) -> Tensor:
+        """NDC of the pixel centers, row-major: (s * s, 2)."""
+        grid = pixel_grid(self.full, self.full, device=device)
+        grid = grid.reshape(self.full, self.full, 2)
+        return grid[self.row::self.step, self.column::self.step].reshape(-1, 2)
+
+
+def random_lattice(size: int, full: int, rng: random.Random) -> Lattice:
+    """`size` x `size` pixels of `full` x `full`, evenly spaced from a random first one. `full` is a multiple of
+    `size`.
+    """
+    # Else some pixels would never be cast.
+    if full % size:
+        raise ValueError(f"a rendering of {size} pixels a side does not divide an image of {full}")
+    step = full // size
+    row = rng.randrange(step)
+    column = rng.randrange(step)
+    return Lattice(full, step, row, column)
+
+
+def upsample(images: Tensor, full: int, lattice: Lattice | None = None) -> Tensor:
+    """Bilinear (B, C, s, s) -> (B, C, full, full), where samples are the pixels of the lattice.
+
+    Without one the outer samples are the image's outermost pixels, as those of `cameras.pixel_grid` are.
+    """
+    # Where the samples are in the full image.
+    side = images.shape[-1]
+    if lattice is None:
+        step = (full - 1) / (side - 1)
+        row = column = 0
+    else:
+        step = lattice.step
+        row, column = lattice.row, lattice.column
+
+    def to_grid(first: int) -> Tensor:
+        """Pixels of the full image in the coordinates of grid_sample, where the outer samples are -1 and 1."""
+        sample = (torch.arange(full, device=images.device) - first) / step
+        return sample * (2 / (side - 1)) - 1
+
+    # Look every pixel up between them.
+    y, x = torch.meshgrid(to_grid(row), to_grid(column), indexing="ij")
+    grid = torch.stack([x, y], -1).expand(len(images), -1, -1, -1)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=True)
 
 
 # ---------------------------------------------------------------------------------------------- the algorithm

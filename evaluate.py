@@ -16,13 +16,16 @@ from pathlib import Path
 
 import torch
 
-import distill
 from common import cli, files
-from common.runtime import Progress, map_processes
+from common.processes import map_processes
+from common.progress import Progress
 from datasets import co3d
 from datasets.protocol import PROTOCOLS, Entry, read_list, save_list
-from evaluation.instance import CO3DSequence, Instance
-from export.pictures import markdown, means, paired
+from evaluation.flags import (add_instance_flags, config_from_flags, instance_from_flags, note_new_categories,
+                              note_useless_flags)
+from evaluation.instance import Instance, run_instance
+from evaluation.sources import CO3DSequence
+from evaluation.tables import markdown, means, paired
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def evaluate_one(job: Job) -> str | None:
     """
     try:
         if finished(job) is None:
-            distill.run_instance(job.instance, job.out, job.overwrite)
+            run_instance(job.instance, job.out, job.overwrite)
     except (OSError, ValueError, FloatingPointError) as e:
         if job.strict:
             raise
@@ -84,10 +87,10 @@ def choose_entries(args: argparse.Namespace) -> list[Entry]:
 def choose_jobs(args: argparse.Namespace) -> list[Job]:
     """What to do for each of them."""
     # The same numbers for all of them.
-    config = distill.config_from_flags(args)
+    config = config_from_flags(args)
     jobs = []
     for entry in choose_entries(args):
-        instance = distill.instance_from_flags(args, CO3DSequence(args.root, entry), config)
+        instance = instance_from_flags(args, CO3DSequence(args.root, entry), config)
         folder = args.out / files.safe_name(entry.category) / files.safe_name(entry.sequence)
         if (folder.parent.name, folder.name) != (entry.category, entry.sequence):
             print(f"{entry.category!r}, {entry.sequence!r}: no names for folders; their results go to {folder}")
@@ -151,11 +154,11 @@ def common(settings: list[dict]) -> dict:
 
 def command(args: argparse.Namespace) -> None:
     """Evaluate what was asked for."""
-    distill.note_useless_flags(args)
+    note_useless_flags(args)
     if args.list:
         cli.note_useless(args, ["--category", "--instances", "--protocol"], "with --list")
     jobs = choose_jobs(args)
-    distill.note_new_categories(args.weights, [job.instance.source.entry.category for job in jobs])
+    note_new_categories(args.weights, [job.instance.source.entry.category for job in jobs])
     save_list([job.instance.source.entry for job in jobs], args.out / "list.json")
 
     # Results of other settings stop everything before anything is computed; those of the same are taken up.
@@ -185,7 +188,7 @@ def command(args: argparse.Namespace) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = cli.Parser(description=__doc__.splitlines()[0], epilog="The same command again goes on where it stopped.")
-    distill.add_instance_flags(p, targets=0)
+    add_instance_flags(p, targets=0)
 
     # Which sequences, and where results go.
     p.add_argument("--category", nargs="+", default=["toys"], metavar="C", help="categories, or all (default: toys)")

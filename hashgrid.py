@@ -14,11 +14,9 @@ Letters: `N` points, `L` levels, `C` features a level.
 """
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -27,16 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gpu.kernels import compile_kernels, readable
+from gpu import hashgrid_kernel
 
 PRIMES = (1, 2654435761, 805459861)  # factors of the spatial hash (Instant NGP, Eq. 4)
 
 ADDED = 2**14  # cells of a level whose gradients a CPU adds to the table at once
-
-KERNEL_SOURCE = Path(__file__).with_name("gpu") / "hashgrid.cu"
-KERNEL_CHANNELS = (1, 2, 4, 8)  # C, features a level, that the kernels are written for
-KERNEL_THREADS = 256            # threads of a block
-KERNEL_RUN = 8                  # points, one behind the other, of a thread in the gradient
 
 
 # ---------------------------------------------------------------------------------------------- grids and corners
@@ -152,10 +145,11 @@ def encode(x: Tensor, table: Tensor, levels: Levels) -> Tensor:
     Differentiable in the table (rows, C), not in the points. On a GPU a first call compiles the kernels; a CUDA graph
     can capture any later one.
     """
-    kernels = kernels_for(x, table)
+    kernels = hashgrid_kernel.kernels_for(x, table)
     if kernels is None:
         return _Encode.apply(x, table, levels)
-    return _EncodeByKernels.apply(x, table, levels, kernels)
+    grids = (levels.scale, levels.stride, levels.rows, levels.offset, levels.hashed_from)
+    return hashgrid_kernel.encode(x, table, grids, kernels)
 
 
 class _Encode(torch.autograd.Function):
@@ -193,85 +187,6 @@ class _Encode(torch.autograd.Function):
                 place = part_index[:, level].flatten().long()                # (8 * n,)
                 table_grad.scatter_add_(1, place.expand(channels, -1), shares.flatten(1))
         return None, torch.stack(list(table_grad), -1), None
-
-
-# ---------------------------------------------------------------------------------------------- CUDA kernels
-
-class Kernels(NamedTuple):
-    """The kernels of `hashgrid.cu`, compiled for one number of features a level."""
-    forward: Callable
-    backward: Callable
-
-
-def kernels_for(x: Tensor, table: Tensor) -> Kernels | None:
-    """The kernels that encode points x by a table; None where plain torch does, as on CPUs and for other types."""
-    if not x.is_cuda or x.device != table.device:
-        return None
-    if x.dtype != torch.float32 or table.dtype != torch.float32:
-        return None
-
-    # A kernel counts points in 32 bits.
-    channels = table.shape[1]
-    if channels not in KERNEL_CHANNELS or len(x) >= 2**31:
-        return None
-    return _compile(channels, x.device.index)
-
-
-def kernel_options(channels: int) -> list[str]:
-    """What the compiler is told about tables of `channels` features a level."""
-    return [f"-DCHANNELS={channels}", f"-DTHREADS={KERNEL_THREADS}", f"-DRUN={KERNEL_RUN}"]
-
-
-@functools.cache
-def _compile(channels: int, device: int) -> Kernels | None:
-    """The kernels for `channels` features a level on a GPU; None where they cannot be had."""
-    names = ("encode_forward", "encode_backward")
-    compiled = compile_kernels(KERNEL_SOURCE, names, kernel_options(channels), device)
-    return None if compiled is None else Kernels(*compiled)
-
-
-class _EncodeByKernels(torch.autograd.Function):
-    """`encode` and its gradient by `hashgrid.cu`. Nothing but the points is kept for the gradient."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, table: Tensor, levels: Levels, kernels: Kernels) -> Tensor:
-        x = readable(x)
-        ctx.save_for_backward(x)
-        ctx.table_shape = table.shape
-        ctx.levels = levels
-        ctx.kernels = kernels
-
-        features = x.new_empty(len(x), len(levels.scale) * table.shape[1])
-        _launch(kernels.forward, 1, x, readable(table), levels, features)
-        return features
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, None, None]:
-        """The gradient in the features (N, L * C) -> in the table, of its shape; points have none."""
-        x, = ctx.saved_tensors
-        table_grad = grad.new_zeros(ctx.table_shape)
-        _launch(ctx.kernels.backward, KERNEL_RUN, x, table_grad, ctx.levels, readable(grad))
-        return None, table_grad, None, None
-
-
-def _launch(kernel: Callable, run: int, x: Tensor, table: Tensor, levels: Levels, features: Tensor) -> None:
-    """Run a kernel for points x (N, 3), `run` of them a thread. The table and features, or the gradients of both.
-
-    Nothing compares these arguments with the kernel's: a tensor becomes a pointer and an integer an `int`.
-    """
-    points = len(x)
-    if points == 0:
-        return
-
-    # A block's levels have 32 bytes of features a point.
-    count = len(levels.scale)
-    width = 8 // table.shape[1]
-    height = KERNEL_THREADS // width
-    grid = (math.ceil(points / (height * run)), math.ceil(count / width), 1)
-    numbers = [levels.scale, levels.stride, levels.rows, levels.offset, levels.hashed_from, points, count]
-    with torch.cuda.device(x.device):
-        kernel(grid=grid, block=(width, height, 1), args=[x, table, *numbers, features])
 
 
 # ---------------------------------------------------------------------------------------------- the module

@@ -91,11 +91,6 @@ def _require(fits: bool, message: str) -> None:
         raise ValueError(message)
 
 
-PAPER = FieldConfig()
-# For the sample category and for CPUs: fewer, wider levels and a smaller network cost less.
-NANO = FieldConfig(levels=5, features_per_level=4, base_resolution=8, finest_resolution=160, width=32, hidden_layers=1,
-                   blob_density=0.0, samples_per_ray=48, importance_samples=0, occupancy_cells=48, occupancy_decay=0.8)
-
 CHUNK = {"cpu": 2**13, "cuda": 2**18}  # points evaluated at once where no gradient is needed
 
 

@@ -18,17 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import volume
-from cameras import Cameras, circle_path, relative_to
+from cameras import Cameras, Scene, circle_path, relative_to
 from common import files
-from common.runtime import Interrupted, Progress, whole
-from datasets.crop import Scene
-from distillation import Distillation, Prior
+from common.processes import Interrupted, whole
+from common.progress import Progress
+from distillation import Distillation, DistillConfig, Prior
 from export.mesh import Mesh, extract_mesh, largest_component
 from export.pictures import Views, add_preview
 from ngp import Field
-from occupancy import Occupancy
-from settings import PRESETS, DistillConfig
+from presets import PRESETS
 from sparsefusion import SparseFusion
+from volume import Occupancy
 
 # Fields of the config that change nothing in the field, only what is shown of it and measured.
 OUTPUT_FIELDS = ("mesh_resolution", "picture_side", "turntable_frames", "metrics_on_inputs")

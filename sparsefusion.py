@@ -11,7 +11,6 @@ Letters: `V` input views, `Q` query views, `B` batch, `C` feature channels, `S` 
 """
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,14 +25,13 @@ from torch import Tensor, nn
 import cameras
 import eft
 import metrics
-import samplers
 import unet
 import vae
 import vldm
 from cameras import Cameras
-from checkpoints import released
-from common import cli, files
-from common.runtime import Progress, randn
+from common import files
+from common.machine import randn
+from common.progress import Progress
 from gpu.graphs import TOLERANCE
 
 ROOT = Path(__file__).resolve().parent
@@ -87,12 +85,6 @@ class Preset:
         )
 
 
-PRESETS = {
-    "paper": Preset("paper", 256, eft.PAPER, vae.PAPER, unet.PAPER, vldm.PAPER),
-    "nano": Preset("nano", 128, eft.NANO, vae.NANO, unet.NANO, vldm.NANO),
-}
-
-
 # ---------------------------------------------------------------------------------------------- the model
 
 class Condition(NamedTuple):
@@ -111,21 +103,6 @@ class SparseFusion(nn.Module):
         self.eft = eft.EFT(preset.eft)
         self.vae = vae.VAE(preset.vae)
         self.vldm = vldm.VLDM(preset.unet, preset.diffusion)
-
-    @staticmethod
-    def from_released(eft_file: Path, vldm_file: Path, vae_file: Path, device: str = "cpu") -> SparseFusion:
-        """The released model: EFT and VLDM checkpoints, and the VAE of a Stable Diffusion v1 `.ckpt` or of a
-        Diffusers `.safetensors`.
-
-        Prints the numbers of parameters. Raises `ValueError` with one line for a file that is not exactly that; runs
-        nothing in it.
-        """
-        # Three files of three authors, each matched key by key.
-        model = blank(PRESETS["paper"], device)
-        released.load_part(model.eft, "eft", eft_file)
-        released.load_part(model.vldm, "vldm", vldm_file)
-        released.load_part(model.vae, "vae", vae_file)
-        return ready(model, device)
 
     def depth_range(self, views: Cameras) -> tuple[float, float]:
         """Near and far of the EFT's rays for a scene's cameras (B,), CO3D units (Sec. 3.1)."""
@@ -211,7 +188,7 @@ class SparseFusion(nn.Module):
         latents = self.vae.encode(images)
         draw = self._draws(generator, latents)
         predict_noise = self.vldm.noise_predictor(features[order], sampler.guidance)
-        denoised = samplers.denoise(predict_noise, latents[order], levels, lambda: draw()[order], sampler)
+        denoised = vldm.denoise(predict_noise, latents[order], levels, lambda: draw()[order], sampler)
         restored = denoised.new_empty(denoised.shape)
         restored[order] = denoised
         return self.decode(restored)
@@ -226,7 +203,7 @@ class SparseFusion(nn.Module):
         like = features.new_empty(len(features), self.preset.vae.channels, side, side)
         draw = self._draws(generators, like)
         predict_noise = self.vldm.noise_predictor(features, sampler.guidance)
-        return self.decode(samplers.ancestral_sampling(predict_noise, draw, sampler))
+        return self.decode(vldm.ancestral_sampling(predict_noise, draw, sampler))
 
     @staticmethod
     def _draws(generator: torch.Generator | Sequence[torch.Generator], like: Tensor) -> Callable[[], Tensor]:
@@ -358,42 +335,3 @@ def ready(model: SparseFusion, device: str) -> SparseFusion:
 
 
 # ---------------------------------------------------------------------------------------------- the command
-
-def convert(args: argparse.Namespace) -> None:
-    """The `convert` command: released files -> one weights file."""
-    model = SparseFusion.from_released(args.eft, args.vldm, args.vae)
-    trained_on = [{"what": "prior", "category": args.category}] if args.category else []
-    save(model, args.out, half=args.half, trained_on=trained_on)
-    size = args.out.stat().st_size / 1e9
-    precision = "half" if args.half else "full"
-    print(f"{args.out}: {size:.2f} GB in {precision} precision, for --weights")
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    top = cli.Parser(description=__doc__.splitlines()[0], epilog="`python distill.py` is the main command.")
-    commands = top.add_subparsers(dest="command", required=True)
-
-    # The only command so far.
-    p = commands.add_parser("convert",
-                            help="the released files -> one weights file of this program; nothing in them is run")
-    p.add_argument("--eft", type=Path, required=True, metavar="F", help="the released EFT checkpoint of a category")
-    p.add_argument("--vldm", type=Path, required=True, metavar="F",
-                   help="the released VLDM checkpoint of the same category")
-    p.add_argument("--vae", type=Path, required=True, metavar="F",
-                   help="Stable Diffusion v1 (.ckpt), or its Diffusers VAE (.safetensors)")
-    p.add_argument("--out", type=Path, required=True, metavar="F", help="weights file to write")
-    p.add_argument("--category", metavar="C", help="what the prior was trained on, so that other data get a warning")
-    p.add_argument("--half", action="store_true", help="half precision: 1 GB instead of 2, and rounded")
-    p.set_defaults(run=convert)
-    return top
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Entry point."""
-    args = parser().parse_args(argv)
-    cli.run(args.run, args)
-
-
-if __name__ == "__main__":
-    main()

@@ -29,15 +29,16 @@ from torch import Tensor, nn
 import sparsefusion
 from cameras import Cameras, pixel_grid
 from common import cli, files
-from common.runtime import rand, randn
-from datasets.co3d import load_packed
-from datasets.crop import PackedScenes
+from common.machine import rand, randn
 from datasets.protocol import TRAINING, available
 from metrics import AttributeNet, pseudo_huber
-from sparsefusion import PRESETS, Preset, SparseFusion
+from presets import MODELS
+from sparsefusion import Preset, SparseFusion
 from training.fit import Fit, FitConfig, Numbers
+from training.packed import PackedScenes, load_packed
 from vae import VAE
 from vldm import latent_mask
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -47,7 +48,7 @@ class TrainConfig:
     min_views: int = 1  # fewest input views of the prior [released: 2, train.py:594]
     max_views: int = 4  # most input views of the prior [released: 5, train.py:594]
     fit: FitConfig = FitConfig()
-    model: Preset = PRESETS["nano"]  # a prior's comes from its --vae file
+    model: Preset = MODELS["nano"]  # a prior's comes from its --vae file
 
     def __post_init__(self):
         if min(self.batch, self.frames, self.min_views) < 1:
@@ -308,7 +309,7 @@ def config_from_flags(args: argparse.Namespace) -> TrainConfig:
     """Every number of a training. A prior's model comes from its --vae file, of which only the diffusion's numbers
     may change.
     """
-    preset = PRESETS[args.preset]
+    preset = MODELS[args.preset]
     if args.what == "prior":
         if args.vae is None:
             raise ValueError("train prior: needs --vae, the file of `train.py vae`")
@@ -377,7 +378,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("what", choices=["vae", "prior", "perceptual"])
     p.add_argument("--root", type=Path, nargs="+", required=True, help="CO3Dv2 folders")
     p.add_argument("--category", default="toys", help="category in them (default: toys)")
-    p.add_argument("--preset", choices=PRESETS, default="nano",
+    p.add_argument("--preset", choices=MODELS, default="nano",
                    help="vae, perceptual: numbers of the model (default: nano)")
     p.add_argument("--out", type=Path, required=True,
                    help="weights file to write; its training state goes to OUT.state")

@@ -427,8 +427,3 @@ class UNet(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------- presets
-
-PAPER = UNetConfig()
-NANO = UNetConfig(
-    cond_channels=96, cond_unshuffle=2, widths=(96, 96, 128, 128), attention=(False, True, True), kernels=(3,),
-    heads=4, head_dim=32, time_dim=192, token_dim=96)

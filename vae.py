@@ -291,6 +291,3 @@ class ScaledGradient(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------- presets
-
-PAPER = VAEConfig()
-NANO = VAEConfig(widths=(24, 48, 96, 96), groups=8, blocks=1)

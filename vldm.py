@@ -16,7 +16,7 @@ Letters: `B` batch, `h w` rows and columns of the latent, `C` channels and `s` s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -234,10 +234,302 @@ class FastUNet(NamedTuple):
     predict: Graphed
 
 
-# ---------------------------------------------------------------------------------------------- presets
+# ---------------------------------------------------------------------------------------------- steps from t to s
 
-PAPER = DiffusionConfig()
-PAPER_SAMPLER = SamplerConfig()
-NANO = DiffusionConfig(prediction="v", snr_gamma=0.0, noisings=12)
-# Two calls of DPM-Solver++ do for this prior what PLMS does in six (docs/results.md).
-NANO_SAMPLER = SamplerConfig(solver="dpmpp", plms_steps=2, sample_steps=50, clip=5.0, t_start=0.98)
+def clean_estimate(z: Tensor, log_snr: Tensor, eps: Tensor, clip: float) -> Tensor:
+    """The clean latent that `eps` implies, clipped to [-clip, clip]; like z."""
+    return x0_from_eps(z, log_snr, eps).clamp(-clip, clip)
+
+
+def ddim_step(z: Tensor, x0: Tensor, log_snr_t: Tensor, log_snr_s: Tensor) -> Tensor:
+    """Deterministic step (Song et al. 2021): the clean estimate, and the noise that it implies in z at s's level."""
+    alpha_t, sigma_t = alpha_sigma(as_factor(log_snr_t, z))
+    alpha_s, sigma_s = alpha_sigma(as_factor(log_snr_s, z))
+    return alpha_s * x0 + sigma_s * (z - alpha_t * x0) / sigma_t
+
+
+def ancestral_step(z: Tensor, x0: Tensor, log_snr_t: Tensor, log_snr_s: Tensor, draw: Tensor) -> Tensor:
+    """Random step: a sample of the posterior, from a standard normal draw."""
+    mean, variance = posterior(x0, z, log_snr_t, log_snr_s)
+    return mean + variance.clamp(min=1e-20).sqrt() * draw
+
+
+def last_step(z: Tensor, x0: Tensor, log_snr_t: Tensor, log_snr_s: Tensor, clip: float) -> Tensor:
+    """The step to time 0, where nothing is drawn any more: the posterior's mean, clipped."""
+    mean, _ = posterior(x0, z, log_snr_t, log_snr_s)
+    return mean.clamp(-clip, clip)
+
+
+# ---------------------------------------------------------------------------------------------- sampling from noise
+
+def ancestral_sampling(predict_noise: NoisePredictor, randn: Callable[[], Tensor], sampler: SamplerConfig) -> Tensor:
+    """Sampling from pure noise (Ho et al. 2020, Alg. 2, in continuous time): a clean latent like `randn()`."""
+    # Evenly spaced times down to 0, and noise at the first of them. One copy to a GPU for all steps, as each waits.
+    steps = sampler.sample_steps
+    log_snrs = cosine_log_snr(torch.linspace(sampler.t_start, 0, steps + 1))
+    z = randn()
+    log_snr_batch = log_snrs.to(z.device)[:, None].expand(-1, len(z))
+
+    for k in range(steps):
+        # What the network takes for the clean latent.
+        eps = predict_noise(z, log_snr_batch[k])
+        x0 = clean_estimate(z, log_snrs[k], eps, sampler.clip)
+
+        # A step through the posterior.
+        if k < steps - 1:
+            z = ancestral_step(z, x0, log_snrs[k], log_snrs[k + 1], randn())
+        else:
+            z = last_step(z, x0, log_snrs[k], log_snrs[k + 1], sampler.clip)
+    return z
+
+
+# ---------------------------------------------------------------------------------------------- the way to time 0
+
+class Step(NamedTuple):
+    """A step of multi-step denoising. All images of the batch, or the m that took it."""
+    latent: Tensor  # where all are now (B, 4, h, w)
+    x0: Tensor      # the clean estimate that led there (m, 4, h, w)
+    eps: Tensor     # what the network had predicted before (m, 4, h, w)
+
+
+class Path(NamedTuple):
+    """The log-SNRs on the way from the noise level of every image to time 0."""
+    log_snrs: Tensor  # (n + 1, B) before the first step, after it, ..., after the last; then as it was
+    steps: list[int]  # number of steps of every image; falls
+
+    def active(self, k: int) -> int:
+        """m: how many images take step k, counted from 0."""
+        return sum(steps > k for steps in self.steps)
+
+    def on(self, device: torch.device) -> Path:
+        """The same with the log-SNRs on a device: one copy for all steps, as each waits for a GPU."""
+        return Path(self.log_snrs.to(device), self.steps)
+
+
+def start_time(noise_level: float, sampler: SamplerConfig) -> float:
+    """Where multi-step denoising starts: at the noise level, or at `t_start` if that is lower.
+
+    From 0.99 on PLMS starts at 1 [released: plms.py:80-85]. The other solvers start at 0.99, since at 1 log-SNR has no
+    end.
+    """
+    level = min(noise_level, sampler.t_start)
+    if level < 0.99:
+        return level
+    return 1.0 if sampler.solver == "plms" else 0.99
+
+
+def step_count(noise_level: float, sampler: SamplerConfig) -> int:
+    """How many steps lead from a noise level to 0: `plms_steps` from 1/2 on, below so many that they are no longer than
+    the shortest of these [released: plms.py:87-93].
+
+    PLMS rounds down, and takes no step from a level below 1 / (2 plms_steps); the other solvers round up.
+    """
+    wanted = 2 * sampler.plms_steps * start_time(noise_level, sampler)
+    whole = int(wanted) if sampler.solver == "plms" else math.ceil(wanted)
+    return 1 if sampler.plms_steps == 1 else min(whole, sampler.plms_steps)
+
+
+def step_times(noise_level: float, sampler: SamplerConfig) -> Tensor:
+    """Times of multi-step denoising by PLMS, (steps + 1,), evenly spaced from the noise level to 0."""
+    return torch.linspace(start_time(noise_level, sampler), 0, step_count(noise_level, sampler) + 1)
+
+
+def step_log_snrs(noise_level: float, sampler: SamplerConfig) -> Tensor:
+    """Log-SNRs on the way from a noise level to 0, (steps + 1,).
+
+    Those of PLMS are at even times; those of the other solvers are even themselves (Lu et al. 2022).
+    """
+    if sampler.solver == "plms":
+        return cosine_log_snr(step_times(noise_level, sampler))
+    first, last = cosine_log_snr(torch.tensor([start_time(noise_level, sampler), 0.0])).tolist()
+    return torch.linspace(first, last, step_count(noise_level, sampler) + 1)
+
+
+def path_from(noise_levels: Sequence[float], sampler: SamplerConfig) -> Path:
+    """The way of a batch with these noise levels, which must not rise. Raises `ValueError` if they do."""
+    steps = [step_count(level, sampler) for level in noise_levels]
+    if steps != sorted(steps, reverse=True):
+        raise ValueError(f"noise levels {list(noise_levels)}: images with more steps must come first")
+
+    # Images with fewer steps stay at time 0 when they are done.
+    log_snrs = cosine_log_snr(torch.zeros(max(steps) + 1, len(steps)))
+    for image, level in enumerate(noise_levels):
+        log_snrs[:steps[image] + 1, image] = step_log_snrs(level, sampler)
+    return Path(log_snrs, steps)
+
+
+def start_latent(x0: Tensor, noise_levels: Sequence[float], randn: Callable[[], Tensor],
+                 sampler: SamplerConfig) -> Tensor:
+    """Where multi-step denoising starts: `x0` (B, 4, h, w) noised to the levels."""
+    # The released code leaves a latent as it is where its level is the highest.
+    starts = [start_time(level, sampler) for level in noise_levels]
+    kept = [start == 1 and sampler.unnoised_start for start in starts]
+    if all(kept):
+        return x0
+    noised = q_sample(x0, cosine_log_snr(torch.tensor(starts)).to(x0.device), randn())
+    if not any(kept):
+        return noised
+    return torch.where(as_factor(torch.tensor(kept, device=x0.device), x0), x0, noised)
+
+
+def move(z: Tensor, x0: Tensor, path: Path, k: int, randn: Callable[[], Tensor], sampler: SamplerConfig) -> Tensor:
+    """Step k of all latents z (B, 4, h, w), with clean estimates x0 (m, 4, h, w): who is done stays where it is."""
+    m = len(x0)
+    goes_on = path.active(k + 1)
+    log_snr_t = path.log_snrs[k, :m]
+    log_snr_s = path.log_snrs[k + 1, :m]
+
+    # Most go on: deterministic, or random where the sampler says so.
+    on = slice(goes_on)
+    if sampler.ancestral and goes_on:
+        moved = ancestral_step(z[on], x0[on], log_snr_t[on], log_snr_s[on], randn()[on])
+    else:
+        moved = ddim_step(z[on], x0[on], log_snr_t[on], log_snr_s[on])
+
+    # For some it is the last step, which is a mean where steps are random, and in PLMS.
+    end = slice(goes_on, m)
+    if sampler.ancestral or sampler.solver == "plms":
+        ended = last_step(z[end], x0[end], log_snr_t[end], log_snr_s[end], sampler.clip)
+    else:
+        ended = ddim_step(z[end], x0[end], log_snr_t[end], log_snr_s[end])
+    return torch.cat([moved, ended, z[m:]])
+
+
+# ---------------------------------------------------------------------------------------------- multi-step denoising
+
+def denoise(predict_noise: NoisePredictor, x0: Tensor, noise_levels: Sequence[float], randn: Callable[[], Tensor],
+            sampler: SamplerConfig) -> Tensor:
+    """Noise latents (B, 4, h, w) to levels in [0, 1] and denoise them in several steps (Sec. 3.2): the same shape.
+
+    The levels, one an image, must not rise. With `plms_steps` = 1 it is one-step denoising, at every level: the network
+    is called once, and what it takes for the clean latent is the result. `predict_noise` is asked about the first m
+    images, m falling. `randn()` is a standard normal draw like all latents.
+    """
+    z = start_latent(x0, noise_levels, randn, sampler)
+    for step in denoising_steps(predict_noise, z, noise_levels, randn, sampler):
+        z = step.latent
+    return z
+
+
+def denoising_steps(predict_noise: NoisePredictor, z: Tensor, noise_levels: Sequence[float],
+                    randn: Callable[[], Tensor], sampler: SamplerConfig) -> Iterator[Step]:
+    """The steps of `denoise` from the start latents z (B, 4, h, w), by the sampler's solver."""
+    path = path_from(noise_levels, sampler).on(z.device)
+    if sampler.plms_steps == 1:
+        solver = one_step
+    else:
+        solver = {"plms": plms, "ddim": ddim, "dpmpp": dpmpp}[sampler.solver]
+    yield from solver(predict_noise, z, path, randn, sampler)
+
+
+def one_step(predict_noise: NoisePredictor, z: Tensor, path: Path, randn: Callable[[], Tensor],
+             sampler: SamplerConfig) -> Iterator[Step]:
+    """A single step needs no path: it ends at the clean estimate."""
+    eps = predict_noise(z, path.log_snrs[0])
+    x0 = clean_estimate(z, path.log_snrs[0], eps, sampler.clip)
+    yield Step(x0, x0, eps)
+
+
+def ddim(predict_noise: NoisePredictor, z: Tensor, path: Path, randn: Callable[[], Tensor],
+         sampler: SamplerConfig) -> Iterator[Step]:
+    """First order (Song et al. 2021): the clean estimate holds for a whole step."""
+    for k in range(max(path.steps)):
+        m = path.active(k)
+        eps = predict_noise(z[:m], path.log_snrs[k, :m])
+        x0 = clean_estimate(z[:m], path.log_snrs[k, :m], eps, sampler.clip)
+        z = move(z, x0, path, k, randn, sampler)
+        yield Step(z, x0, eps)
+
+
+# ---------------------------------------------------------------------------------------------- DPM-Solver++ 2M
+
+def dpmpp(predict_noise: NoisePredictor, z: Tensor, path: Path, randn: Callable[[], Tensor],
+          sampler: SamplerConfig) -> Iterator[Step]:
+    """Second order in log-SNR time (Lu et al. 2022, Alg. 2): the clean estimate goes on as it changed last."""
+    x0_before = None
+    for k in range(max(path.steps)):
+        # The clean estimate at t.
+        m = path.active(k)
+        eps = predict_noise(z[:m], path.log_snrs[k, :m])
+        x0 = clean_estimate(z[:m], path.log_snrs[k, :m], eps, sampler.clip)
+
+        # What it will be half a step further; the first step knows no change yet.
+        x0_ahead = x0
+        if k > 0:
+            x0_ahead = half_step_ahead(x0, x0_before[:m], path.log_snrs[k - 1:k + 2, :m])
+
+        # From t to s with it.
+        z = move(z, x0_ahead, path, k, randn, sampler)
+        x0_before = x0
+        yield Step(z, x0_ahead, eps)
+
+
+def half_step_ahead(x0: Tensor, x0_before: Tensor, log_snrs: Tensor) -> Tensor:
+    """The clean estimate in the middle of the step from t to s, linear in log-SNR: like x0 and the one before it.
+
+    log_snrs (3, m) before, at t and at s.
+    """
+    before, log_snr_t, log_snr_s = log_snrs
+    share = (log_snr_s - log_snr_t) / 2 / (log_snr_t - before)
+    return x0 + as_factor(share, x0) * (x0 - x0_before)
+
+
+# ---------------------------------------------------------------------------------------------- PLMS
+
+# Adams-Bashforth: how much the latest prediction counts, and those before it, where there are 2, 3 or 4.
+ADAMS_BASHFORTH = {
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
+
+
+def plms(predict_noise: NoisePredictor, z: Tensor, path: Path, randn: Callable[[], Tensor],
+         sampler: SamplerConfig) -> Iterator[Step]:
+    """Up to fourth order (Liu et al. 2022): the noise is extrapolated from the latest predictions."""
+    history = []  # of predictions, newest first
+    for k in range(max(path.steps)):
+        # Predict the noise at t.
+        m = path.active(k)
+        log_snr_t = path.log_snrs[k, :m]
+        eps = predict_noise(z[:m], log_snr_t)
+        history = [eps, *(older[:m] for older in history[:3])]
+
+        # The first step tries where it would lead (improved Euler); later ones look back (Adams-Bashforth).
+        if k == 0:
+            eps_mixed = improved_euler(predict_noise, z, eps, path, randn, sampler)
+        else:
+            eps_mixed = adams_bashforth(history)
+
+        # From t to s with the mixed noise.
+        x0 = clean_estimate(z[:m], log_snr_t, eps_mixed, sampler.clip)
+        z = move(z, x0, path, k, randn, sampler)
+        yield Step(z, x0, eps)
+
+
+def improved_euler(predict_noise: NoisePredictor, z: Tensor, eps: Tensor, path: Path, randn: Callable[[], Tensor],
+                   sampler: SamplerConfig) -> Tensor:
+    """The first step's noise (m, 4, h, w): what the mean of the clean estimates at t and s implies in z.
+
+    The mean of the two noises [released: plms.py:137-143] is coarser near t = 1, where a small difference in noise is a
+    large one in the clean latent (sigma / alpha is 30 at t = 0.98).
+    """
+    # Where the prediction at t would lead, and what the network says there.
+    m = len(eps)
+    log_snr_t = path.log_snrs[0, :m]
+    log_snr_s = path.log_snrs[1, :m]
+    x0 = clean_estimate(z[:m], log_snr_t, eps, sampler.clip)
+    z_ahead = move(z, x0, path, 0, randn, sampler)[:m]
+    eps_ahead = predict_noise(z_ahead, log_snr_s)
+    if sampler.ancestral:
+        return (eps + eps_ahead) / 2
+
+    # The mean of both clean estimates.
+    x0_ahead = clean_estimate(z_ahead, log_snr_s, eps_ahead, sampler.clip)
+    return eps_from_x0(z[:m], log_snr_t, (x0 + x0_ahead) / 2)
+
+
+def adams_bashforth(history: list[Tensor]) -> Tensor:
+    """The noise of a later step: the last two to four predictions, latest first, extrapolated."""
+    coefficients = ADAMS_BASHFORTH[len(history)]
+    return sum(coefficient * eps for coefficient, eps in zip(coefficients, history))

@@ -18,7 +18,8 @@ from typing import get_args, get_origin, get_type_hints
 
 import torch
 
-from common.runtime import Interrupted, spare_the_cpu, stoppable
+from common.machine import spare_the_cpu
+from common.processes import Interrupted, stoppable
 
 
 # ---------------------------------------------------------------------------------------------- errors

@@ -19,22 +19,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cameras import Cameras
-from common.runtime import Progress, map_processes
+from cameras import Cameras, Scene
 from datasets.annotations import ANNOTATIONS_FILE, Annotations, Frame
-from datasets.crop import Crop, PackedScenes, Scene, crop_and_resize, evenly_spaced, open_picture, pixel_camera
+from datasets.crop import Crop, crop_and_resize, open_picture, pixel_camera, scene_of_crops
 
 LISTED = 5  # names that an error message lists
 NO_ROOT = "{}: no such folder; the root of a dataset is the one with a folder for each category"
@@ -102,74 +99,6 @@ def load_sequence(root: str | Path, category: str, sequence: str, size: int = 25
     return source.load(sequence, size, chosen)
 
 
-def load_packed(roots: list, category: str, names: list[str] | None, views: int, size: int,
-                workers: int | None = None, split: str | None = None) -> PackedScenes:
-    """`views` evenly spaced frames of each of the sequences `names` (None: all) of each of the folders `roots`.
-
-    Of a `split` only, where a folder has it. Decoded by `workers` processes (None: one a core). Sequences with fewer
-    frames are left out.
-    """
-    # Which frames of which sequences.
-    jobs = []
-    for root in roots:
-        known = splits(root, category)
-        found = _jobs(root, category, names, views, size, split if split in known else None)
-        if not found:
-            raise ValueError(f"{root}/{category}: no sequence has {views} frames")
-        jobs += found
-
-    # NumPy copies each sequence to its place: torch's threads would take the cores from the workers.
-    rgba = np.empty((len(jobs), views, 4, size, size), np.uint8)
-    valid = np.empty((len(jobs), views, 1, size, size), np.uint8)
-    cameras = []
-    decoded = map_processes(_decode_sequence, jobs, workers or os.cpu_count() or 1)
-    for n, part in enumerate(Progress(decoded, f"reading {category}", total=len(jobs))):
-        rgba[n] = part.rgba
-        valid[n] = part.valid
-        cameras.append(part.cameras.map(torch.from_numpy))
-
-    names = [job.sequence for job in jobs]
-    frames = [_texts(job.frames) for job in jobs]
-    cameras = Cameras.stack(cameras)
-    return PackedScenes(torch.from_numpy(rgba), torch.from_numpy(valid), cameras, names, frames)
-
-
-class _Job(NamedTuple):
-    """A sequence that `load_packed` wants."""
-    root: str | Path
-    category: str
-    sequence: str
-    frames: list[int]
-    size: int
-
-
-class _Decoded(NamedTuple):
-    """The sequence of a job in NumPy arrays: they travel between processes as bytes, where tensors hold files open."""
-    rgba: np.ndarray   # (V, 4, S, S) uint8
-    valid: np.ndarray  # (V, 1, S, S) uint8
-    cameras: Cameras   # (V,), of arrays
-
-
-def _jobs(root: str | Path, category: str, names: list[str] | None, views: int, size: int,
-          split: str | None) -> list[_Job]:
-    """The sequences under one root that have `views` frames, and which of their frames to take."""
-    jobs = []
-    source = _source(root, category)
-    for name in source.sequences(split) if names is None else names:
-        numbers = source.frame_numbers(name, split)
-        if len(numbers) >= views:
-            frames = [numbers[i] for i in evenly_spaced(len(numbers), views)]
-            jobs.append(_Job(root, category, name, frames, size))
-    return jobs
-
-
-def _decode_sequence(job: _Job) -> _Decoded:
-    scene = load_sequence(job.root, job.category, job.sequence, job.size, job.frames)
-    rgba = torch.cat([scene.images, scene.masks], 1)
-    rgba = rgba.mul(255).round().byte()
-    return _Decoded(rgba.numpy(), scene.valid.byte().numpy(), scene.cameras.map(Tensor.numpy))
-
-
 # ---------------------------------------------------------------------------------------------- a CO3Dv2 tree
 
 class _Tree:
@@ -219,7 +148,7 @@ class _Tree:
         """The frames with these numbers."""
         frames = {frame.number: frame for frame in self.annotations.frames(sequence)}
         crops = [self._crop(frames[number], size) for number in numbers]
-        return Scene.from_crops(crops, _texts(numbers), sequence)
+        return scene_of_crops(crops, _texts(numbers), sequence)
 
     def _crop(self, frame: Frame, size: int) -> Crop:
         """One frame, decoded and cut to its object."""

@@ -13,7 +13,6 @@ photograph.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,89 +22,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from cameras import Cameras
+from cameras import Cameras, Scene
 
 MASK_THRESHOLD = 0.4  # foreground probability above which a pixel counts as the object
 CONTEXT = 0.3         # growth of the mask's box, as a fraction of its width and height
 
 # Of Pillow's readers these and no others: a file's name does not say which it needs, and some start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
-
-
-# ---------------------------------------------------------------------------------------------- scenes
-
-@dataclass(frozen=True)
-class Scene:
-    """V views of one object. Images are already multiplied by their soft masks: the background is black."""
-    images: Tensor    # (V, 3, S, S) in [0, 1]
-    masks: Tensor     # (V, 1, S, S) soft, probability of foreground in [0, 1]
-    valid: Tensor     # (V, 1, S, S) 1 where the photograph is, 0 in the padding
-    cameras: Cameras  # (V,), NDC of the square output
-    names: list[str]  # frame numbers as annotated
-    sequence: str     # the sequence's name
-
-    @staticmethod
-    def from_crops(crops: list[Crop], names: list[str], sequence: str) -> Scene:
-        """The scene of photographs cut to their object [released: co3d_dataloader.py:387]."""
-        images = torch.stack([crop.image for crop in crops])
-        masks = torch.stack([crop.mask for crop in crops])
-        valid = torch.stack([crop.valid for crop in crops])
-        cameras = Cameras.stack([crop.camera for crop in crops])
-        return Scene(images * masks, masks, valid, cameras, names, sequence)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index) -> Scene:
-        """The scene with the views at `index` only: a list, a slice or a tensor of positions."""
-        # Positions in a list work for tensors and names alike.
-        index = torch.arange(len(self))[index].tolist()
-        names = [self.names[i] for i in index]
-        cameras = self.cameras[index]
-        return Scene(self.images[index], self.masks[index], self.valid[index], cameras, names, self.sequence)
-
-    def to(self, device) -> Scene:
-        """The same scene on another device."""
-        images = self.images.to(device)
-        masks = self.masks.to(device)
-        valid = self.valid.to(device)
-        return replace(self, images=images, masks=masks, valid=valid, cameras=self.cameras.to(device))
-
-
-@dataclass(frozen=True)
-class PackedScenes:
-    """N sequences with V views each, in bytes: what training keeps in memory. Colors are within 1/510 of `Scene`'s."""
-    rgba: Tensor             # (N, V, 4, S, S) uint8: masked colors and soft mask, times 255
-    valid: Tensor            # (N, V, 1, S, S) uint8, 0 or 1
-    cameras: Cameras         # (N, V)
-    names: list[str]         # N sequences
-    frames: list[list[str]]  # N lists of V frame numbers
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, n: int) -> Scene:
-        """Sequence number `n` as a scene."""
-        rgba = self.rgba[n].float() / 255
-        images = rgba[:, :3]
-        masks = rgba[:, 3:]
-        valid = self.valid[n].float()
-        return Scene(images, masks, valid, self.cameras[n], self.frames[n], self.names[n])
-
-    def to(self, device) -> PackedScenes:
-        """The same scenes on another device."""
-        cameras = self.cameras.to(device)
-        return replace(self, rgba=self.rgba.to(device), valid=self.valid.to(device), cameras=cameras)
-
-
-def evenly_spaced(n: int, count: int) -> list[int]:
-    """Positions of `count` evenly spaced ones of `n` things: the first, the last and between; or all where n <= count.
-
-    A single one is the first.
-    """
-    if n <= count:
-        return list(range(n))
-    return torch.linspace(0, n - 1, count).long().tolist()
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -242,3 +165,12 @@ def _place(x: Tensor, rows: int, columns: int, size: int, mode: str) -> Tensor:
     """(C, height, width) resized to `rows` x `columns`, in the top left corner of zeros: (C, S, S)."""
     resized = F.interpolate(x[None], (rows, columns), mode=mode)[0]
     return F.pad(resized, (0, size - columns, 0, size - rows))
+
+
+def scene_of_crops(crops: list[Crop], names: list[str], sequence: str) -> Scene:
+    """The scene of photographs cut to their object [released: co3d_dataloader.py:387]."""
+    images = torch.stack([crop.image for crop in crops])
+    masks = torch.stack([crop.mask for crop in crops])
+    valid = torch.stack([crop.valid for crop in crops])
+    cameras = Cameras.stack([crop.camera for crop in crops])
+    return Scene(images * masks, masks, valid, cameras, names, sequence)

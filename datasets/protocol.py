@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
+from cameras import evenly_spaced
 from common import files
 from datasets import co3d
-from datasets.crop import evenly_spaced
 
 EVALUATION = "fewview_dev/test"   # [released: load_dataset.py:13-15; co3d_dataloader.py:796-798]
 TRAINING = "fewview_train/train"  # [released: train.py:254; co3d_dataloader.py:230]

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datasets.crop import Scene
+from cameras import Scene
+from distillation import DistillConfig
 from export.pictures import Views
-from settings import DistillConfig
 from sparsefusion import Condition, SparseFusion
 
 VIEWS_AT_ONCE = 8  # in a batch of the VLDM

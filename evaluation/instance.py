@@ -1,171 +1,35 @@
-"""What is reconstructed and measured (`Instance`), and where it comes from: a sequence of a CO3D tree (Sec. 4), or a
-folder of one's own photographs.
+"""One object to reconstruct and to measure (`Instance`), against the baselines (Sec. 4): `run_instance`.
 
-Both sources know their views by name and decode nothing before they have to: so inputs and targets are chosen first,
-and whether masks and cameras of the inputs fit (`check.py`) is asked before anything long begins.
-
-Views are told by their positions in the source, which are those in the scene that it loads.
+Shapes: `T` target views, `S` side of the image.
 """
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
-import check
+import torch
+from torch import Tensor
+
+import metrics
+import sparsefusion
+from cameras import Scene
+from checkpoints import released
 from common import files
-from datasets import co3d
-from datasets.crop import Scene, evenly_spaced
-from datasets.protocol import PROTOCOLS, Entry, choose_views
-from photographs import capture
-from photographs.capture import Similarity
-from photographs.reading import CONVENTIONS, Photographs
-from settings import DistillConfig
+from common.progress import begin, planned
+from distillation import DistillConfig
+from evaluation import baselines, results
+from evaluation.sources import Loaded, OwnPhotographs, Source, choose_targets, find_views, random_views
+from evaluation.tables import Rows
+from export.mesh import write_ply
+from export.pictures import Views, comparison, save_animation, save_picture, save_views
+from photographs.normalization import Similarity
+from reconstruction import Distance, Reconstruction, reconstruct
+from sparsefusion import SparseFusion
 
-HELD_OUT = 8  # own photographs that are held out to measure, at most; and one of so many
-
-
-# ---------------------------------------------------------------------------------------------- where it comes from
-
-class Loaded(NamedTuple):
-    """The views of a source."""
-    scene: Scene              # in the world where the field is made
-    world: Similarity | None  # from there to the user's; None where it is the same one
-
-    def world_as_data(self) -> dict | None:
-        """The same in plain data."""
-        if self.world is None:
-            return None
-        return {"R": self.world.R.tolist(), "scale": self.world.scale, "shift": self.world.shift.tolist()}
-
-
-@dataclass(frozen=True)
-class CO3DSequence:
-    """A sequence of a CO3D tree."""
-    root: Path
-    entry: Entry
-
-    @property
-    def name(self) -> str:
-        """What its results are called."""
-        return self.entry.sequence
-
-    @property
-    def names(self) -> list[str]:
-        """What its views are called: the numbers of the frames."""
-        return [str(number) for number in self.entry.frames]
-
-    @property
-    def index(self) -> int:
-        """Its place in a list, which seeds it."""
-        return self.entry.index
-
-    @property
-    def possible_inputs(self) -> list[int]:
-        """All of them, and so the targets."""
-        return list(range(len(self.names)))
-
-    possible_targets = possible_inputs
-
-    def settings(self) -> dict:
-        """What it is, as plain data: pictures by their dates."""
-        pictures = co3d.stamp(self.root, self.entry.category, self.entry.sequence, self.entry.frames)
-        return {"entry": asdict(self.entry), "pictures": pictures}
-
-    def examine(self, views: list[int]) -> check.Findings:
-        """Do masks and cameras of some views fit?"""
-        frames = [self.entry.frames[i] for i in views]
-        return check.examine(self._read(check.SIZE, frames))
-
-    def load(self, size: int) -> Loaded:
-        """All its views, cut to the object, `size` pixels a side."""
-        return Loaded(self._read(size, self.entry.frames), None)
-
-    def _read(self, size: int, frames: list[int] | tuple[int, ...]) -> Scene:
-        return co3d.load_sequence(self.root, self.entry.category, self.entry.sequence, size, frames)
-
-
-def find_sequence(root: Path, protocol: str, category: str, name: str | None) -> CO3DSequence:
-    """The sequence of this name, or the first, in a protocol's list of a category."""
-    # In the list a sequence has its place, which seeds it.
-    entries = PROTOCOLS[protocol](root, category)
-    if name is None:
-        return CO3DSequence(root, entries[0])
-    for entry in entries:
-        if entry.sequence == name:
-            return CO3DSequence(root, entry)
-    names = ", ".join(entry.sequence for entry in entries[:5])
-    raise ValueError(f"--sequence {name}: not in the list of --protocol {protocol}, which begins {names}; --protocol "
-                     "all lists every sequence")
-
-
-@dataclass(frozen=True)
-class OwnPhotographs:
-    """A folder of photographs (docs/photographs.md)."""
-    photographs: Photographs
-    index = 0  # it stands in no list
-
-    @property
-    def name(self) -> str:
-        """What its results are called."""
-        return self.photographs.folder.resolve().name
-
-    @property
-    def names(self) -> list[str]:
-        """What its views are called: their files."""
-        return [shot.name for shot in self.photographs.shots]
-
-    @property
-    def possible_inputs(self) -> list[int]:
-        """Those that the files name as inputs, or all."""
-        return self.photographs.inputs or list(range(len(self.names)))
-
-    @property
-    def possible_targets(self) -> list[int]:
-        """Those that the files name as targets, or all."""
-        return self.photographs.targets or list(range(len(self.names)))
-
-    def settings(self) -> dict:
-        """What it is, as plain data: pictures by their dates."""
-        return {"capture": self.name, "pictures": capture.stamp(self.photographs.folder)}
-
-    def examine(self, views: list[int]) -> check.Findings:
-        """Do masks and cameras of some views fit?"""
-        # In the user's own world: wrong cameras may have no normalized one.
-        shots = [self.photographs.shots[i] for i in views]
-        few = replace(self.photographs, shots=shots, inputs=None, targets=None)
-        scene = capture.load_pictures(few, check.SIZE)
-        return check.examine(scene, CONVENTIONS[few.axes], whole=True)
-
-    def load(self, size: int) -> Loaded:
-        """All its views, whole, padded to squares of `size` pixels, in the normalized world."""
-        loaded = capture.load_capture(self.photographs.folder, size)
-        return Loaded(loaded.scene, loaded.world)
-
-    def default_inputs(self, targets: int | None) -> list[int]:
-        """Positions of the inputs where nobody chooses: those that the files name, or all but `targets` evenly spaced
-        ones.
-
-        `targets` is by default one of every eight, at most eight. Raises `ValueError` where no input is left.
-        """
-        if self.photographs.targets:
-            return self.possible_inputs
-
-        # Rather not the first and the last, beside which there may be nothing.
-        possible = self.possible_inputs
-        count = len(possible)
-        if targets is None:
-            targets = min(count // HELD_OUT, HELD_OUT)
-        if targets >= count:
-            raise ValueError(f"--targets {targets}: {self.name} has {count} photographs, so none is left as an input")
-        held_out = {possible[int((i + 0.5) * count / targets)] for i in range(targets)}
-        return [view for view in possible if view not in held_out]
-
-
-Source = CO3DSequence | OwnPhotographs
-
-
-# ---------------------------------------------------------------------------------------------- what is done with it
 
 @dataclass(frozen=True)
 class Instance:
@@ -247,57 +111,163 @@ class Instance:
         }
 
 
-# ---------------------------------------------------------------------------------------------- which views
+# ---------------------------------------------------------------------------------------------- against the baselines
 
-def random_views(source: Source, count: int, seed: int) -> list[int]:
-    """Positions of the first `count` of a random permutation of the views that may be inputs, all of them for 0."""
-    possible = source.possible_inputs
-    if count > len(possible):
-        raise ValueError(f"--views {count}: {source.name} has {len(possible)} frames")
-    return [possible[i] for i in choose_views(len(possible), count or len(possible), seed)]
-
-
-def find_views(source: Source, frames: tuple[str, ...]) -> list[int]:
-    """Positions of the views with these names. Raises `ValueError` for a name that it lacks, or twice the same."""
-    position = {name: i for i, name in enumerate(source.names)}
-    for frame in frames:
-        if frame not in position:
-            some = ", ".join(source.names[:8])
-            raise ValueError(f"--input-frames: {source.name} has no frame {frame}; it has {some}, ...")
-        if frames.count(frame) > 1:
-            raise ValueError(f"--input-frames: frame {frame} stands there twice")
-    return [position[frame] for frame in frames]
+class Distances(NamedTuple):
+    """How far apart pictures look: what the loss asks and what the tables show."""
+    loss: Distance | None   # None: the model's own
+    metric: Distance
+    metric_name: str
 
 
-def choose_targets(source: Source, inputs: list[int], count: int, on_inputs: bool) -> list[int]:
-    """Positions of `count` views to measure, evenly spaced, or of all for 0: of those that are no inputs, if any."""
-    # What was given is not predicted.
-    candidates = [i for i in source.possible_targets if i not in inputs]
-    if not candidates:
-        print(f"{source.name}: all views are inputs, so the inputs themselves are measured")
-        candidates = inputs
-    if on_inputs:
-        candidates = list(range(len(source.names)))
-    return [candidates[i] for i in evenly_spaced(len(candidates), count or len(candidates))]
-
-
-def check_inputs(source: Source, inputs: list[int], force: bool) -> None:
-    """Do masks and cameras of the input views fit? One line where they do. A clear mistake raises `ValueError`, unless
-    `force` goes on.
+def load_distances(instance: Instance) -> Distances:
+    """LPIPS for both if its files are given; else the VAE's features for the loss, the shipped network for the
+    tables.
     """
-    # An even choice of them is enough. One alone cannot be checked.
-    if len(inputs) < 2:
-        return
-    chosen = [inputs[i] for i in evenly_spaced(len(inputs), check.MOST)]
-    found = source.examine(chosen)
+    if instance.lpips:
+        lpips = released.load_lpips(*instance.lpips).to(instance.device)
+        return Distances(lpips, lpips, "LPIPS (VGG16, v0.1)")
+    if instance.weights:
+        print("perceptual term: the VAE encoder's features (no --lpips files given; this is not LPIPS)")
+    network = metrics.load_attribute_net(instance.feature_net).to(instance.device)
+    return Distances(None, partial(metrics.perceptual_distance, network.layers), "attribute network (not LPIPS)")
 
-    # What stops the command, what is only worth knowing, and what is well.
-    if found.mistake and not force:
-        verdict = "; ".join(line.strip() for line in found.lines[-2:])
-        raise ValueError(f"{source.name}: {verdict}; correct the cameras (docs/check.md), or go on with --force")
-    if not found.fits:
-        print("\n".join(found.lines))
-        return
-    some = f"{len(chosen)} of " if len(chosen) < len(inputs) else ""
-    limit = "" if found.can_tell else ", as far as these can tell"
-    print(f"masks and cameras of {some}{len(inputs)} input views fit{limit}")
+
+def load_views(instance: Instance, model: SparseFusion | None) -> Loaded:
+    """All views of an instance in the model's size, or without one in the config's. Raises `ValueError` where
+    renderings of the config do not fit that size.
+    """
+    size = instance.config.image_size if model is None else model.preset.image_size
+    loaded = instance.source.load(size)
+    side = instance.config.render_size
+    if size % side and not (model is None and instance.config.input_pixels):
+        raise ValueError(f"render_size {side} does not divide the {size} pixels of a picture's side")
+    return loaded._replace(scene=loaded.scene.to(instance.device))
+
+
+def show_all(scene: Scene, inputs: list[int], targets: list[int], model: SparseFusion | None, instance: Instance,
+             ours: Reconstruction, out: Path) -> dict[str, Views]:
+    """What every method shows from the target cameras, in the order of the tables (Sec. 4)."""
+    config = instance.config
+    cameras = scene.cameras[targets]
+    size = scene.images.shape[-1]
+    pictures = {"nearest": baselines.nearest_input(scene, inputs, targets)}
+    if model is None:
+        begin("pictures")
+        pictures["ngp"] = ours.render(cameras, size)
+        return pictures
+
+    # The field alone is the same fit without a prior: as many updates from input views.
+    alone = reconstruct(scene, inputs, None, config, instance.seed, checkpoint=out / "field_alone.pt",
+                        title="field without prior", extend=bool(ours.gone_on_from))
+    pictures["ngp"] = alone.render(cameras, size)
+
+    # The parts of the prior, each for itself.
+    pictures["eft"] = baselines.eft_images(scene, inputs, targets, model, config, instance.seed,
+                                           ours.hull(cameras, size), "EFT, a ray a pixel")
+    begin("VLDM samples")
+    pictures["vldm"] = baselines.vldm_samples(scene, inputs, targets, model, config, instance.seed)
+    begin("pictures")
+    pictures["sparsefusion"] = ours.render(cameras, size)
+    return pictures
+
+
+@torch.no_grad()
+def measure(views: Views, images: Tensor, masks: Tensor, distance: Distance) -> dict[str, list[float]]:
+    """A method's metrics, view by view, against photographs (T, 3, S, S) and masks (T, 1, S, S).
+
+    The PSNR of equal pictures is 100 dB, for JSON has no infinity.
+    """
+    # Of the picture.
+    shown = views.images.clamp(0, 1)
+    values = {
+        "psnr": metrics.psnr(shown, images).clamp(max=100),
+        "ssim": metrics.ssim(shown, images),
+        "perceptual": distance(shown, images),
+    }
+
+    # Of the silhouette, if the method has one.
+    if views.silhouettes is not None:
+        values["iou"] = metrics.iou(views.silhouettes, masks)
+    return {name: [round(x, 5) for x in value.tolist()] for name, value in values.items()}
+
+
+def mean_rows(per_view: dict[str, dict[str, list[float]]]) -> Rows:
+    """Method -> metric -> mean over views."""
+    rows = {}
+    for method, values in per_view.items():
+        rows[method] = {name: round(fmean(numbers), 4) for name, numbers in values.items()}
+    return rows
+
+
+def write_outputs(scene: Scene, inputs: list[int], targets: list[int], pictures: dict[str, Views],
+                  ours: Reconstruction, world: Similarity | None, out: Path) -> None:
+    """Something to look at: the sheet that compares methods, every picture in it, the turntable, the mesh. `world`
+    leads to the coordinates that the mesh gets.
+    """
+    names = [scene.names[i] for i in targets]
+    save_picture(comparison(scene, inputs, targets, pictures), out / "comparison.png")
+    save_views(pictures, scene.images[targets], names, out / "views")
+    turntable = ours.turntable(scene.cameras, scene.images.shape[-1], "turntable")
+    save_animation(turntable, out / "turntable.gif")
+
+    begin("mesh")
+    mesh = ours.mesh()
+    if world is not None:
+        mesh = mesh._replace(vertices=world.points(mesh.vertices))
+    write_ply(out / "mesh.ply", mesh)
+
+
+def run_instance(instance: Instance, out: Path, overwrite: bool = False, extend: bool = False) -> dict:
+    """Reconstruct, compare, measure, and write everything into the folder `out`; returns what `metrics.json` holds.
+
+    An earlier run of the same settings is taken up; with `extend` one of fewer iterations, too. Raises `ValueError`
+    for one of other settings, unless told to `overwrite` it, and for input that is missing or broken.
+    """
+    with planned(instance.expected_costs()):
+        return _run_instance(instance, out, overwrite, extend)
+
+
+def _run_instance(instance: Instance, out: Path, overwrite: bool, extend: bool) -> dict:
+    began = time.monotonic()
+    begin("loading")
+    settings = instance.settings()
+    other = results.conflict(out, settings, extend)
+    if other and not overwrite:
+        raise ValueError(f"{out}: results of other settings ({other}); choose another --out, or --overwrite")
+
+    # What is given.
+    inputs = instance.inputs()
+    targets = choose_targets(instance.source, inputs, instance.targets, instance.config.metrics_on_inputs)
+    model = None if instance.weights is None else sparsefusion.load(instance.weights, instance.device)
+    distances = load_distances(instance)
+    loaded = load_views(instance, model)
+    scene = loaded.scene
+    world = loaded.world_as_data()
+    instance.note_more_iterations()
+    results.claim(out, settings, clear=bool(other))
+
+    # The method, and what it is compared with.
+    title = "field fit" if model is None else "distillation"
+    ours = reconstruct(scene, inputs, model, instance.config, instance.seed, distances.loss, out / "field.pt", title,
+                       out / "previews.png", extend, {"world": world})
+    pictures = show_all(scene, inputs, targets, model, instance, ours, out)
+    truth = scene[targets]
+    per_view = {method: measure(views, truth.images, truth.masks, distances.metric)
+                for method, views in pictures.items()}
+
+    # Pictures, mesh, numbers.
+    write_outputs(scene, inputs, targets, pictures, ours, loaded.world, out)
+    result = {
+        "sequence": instance.source.name,
+        "input_frames": [scene.names[i] for i in inputs],
+        "target_frames": [scene.names[i] for i in targets],
+        "methods": mean_rows(per_view),
+        "per_view": per_view,
+        "perceptual_name": distances.metric_name,
+        "world": world,
+        "settings": settings,
+    } | results.account(ours, instance.device, began)
+    files.save_json(result, out / "metrics.json")
+    (out / "field_alone.pt").unlink(missing_ok=True)
+    return result

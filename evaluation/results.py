@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 from common import files
-from common.runtime import peak_gb, seconds_by_step, versions
+from common.machine import peak_gb, versions
+from common.progress import seconds_by_step
 from export.pictures import LABELS
 from reconstruction import OUTPUT_FIELDS, Reconstruction, goes_further
 

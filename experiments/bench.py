@@ -29,13 +29,14 @@ import cameras
 import distillation
 import hashgrid
 import ngp
-import settings
+import presets
 import sparsefusion
 import vldm
-from common import files, runtime
-from datasets import co3d, crop
-from gpu import mlp
-from lattice import Lattice
+from common import files
+from common.machine import device_name
+from datasets import co3d
+from distillation import Lattice
+from gpu import hashgrid_kernel, mlp
 
 SAMPLE = Path(__file__).resolve().parent.parent / "sample" / "co3d"
 SECONDS = 1.0  # that a part is repeated for, about
@@ -116,7 +117,7 @@ def _encoding_of(x: Tensor, grid: hashgrid.HashGrid, grad: Tensor, size: str) ->
     operations = pairs * (9 + 16 + 8 * 2 * table.shape[1])
 
     paths = {"torch": hashgrid._Encode.apply}
-    if hashgrid.kernels_for(x, table) is not None:
+    if hashgrid_kernel.kernels_for(x, table) is not None:
         paths = {"kernel": hashgrid.encode, **paths}
     for path, encode in paths.items():
         forward = partial(encode, x, table.detach(), levels)
@@ -147,7 +148,7 @@ def field_network(device: torch.device) -> Iterator[Part]:
     kernels multiply in bfloat16 and may reach more than the float32 floor.
     """
     log2_points = 20 if device.type == "cuda" else 14
-    field = ngp.Field(settings.PRESETS["paper"].field).to(device)
+    field = ngp.Field(presets.PRESETS["paper"].field).to(device)
     widths = [field.mlp[0].in_features, *[layer.out_features for layer in field.mlp[::2]]]
     products = sum(a * b for a, b in zip(widths, widths[1:]))
     x = torch.randn(2**log2_points, widths[0], device=device, requires_grad=True)
@@ -179,7 +180,7 @@ def denoiser(device: torch.device) -> Iterator[Part]:
     # The last layer starts at zero, which would be a result without a spread to compare with.
     name = "paper" if device.type == "cuda" else "nano"
     with device:
-        model = sparsefusion.SparseFusion(sparsefusion.PRESETS[name])
+        model = sparsefusion.SparseFusion(presets.MODELS[name])
     torch.nn.init.normal_(model.vldm.unet.final_conv.weight, std=0.02)
     model = sparsefusion.ready(model, device)
     for batch in (1, 8, 16, 32) if device.type == "cuda" else (1, 4):
@@ -210,7 +211,7 @@ def _denoiser_of(model: sparsefusion.SparseFusion, batch: int, device: torch.dev
 
     # Whole denoisings.
     for solver, steps in (("plms", 50), ("dpmpp", 10)):
-        sampler = replace(vldm.PAPER_SAMPLER, solver=solver, plms_steps=steps)
+        sampler = replace(vldm.SamplerConfig(), solver=solver, plms_steps=steps)
         runs[f"denoise, {solver} {steps}"] = partial(model.denoise, images, features, levels, generator, sampler)
 
     # Operations are counted without graphs, in which they do not show.
@@ -250,7 +251,7 @@ def epipolar_transformer(device: torch.device) -> Iterator[Part]:
     and written once a layer, by each of the two sublayers. On a GPU it runs in half precision.
     """
     large = device.type == "cuda"
-    model = sparsefusion.SparseFusion(sparsefusion.PRESETS["paper" if large else "nano"]).to(device).eval()
+    model = sparsefusion.SparseFusion(presets.MODELS["paper" if large else "nano"]).to(device).eval()
     preset, viewpoints = model.preset, 82 if large else 1
     for views, side in ((2, 256), (6, 256), (24, 256), (2, 128), (2, 512)) if large else ((2, 128), (6, 128)):
         around = _cameras_around(views + viewpoints).to(device)
@@ -285,8 +286,8 @@ def rendering(device: torch.device) -> Iterator[Part]:
     """
     size = 256 if device.type == "cuda" else 64
     scene = co3d.load_sequence(SAMPLE, "toys", "toy_1000_00000", size).to(device)
-    inputs = scene[crop.evenly_spaced(len(scene), 6)]
-    paper = replace(settings.PRESETS["paper"], image_size=size, render_size=size // 2, bootstrap=1000)
+    inputs = scene[cameras.evenly_spaced(len(scene), 6)]
+    paper = replace(presets.PRESETS["paper"], image_size=size, render_size=size // 2, bootstrap=1000)
 
     # As many samples as the paper's two passes, and what replaces them.
     for samples, importance in ((64, 64), (128, 0)):
@@ -391,7 +392,7 @@ def examine(device: torch.device) -> Machine:
     side = 8192 if large else 1024
     a, b = torch.rand(2, side, side, device=device)
     product = statistics.median(milliseconds(lambda: a @ b, device))
-    return Machine(runtime.device_name(device), torch.__version__, copy_rate, 2 * side**3 / product / 1e6)
+    return Machine(device_name(device), torch.__version__, copy_rate, 2 * side**3 / product / 1e6)
 
 
 def measure(part: Part, machine: Machine, device: torch.device) -> Row:

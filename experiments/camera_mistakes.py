@@ -18,10 +18,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import check
-from cameras import Cameras
+from cameras import Cameras, Scene
 from datasets.co3d import load_sequence, sequences
-from datasets.crop import Scene
+from photographs import examine
 from photographs.capture import load_pictures
 from photographs.reading import CONVENTIONS, Convention, read_capture, world_to_view
 
@@ -137,12 +136,12 @@ def _changes() -> list[tuple[str, np.ndarray]]:
     return changes
 
 
-def outcome(found: check.Findings, words: str) -> str:
+def outcome(found: examine.Findings, words: str) -> str:
     """The column of the table for what was found about a mistake."""
     # Named: a factor of the focal length is right within a sixth of it.
-    focal = words.startswith(check.FOCAL)
+    focal = words.startswith(examine.FOCAL)
     if found.mistake is not None:
-        near = focal and found.mistake.startswith(check.FOCAL)
+        near = focal and found.mistake.startswith(examine.FOCAL)
         if near and abs(math.log(_number(found.mistake) / _number(words))) < math.log(7 / 6):
             return "named"
         return "named" if found.mistake == words else "wrongly named"
@@ -173,12 +172,12 @@ def outcomes(scene: Scene, convention: Convention, whole: bool, args: argparse.N
         for _ in range(args.subsets):
             # The right cameras first: for them "named" means that nothing is.
             few = scene[sorted(rng.sample(range(len(scene)), count))]
-            right = check.examine(few, convention, whole)
+            right = examine.examine(few, convention, whole)
             rows["none", count]["wrongly named" if right.mistake else "named"] += 1
 
             # Then every mistake; a line for each that has no name.
             for mistake in mistakes(few, convention, whole):
-                found = check.examine(replace(few, cameras=mistake.cameras), convention, whole)
+                found = examine.examine(replace(few, cameras=mistake.cameras), convention, whole)
                 result = outcome(found, mistake.words)
                 rows[mistake.kind, count][result] += 1
                 rows["all mistakes", count][result] += 1
@@ -204,7 +203,7 @@ def main() -> None:
     if args.category:
         sequence = sequences(args.root, args.category)[0]
         scene = load_sequence(args.root, args.category, sequence, SIZE)
-        rows = outcomes(scene, check.CO3D, False, args)
+        rows = outcomes(scene, examine.CO3D, False, args)
     else:
         scene = photographs(args.root, range(*args.frames))
         rows = outcomes(scene, CONVENTIONS["opengl"], True, args)

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from common.files import write_atomically
 from ngp import Field, in_chunks
-from occupancy import Occupancy, cell_bounds
-from volume import compositing_weights, evaluate_samples, sampled_box
+from volume import Occupancy, cell_bounds, compositing_weights, evaluate_samples, sampled_box
 
 # Kuhn's six tetrahedra of a cube, whose corner 4 i + 2 j + k lies at (x, y, z) = (i, j, k). All have the diagonal from
 # corner 0 to corner 7 as an edge. Along it the cube looks like a hexagon (right), and they are its six slices. Each is

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from cameras import Cameras
-from datasets.crop import Scene, evenly_spaced
+from cameras import Cameras, Scene, evenly_spaced
 from photographs.silhouettes import centered, clearance, silhouettes
 
 TILE = 288     # pixels a side of a photograph in the picture

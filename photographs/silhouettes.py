@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cameras import Cameras
-from datasets.crop import Scene, evenly_spaced
+from cameras import Cameras, Scene, evenly_spaced
 
 GRID = 128       # cells a side of the grid that holds a mask and its surroundings
 MARGIN = 6       # cells of it around the mask's box

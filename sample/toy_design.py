@@ -13,7 +13,7 @@ import math
 import numpy as np
 import torch
 
-from common.runtime import rand
+from common.machine import rand
 from sample.toy_shapes import Place
 
 BADGES = ("disc", "square", "heart", "star", "plus")

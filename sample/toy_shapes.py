@@ -237,6 +237,7 @@ class Figure:
 # ---------------------------------------------------------------------------------------------- shapes of paint
 # Each takes coordinates in radii, (R,) each, to about the distance to the shape's edge, (R,), negative inside.
 
+
 def _disc(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     return torch.hypot(x, y) - 1
 

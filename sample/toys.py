@@ -38,7 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 from cameras import Cameras, look_at  # noqa: E402
 from common import cli  # noqa: E402
 from common.files import write_atomically  # noqa: E402
-from common.runtime import Progress, rand  # noqa: E402
+from common.machine import rand  # noqa: E402
+from common.progress import Progress  # noqa: E402
 from sample.toy_design import Design, Dice, random_place  # noqa: E402
 from sample.toy_parts import add_back, add_body, add_clothes, add_head  # noqa: E402
 from sample.toy_render import render  # noqa: E402

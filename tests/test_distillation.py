@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import distillation
-import losses
 import metrics
 import volume
 from cameras import Cameras, circle_path
@@ -204,7 +203,7 @@ def test_gradient_of_the_distillation_loss_by_hand():
     loss = work.distillation_loss(work.draw_denoised(SHORT.bootstrap))
     loss.backward()
     x, silhouette, n = seen.detach()[:, :3], seen.detach()[:, 3:], 3 * 32 * 32
-    weight = losses.fusion_weight(model.noise_levels[0])
+    weight = distillation.fusion_weight(model.noise_levels[0])
     expected = weight * torch.ones_like(x) / n + SHORT.weight_perceptual * 2 * (x - x / 2) / n  # sign(x - x / 2) = 1
     parity.assert_close(seen.grad[:, :3], expected, rtol=1e-4, atol=1e-9)
     expected = SHORT.weight_opacity * silhouette / (silhouette**2 + 0.01).sqrt() / (32 * 32)
@@ -426,6 +425,6 @@ def test_a_pixel_is_the_mean_of_its_rays():
     seen = torch.rand(16, 4, generator=torch.Generator().manual_seed(0))
     work.render = lambda rays: volume.Rendering(seen[:, :3], seen[:, 3], None)
     mean = seen.reshape(4, 4, 4).mean(1)
-    loss = losses.photometric_loss(mean[:, :3], mean[:, 3:], batch.color, batch.mask)
-    loss = loss + SHORT.weight_opacity * losses.opacity_loss(mean[:, 3:])
+    loss = distillation.photometric_loss(mean[:, :3], mean[:, 3:], batch.color, batch.mask)
+    loss = loss + SHORT.weight_opacity * distillation.opacity_loss(mean[:, 3:])
     parity.assert_close(work.input_loss(batch), loss, rtol=1e-5)

@@ -6,18 +6,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from attention import EncoderLayer, SplitLinear
+import presets
 from cameras import Cameras, pixel_grid
 from checkpoints.released import PARTS
-from eft import EFT, NANO, PAPER, harmonic, sample_maps
+from eft import EFT, EFTConfig, EncoderLayer, SplitLinear, harmonic, sample_maps
 from tests.support import parity
 
-TINY = dataclasses.replace(NANO, stem=8, stages=(8, 12, 16), blocks=1, width=32, layers=1, feedforward=32, depths=8,
+TINY = dataclasses.replace(presets.NANO.eft, stem=8, stages=(8, 12, 16), blocks=1, width=32, layers=1, feedforward=32, depths=8,
                            harmonics=4)
 
 
 def paper_model():
-    model = EFT(PAPER)
+    model = EFT(EFTConfig())
     model.load_state_dict(parity.rename(parity.weights("eft"), PARTS["eft"]))
     return model
 
@@ -255,7 +255,7 @@ def test_image_of_some_of_its_rays(asked):
 
 
 def test_gradients_reach_every_parameter():
-    model, cameras, images = EFT(NANO).train(), ring(3), torch.rand(1, 2, 3, 64, 64)
+    model, cameras, images = EFT(presets.NANO.eft).train(), ring(3), torch.rand(1, 2, 3, 64, 64)
     maps = model.encode(images)
     color = model(maps, images, Cameras.stack([cameras[1:]]), cameras[:1], pixel_grid(3, 3, 64), 2.0, 6.0).color
     color.square().sum().backward()

@@ -10,7 +10,7 @@ import metrics
 import reconstruction
 from cameras import Cameras, look_at, relative_to
 from export.pictures import Views
-from settings import PRESETS
+from presets import PRESETS
 from tests.support import parity
 from tests.support.helpers import same
 from tests.support.small import FIELD, SHORT, ball, tiny_model

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hashgrid
-from gpu import kernels
+from gpu import hashgrid_kernel, kernels
 from hashgrid import HashGrid
 from tests.support import parity
 
@@ -157,7 +157,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_kernels_agree_with_plain_torch(name, how):
     encoding = HashGrid(*GRIDS[name], 1.0, torch.Generator().manual_seed(0)).cuda()
     x = points(how)
-    assert hashgrid.kernels_for(x, encoding.table) is not None
+    assert hashgrid_kernel.kernels_for(x, encoding.table) is not None
     features = hashgrid.encode(x, encoding.table, encoding.levels)
     grad = torch.randn(features.shape, generator=torch.Generator().manual_seed(1)).cuda()
     grad[::3] = 0  # samples that nobody sees
@@ -202,7 +202,7 @@ def test_no_points_no_error_on_a_gpu():
 def test_plain_torch_serves_other_tables(features, dtype, capfd):
     encoding = tiny(features=features).to("cuda", dtype)
     x = points("random", 100).to(dtype)
-    assert hashgrid.kernels_for(x, encoding.table) is None
+    assert hashgrid_kernel.kernels_for(x, encoding.table) is None
     expected = tiny(features=features).to(dtype)(x.cpu())
     parity.assert_close(encoding(x).cpu(), expected, atol=1e-4)
     assert capfd.readouterr() == ("", "")  # nothing is wrong
@@ -239,7 +239,7 @@ def test_kernels_in_a_cuda_graph():
 def fresh():
     """No kernels compiled before, nothing said, and nothing kept of what the test does."""
     def clear():
-        hashgrid._compile.cache_clear()
+        hashgrid_kernel._compile.cache_clear()
         kernels._say_plain_torch_serves.cache_clear()
     clear()
     yield
@@ -251,7 +251,7 @@ def test_plain_torch_serves_where_the_compiler_is_missing(fresh, monkeypatch, ca
     encoding = tiny().cuda()
     x = points("random", 1000)
     expected = encoding(x)
-    hashgrid._compile.cache_clear()
+    hashgrid_kernel._compile.cache_clear()
     monkeypatch.delattr(torch.cuda, "_compile_kernel")
     for _ in range(3):
         features = encoding(x)
@@ -271,8 +271,8 @@ def test_kernels_that_cannot_be_had_are_said_once(fault, fresh, monkeypatch, tmp
     elif torch.cuda.is_available():
         pytest.skip("there is CUDA")
     for _ in range(3):
-        assert hashgrid._compile(2, 0) is None
-    assert hashgrid._compile(4, 0) is None
+        assert hashgrid_kernel._compile(2, 0) is None
+    assert hashgrid_kernel._compile(4, 0) is None
     assert len(capfd.readouterr().err.splitlines()) == 1
 
 
@@ -297,7 +297,7 @@ def test_torch_needs_no_toolkit_to_compile(monkeypatch):
 def test_kernels_compile_without_a_toolkit(fresh, monkeypatch):
     extension = importlib.import_module("torch.utils.cpp_extension")
     monkeypatch.setattr(extension, "CUDA_HOME", None)
-    assert hashgrid._compile(2, 0) is not None
+    assert hashgrid_kernel._compile(2, 0) is not None
     assert extension.CUDA_HOME is None
 
 
@@ -311,7 +311,7 @@ def test_kernels_compile_for_any_gpu(capability):
     for channels, kernel in itertools.product(hashgrid.KERNEL_CHANNELS, ["encode_forward", "encode_backward"]):
         try:
             with kernels.without_toolkit():
-                options = hashgrid.kernel_options(channels)
+                options = hashgrid_kernel.kernel_options(channels)
                 binary, _ = compiler._nvrtc_compile(source, kernel, capability, nvcc_options=options)
         except RuntimeError as error:
             if "invalid value for --gpu-architecture" in str(error):

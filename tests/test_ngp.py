@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import ngp
+import presets
 import volume
-from occupancy import Occupancy
 from tests.support import parity
 from tests.support.fields import TINY, random_rays, released_field, seeded
+from volume import Occupancy
 
 
 # ---------------------------------------------------------------------------------------------- configurations
@@ -31,14 +32,14 @@ from tests.support.fields import TINY, random_rays, released_field, seeded
 ])
 def test_numbers_that_do_not_fit_are_refused_in_one_line(change, words):
     with pytest.raises(ValueError, match=words) as e:
-        dataclasses.replace(ngp.NANO, **change)
+        dataclasses.replace(presets.NANO_FIELD, **change)
     assert len(str(e.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("change", [{"levels": 1}, {"hidden_layers": 0}, {"samples_per_ray": 1}, {"base_resolution": 1},
                                     {"samples_per_ray": 3, "importance_samples": 4}, {"finest_resolution": 8}])
 def test_numbers_that_just_fit(change):
-    field = ngp.Field(dataclasses.replace(ngp.NANO, **change), seeded())
+    field = ngp.Field(dataclasses.replace(presets.NANO_FIELD, **change), seeded())
     rendering = volume.render(field, *random_rays(5), seeded())
     assert all(torch.isfinite(part).all() for part in rendering)
 
@@ -75,7 +76,7 @@ def test_field_depends_on_its_generator_only():
     density, color = a(torch.zeros(0, 3))
     (density.sum() + color.sum()).backward()  # no points, no error
     assert density.shape == (0,) and color.shape == (0, 3) and not a.encoding.table.grad.any()
-    nano = ngp.Field(ngp.NANO, seeded())
+    nano = ngp.Field(presets.NANO_FIELD, seeded())
     assert nano.density(torch.rand(100, 3) - 0.5).log().abs().max() < 0.5  # it starts as a thin fog
 
 

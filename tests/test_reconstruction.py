@@ -11,11 +11,11 @@ import distill
 import distillation
 import reconstruction
 import sparsefusion
-from common import files, runtime
+from common import files, processes
 from distillation import Distillation
 from export import mesh
 from export.pictures import PREVIEWS, add_preview, to_image
-from settings import PRESETS
+from presets import PRESETS
 from tests.support.small import SHORT, ball, tiny_model
 
 
@@ -85,7 +85,7 @@ def test_an_interrupted_run_goes_on_without_a_trace(owner, name, call, completed
 
     if name == "load_state_dict":
         run()
-    with monkeypatch.context() as m, pytest.raises(runtime.Interrupted), runtime.stoppable():
+    with monkeypatch.context() as m, pytest.raises(processes.Interrupted), processes.stoppable():
         interrupt(m, owner, name, call)
         run()
     if completed is None:
@@ -98,7 +98,7 @@ def test_an_interrupted_run_goes_on_without_a_trace(owner, name, call, completed
 
 def test_many_interruptions_leave_no_trace(straight, tmp_path, monkeypatch, heard):
     for completed in range(1, 7):
-        with monkeypatch.context() as m, pytest.raises(runtime.Interrupted), runtime.stoppable():
+        with monkeypatch.context() as m, pytest.raises(processes.Interrupted), processes.stoppable():
             interrupt(m, Distillation, "input_loss", 0)
             reconstruction.reconstruct(ball(3, 32), [0, 1], tiny_model(), SHORT, checkpoint=tmp_path / "field.pt")
         assert tensors(tmp_path / "field.pt")["completed"] == completed
@@ -106,7 +106,7 @@ def test_many_interruptions_leave_no_trace(straight, tmp_path, monkeypatch, hear
 
 
 def test_a_broken_field_is_not_saved(tmp_path, monkeypatch, heard):
-    with monkeypatch.context() as m, pytest.raises(FloatingPointError), runtime.stoppable():
+    with monkeypatch.context() as m, pytest.raises(FloatingPointError), processes.stoppable():
         m.setattr(distillation, "opacity_loss", lambda silhouette: silhouette.mean() * float("nan"))
         interrupt(m, Distillation, "step", 1)
         reconstruction.reconstruct(ball(3, 32), [0, 1], config=replace(SHORT, occupancy_every=100),
@@ -185,7 +185,7 @@ def test_an_interrupted_extension_leaves_no_trace(tmp_path, monkeypatch, heard):
     for file in ("stopped.pt", "straight.pt"):
         run(file, short)
     for _ in range(2):
-        with monkeypatch.context() as m, pytest.raises(runtime.Interrupted), runtime.stoppable():
+        with monkeypatch.context() as m, pytest.raises(processes.Interrupted), processes.stoppable():
             interrupt(m, Distillation, "input_loss", 1)
             run("stopped.pt")
     for file in ("stopped.pt", "straight.pt"):

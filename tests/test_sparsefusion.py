@@ -7,20 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 
+import presets
 import sparsefusion
+from checkpoints import convert
 from common import files
-from datasets.co3d import load_packed
 from tests.support import parity
 from tests.support.helpers import Evil, one_line, same
 from tests.support.small import SHORT, TINY, tiny_model
 from tests.support.thin import SMALL
+from training.packed import load_packed
 
 SAMPLE = Path(__file__).resolve().parent.parent / "sample" / "co3d"
 
 
 # --- files ---
 
-@pytest.mark.parametrize("preset", [*sparsefusion.PRESETS.values(), TINY, SMALL], ids=lambda p: p.name)
+@pytest.mark.parametrize("preset", [*presets.MODELS.values(), TINY, SMALL], ids=lambda p: p.name)
 def test_presets_survive_a_file(preset, tmp_path):
     files.save_tensors({"preset": asdict(preset), "weights": {}}, tmp_path / "p")
     assert sparsefusion.read_preset(tmp_path / "p") == preset
@@ -29,7 +31,7 @@ def test_presets_survive_a_file(preset, tmp_path):
 
 def test_all_state_is_saved():
     """`blank` models get every number from the file: no buffer is left out of the state dict."""
-    for preset in sparsefusion.PRESETS.values():
+    for preset in presets.MODELS.values():
         with torch.device("meta"):
             model = sparsefusion.SparseFusion(preset)
         assert {k for k, _ in [*model.named_buffers(), *model.named_parameters()]} == model.state_dict().keys()
@@ -50,7 +52,7 @@ def test_the_shipped_weights_load():
     """They were written before 0.2, with the sampler's numbers in the diffusion and another spelling of a layer."""
     raw = torch.load(sparsefusion.SHIPPED, weights_only=True)
     assert "steps" in raw["preset"]["diffusion"] and "eft.colour.weight" in raw["weights"]
-    model, nano = sparsefusion.load(sparsefusion.SHIPPED), sparsefusion.PRESETS["nano"]
+    model, nano = sparsefusion.load(sparsefusion.SHIPPED), presets.MODELS["nano"]
     assert model.preset == replace(nano, vae=replace(nano.vae, scale=model.preset.vae.scale))
     assert torch.equal(model.eft.color.weight, raw["weights"]["eft.colour.weight"].float())
 
@@ -229,4 +231,4 @@ def test_feature_distance():
 
 def test_commands_are_needed(capsys):
     for argv in ([], ["fly"], ["convert"], ["convert", "--eft", "a"]):
-        one_line(capsys, sparsefusion.main, argv, "error:")
+        one_line(capsys, convert.main, argv, "error:")

@@ -68,7 +68,7 @@ def test_parity_at_full_size():
     """The released architecture, 400 M weights: at three times, without conditioning, guided."""
     f = parity.load("unet_full")
     model = released_unet("vldm")
-    assert model.config == unet.PAPER
+    assert model.config == unet.UNetConfig()
     x, cond, log_snrs = f["in_x"], f["in_cond"], cosine_log_snr(f["in_t"])
     parity.assert_close(log_snrs, f["mid_log_snr"], rtol=1e-5, atol=1e-5)
     out = [model(x, s.expand(len(x)), cond) for s in log_snrs]

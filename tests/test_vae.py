@@ -64,7 +64,7 @@ def test_ranges_are_the_released_ones():
 
 def test_released_names_cover_the_model_exactly():
     with torch.device("meta"):
-        model = VAE(vae.PAPER)
+        model = VAE(vae.VAEConfig())
     parity.assert_names(model, "vae", released.PARTS["vae"])
 
 

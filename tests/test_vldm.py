@@ -5,9 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import samplers
-import unet
-import vae
+import presets
 import vldm
 from checkpoints import released
 from tests.support import parity
@@ -216,7 +214,7 @@ def tiny(tiny_unet):
 def test_same_generator_same_latent(tiny, noise):
     cond, sampler = noise(1, 6, 8, 8)(), SamplerConfig(sample_steps=4)
     predict_noise = tiny.eval().noise_predictor(cond)
-    sample = lambda seed: samplers.ancestral_sampling(predict_noise, noise(1, 4, 8, 8, seed=seed), sampler)
+    sample = lambda seed: vldm.ancestral_sampling(predict_noise, noise(1, 4, 8, 8, seed=seed), sampler)
     assert torch.equal(sample(0), sample(0)) and not torch.equal(sample(0), sample(1))
 
 
@@ -257,13 +255,13 @@ def test_overfits_one_latent(tiny_unet, noise, prediction):
 
 
 def test_nano_shapes(noise):
-    autoencoder, model = VAE(vae.NANO).eval(), VLDM(unet.NANO, vldm.NANO).eval()
-    sampler = replace(vldm.NANO_SAMPLER, plms_steps=10)
+    autoencoder, model = VAE(presets.NANO.vae).eval(), VLDM(presets.NANO.unet, presets.NANO.diffusion).eval()
+    sampler = replace(presets.NANO_SAMPLER, plms_steps=10)
     with torch.no_grad():
         latents = autoencoder.encode(torch.rand(1, 3, 128, 128))
         assert latents.shape == (1, 4, 16, 16) and autoencoder.decode(latents).shape == (1, 3, 128, 128)
-        cond = torch.randn(1, unet.NANO.cond_channels, 32, 32)
-        z = samplers.denoise(model.noise_predictor(cond), latents, [0.2], noise(1, 4, 16, 16), sampler)
+        cond = torch.randn(1, presets.NANO.unet.cond_channels, 32, 32)
+        z = vldm.denoise(model.noise_predictor(cond), latents, [0.2], noise(1, 4, 16, 16), sampler)
     assert z.shape == latents.shape and z.abs().max() <= sampler.clip
 
 

@@ -7,9 +7,9 @@ import torch
 import cameras
 import ngp
 import volume
-from occupancy import Occupancy
 from tests.support import parity
 from tests.support.fields import TINY, Analytic, around, ball, centers, random_rays, released_field, seeded
+from volume import Occupancy
 
 
 @pytest.mark.parametrize("mode", ["eval_noperturb", "eval_perturb", "train_perturb"])

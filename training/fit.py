@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from common import files
-from common.runtime import Interrupted, Progress, whole
+from common.processes import Interrupted, whole
+from common.progress import Progress
 
 Numbers = dict[str, Tensor]  # what a step shows: name -> scalar
 

@@ -14,11 +14,13 @@ import pytest
 import torch
 from torch import nn
 
-import sparsefusion as sf
+import presets
 import vae
 from cameras import Cameras
-from checkpoints import released
+from checkpoints import reading, released
+from checkpoints.convert import from_released, main
 from metrics import VGG16LPIPS
+from sparsefusion import SparseFusion, load
 from tests.support import parity
 from tests.support.helpers import Evil, one_line, same
 from tests.support.released_files import (diffusers_state, foreign_module, lpips_states, optimizer_state,
@@ -34,7 +36,7 @@ def small_files(tmp_path_factory):
     """Paths of the three released files of the thin model, and their state dicts."""
     folder = tmp_path_factory.mktemp("released")
     with torch.device("meta"):
-        model = sf.SparseFusion(SMALL)
+        model = SparseFusion(SMALL)
     states = {part: released_state(part, getattr(model, part)) for part in MODEL}
     for part in ("eft", "vldm"):
         torch.save({"model_state_dict": states[part], **optimizer_state()}, folder / f"{part}.pt")
@@ -45,31 +47,31 @@ def small_files(tmp_path_factory):
 @pytest.fixture
 def small(small_files, monkeypatch):
     """`small_files`, while the preset `paper` is the thin one."""
-    monkeypatch.setitem(sf.PRESETS, "paper", SMALL)
+    monkeypatch.setitem(presets.MODELS, "paper", SMALL)
     return small_files
 
 
-def convert(files, out):
+def flags_of(files, out):
     """Arguments of the command."""
-    return ["convert", *(str(x) for part in files for x in (f"--{part}", files[part])), "--out", str(out)]
+    return [*(str(x) for part in files for x in (f"--{part}", files[part])), "--out", str(out)]
 
 
 @pytest.fixture
 def refused(small, tmp_path, capsys):
     """A function: with this file for a part, `convert` ends in one line that has the file and the words."""
     def check(part, file, *words):
-        one_line(capsys, sf.main, convert(small[0] | {part: file}, tmp_path / "out.pt"), file, *words)
+        one_line(capsys, main, flags_of(small[0] | {part: file}, tmp_path / "out.pt"), file, *words)
         assert not (tmp_path / "out.pt").exists()
     return check
 
 
-def from_released(files):
-    return sf.SparseFusion.from_released(files["eft"], files["vldm"], files["vae"])
+def released_model(files):
+    return from_released(files["eft"], files["vldm"], files["vae"])
 
 
 def test_every_key_goes_where_the_table_says(small, capsys):
     files, states = small
-    model = from_released(files)
+    model = released_model(files)
     out = capsys.readouterr().out
     for part in MODEL:
         source = released.PARTS[part]
@@ -88,11 +90,11 @@ def test_every_key_goes_where_the_table_says(small, capsys):
 @pytest.mark.parametrize("options", FORMATS, ids=str)
 def test_foreign_classes_and_formats(small, options, tmp_path):
     files, states = small
-    expected = from_released(files)
+    expected = released_model(files)
     marker = write_sd(tmp_path / "sd.ckpt", states["vae"], **options)
     parameters = {k: nn.Parameter(x) if x.is_floating_point() else x for k, x in states["eft"].items()}
     torch.save({"model_state_dict": parameters}, tmp_path / "eft2.pt", **options)
-    model = from_released(files | {"eft": tmp_path / "eft2.pt", "vae": tmp_path / "sd.ckpt"})
+    model = released_model(files | {"eft": tmp_path / "eft2.pt", "vae": tmp_path / "sd.ckpt"})
     assert same(model, expected)
     assert not marker.exists()
 
@@ -115,12 +117,12 @@ def test_diffusers_names(small, new, matrices, dtype, tmp_path):
 
 def test_converted_file_is_the_same_model(small, tmp_path):
     files, _ = small
-    direct = from_released(files)
-    sf.main(convert(files, tmp_path / "out.pt"))
-    assert same(sf.load(tmp_path / "out.pt"), direct)
+    direct = released_model(files)
+    main(flags_of(files, tmp_path / "out.pt"))
+    assert same(load(tmp_path / "out.pt"), direct)
     assert torch.load(tmp_path / "out.pt", weights_only=True)["preset"]["name"] == "paper"
-    sf.main(convert(files, tmp_path / "out.pt") + ["--half"])
-    assert same(sf.load(tmp_path / "out.pt"), direct.half().float())
+    main(flags_of(files, tmp_path / "out.pt") + ["--half"])
+    assert same(load(tmp_path / "out.pt"), direct.half().float())
 
 
 # --- files that do not fit ---
@@ -173,7 +175,7 @@ def test_one_key_wrong_is_refused_in_one_line(small, refused, part, key, change,
 def test_a_missing_key_comes_with_the_nearest_one_left_over(small):
     """A key with a slip in it is the nearest to what it stands for, though others are left over."""
     with torch.device("meta"):
-        model = sf.SparseFusion(SMALL)
+        model = SparseFusion(SMALL)
     for part in MODEL:
         source, state, module = released.PARTS[part], small[1][part], getattr(model, part)
         names = {key: released.our_name(key, source.rules) for key in state}
@@ -218,7 +220,7 @@ def test_what_a_file_says_is_printable(small, refused, tmp_path, capsys):
     torch.save({"model_state_dict": states["eft"] | {"a\x1b[2J": torch.zeros(1)}}, bad)
     refused("eft", bad, r"a\x1b[2J")
     torch.save({"model_state_dict": states["eft"], "b\x1b[2J\n": 1}, bad)
-    from_released(files | {"eft": bad})
+    released_model(files | {"eft": bad})
     assert r"left alone: b\x1b[2J\n" in capsys.readouterr().out
 
 
@@ -226,7 +228,7 @@ def test_safetensors_that_lie(tmp_path, capsys):
     path, x = tmp_path / "x.safetensors", {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4).half()}
     write_safetensors(path, x)
     good = path.read_bytes()
-    assert all(torch.equal(x[k], v) for k, v in released.read_safetensors(path).items())
+    assert all(torch.equal(x[k], v) for k, v in reading.read_safetensors(path).items())
     n = 8 + int.from_bytes(good[:8], "little")
 
     def header(change):
@@ -247,7 +249,7 @@ def test_safetensors_that_lie(tmp_path, capsys):
     for lie in lies:
         path.write_bytes(lie)
         with pytest.raises(ValueError, match="not a complete safetensors file") as e:
-            released.read_safetensors(path)
+            reading.read_safetensors(path)
         assert len(str(e.value).splitlines()) == 1 and str(path) in str(e.value)
 
 
@@ -314,7 +316,7 @@ def test_names_that_are_refused(module, name, tmp_path):
     path = tmp_path / "x"
     path.write_bytes(b"\x80\x02c%s\n%s\n." % (module.encode(), name.encode()))
     with pytest.raises(ValueError, match="could run code"):
-        released.read_pickled(path)
+        reading.read_pickled(path)
 
 
 def test_a_pickle_cannot_change_what_it_is_given(tmp_path):
@@ -322,12 +324,12 @@ def test_a_pickle_cannot_change_what_it_is_given(tmp_path):
     path = tmp_path / "x"
     path.write_bytes(b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x0c\x00\x00\x00dump_patchesK\x01sb.")
     with pytest.raises(ValueError, match="AttributeError"):
-        released.read_pickled(path)
+        reading.read_pickled(path)
     for name in (b"cforeign\nX\n", b"ccollections\nCounter\n"):
         path.write_bytes(b"\x80\x02" + name + b"}X\x0c\x00\x00\x00dump_patchesK\x01sb.")
         with pytest.raises(ValueError):
-            released.read_pickled(path)
-    assert not hasattr(released.Inert, "dump_patches")
+            reading.read_pickled(path)
+    assert not hasattr(reading.Inert, "dump_patches")
 
 
 def test_torchscript_is_refused(tmp_path):
@@ -335,7 +337,7 @@ def test_torchscript_is_refused(tmp_path):
         warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), str(tmp_path / "x"))
     with pytest.raises(ValueError, match="TorchScript"):
-        released.read_pickled(tmp_path / "x")
+        reading.read_pickled(tmp_path / "x")
 
 
 # --- LPIPS ---
@@ -431,7 +433,7 @@ def test_full_size(tmp_path, capsys):
         eps = model.vldm.noise_predictor(u["in_cond"])(u["in_x"], u["mid_log_snr"][:1])
         return *condition, eps, model.vae.encode(images[:1, :, :64, :64])
 
-    model = from_released(files)
+    model = released_model(files)
     printed = capsys.readouterr().out
     for part in MODEL:
         assert f"{part.upper()} with {parity.manifest(part)['parameter_count']:,} parameters" in printed
@@ -439,9 +441,9 @@ def test_full_size(tmp_path, capsys):
     parity.assert_close(direct[1][0].permute(1, 2, 0)[None], f["out_set1_rgb"], std=1e-4)
     parity.assert_close(direct[2], u["out_eps"][0], std=1e-4)
     del model
-    sf.main(convert(files, tmp_path / "out.pt"))
+    main(flags_of(files, tmp_path / "out.pt"))
     for path in files.values():
         path.unlink()
-    converted = outputs(sf.load(tmp_path / "out.pt"))
+    converted = outputs(load(tmp_path / "out.pt"))
     (tmp_path / "out.pt").unlink()
     assert all(torch.equal(a, b) for a, b in zip(direct, converted, strict=True))

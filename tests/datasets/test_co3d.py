@@ -12,8 +12,9 @@ from PIL import Image
 
 from cameras import Cameras, look_at
 from datasets import annotations
-from datasets.co3d import frame_numbers, load_packed, load_sequence, sequences
+from datasets.co3d import frame_numbers, load_sequence, sequences
 from tests.support import parity
+from training.packed import load_packed
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "co3d_real"
 CLOSE = dict(rtol=1e-4, atol=1e-5)

@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 import torch
 
-from cameras import Cameras
-from datasets.crop import PackedScenes, PixelCamera, Scene, context_box, crop_and_resize, evenly_spaced, pixel_camera
+from cameras import Cameras, Scene, evenly_spaced
+from datasets.crop import PixelCamera, context_box, crop_and_resize, pixel_camera
 from tests.support import parity
+from training.packed import PackedScenes
 
 CLOSE = dict(rtol=1e-4, atol=1e-5)
 CAMERA = PixelCamera(*(torch.as_tensor(x, dtype=torch.float64) for x in (np.eye(3), np.zeros(3), [10, 10], [10, 10])))

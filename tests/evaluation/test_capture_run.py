@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-import check
 import distill
 import sparsefusion
-from evaluation.instance import OwnPhotographs, choose_targets
+from evaluation.sources import OwnPhotographs, choose_targets
+from photographs import examine
 from photographs.reading import read_capture
-from settings import PRESETS
+from presets import PRESETS
 from tests.support.captures import balls, turn, write_co3d, write_colmap, write_transforms
 from tests.support.helpers import one_line
 from tests.support.small import FIELD, SHORT, tiny_model
@@ -212,7 +212,7 @@ def test_sequences_of_co3d_are_checked_too(shoot, tmp_path, capsys):
 
 
 def test_a_single_view_is_not_checked(shoot, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(check, "examine", None)
+    monkeypatch.setattr(examine, "examine", None)
     command(write_transforms(tmp_path, shoot), tmp_path / "out", "--no-prior", "--views", 1, "--iterations", 1)
     assert "masks and cameras" not in capsys.readouterr().out
 

@@ -15,8 +15,10 @@ import sparsefusion
 from common import files
 from datasets import protocol
 from distillation import Distillation
-from export.pictures import markdown, mean_and_error, means, paired, table
-from settings import PRESETS
+from evaluation import instance
+from evaluation.instance import run_instance
+from evaluation.tables import markdown, mean_and_error, means, paired, table
+from presets import PRESETS
 from tests.support import trees
 from tests.support.small import SHORT, tiny_model
 
@@ -34,13 +36,13 @@ def run(tmp_path, monkeypatch):
     """
     monkeypatch.setitem(PRESETS, "nano", SHORT)
     sparsefusion.save(tiny_model(), tmp_path / "tiny.pt")
-    made, make = [], distill.run_instance
+    made, make = [], run_instance
 
     def noted(instance, *args, **options):
         made.append((instance.source.name, instance.seed))
         return make(instance, *args, **options)
 
-    monkeypatch.setattr(distill, "run_instance", noted)
+    monkeypatch.setattr(instance, "run_instance", noted)
 
     def evaluation(*flags, root=SAMPLE, category="toys", instances=2):
         argv = ["--root", root, "--category", category, "--instances", instances, "--weights", tmp_path / "tiny.pt",

@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 
 import distill
+import presets
 import reconstruction
-import settings
 import sparsefusion
+from evaluation.flags import SAMPLE, SHIPPED_FEATURE_NET, config_from_flags, instance_from_flags, note_new_categories
+from evaluation.instance import baselines
 from export.pictures import LABELS, WIDEST
-from settings import PRESETS
+from presets import PRESETS
 from tests.support.helpers import one_line
 from tests.support.small import SHORT, tiny_model
 
@@ -28,10 +30,10 @@ METHODS = ["nearest", "ngp", "eft", "vldm", "sparsefusion"]
 def test_a_sampler_is_its_models(tiny_weights):
     """Whatever preset the other numbers come from."""
     argv = ["--weights", str(tiny_weights), "--preset", "plain"]
-    config = distill.config_from_flags(distill.parser().parse_args(argv))
+    config = config_from_flags(distill.parser().parse_args(argv))
     assert config.sampler == PRESETS["nano"].sampler and config.blur == PRESETS["plain"].blur
     assert 0 < config.bootstrap < config.iterations
-    config = distill.config_from_flags(distill.parser().parse_args([*argv, "--set", "clip=7"]))
+    config = config_from_flags(distill.parser().parse_args([*argv, "--set", "clip=7"]))
     assert config.sampler.clip == 7
 
 
@@ -42,7 +44,7 @@ def test_many_photographs_get_more_iterations_unless_their_number_is_asked_for(f
     args = distill.parser().parse_args(["--no-prior", "--preset", "plain", *flags])
     names = [f"{i}.png" for i in range(108)]
     source = types.SimpleNamespace(index=0, names=names, possible_inputs=names[:100], settings=dict)
-    instance = distill.instance_from_flags(args, source, distill.config_from_flags(args, True), no_prior=True)
+    instance = instance_from_flags(args, source, config_from_flags(args, True), no_prior=True)
     assert replace(instance, views=0).settings()["config"]["iterations"] == iterations
     assert replace(instance, views=12).settings()["config"]["iterations"] == (iterations if flags else 1000)
 
@@ -128,13 +130,13 @@ def test_the_shipped_sample(tmp_path, capsys):
 
 def test_the_eft_is_asked_where_its_view_sees_the_hull(fast, tiny_weights, tmp_path, monkeypatch):
     """Every target view has its own rays, and nothing is shown elsewhere."""
-    asked, eft_images = [], distill.baselines.eft_images
+    asked, eft_images = [], baselines.eft_images
 
     def listen(*args):
         asked.append((*args, eft_images(*args)))
         return asked[-1][-1]
 
-    monkeypatch.setattr(distill.baselines, "eft_images", listen)
+    monkeypatch.setattr(baselines, "eft_images", listen)
     command(tmp_path, "--weights", tiny_weights, "--targets", 3, "--views", 5, "--set", "occupancy_cells=96")
     (scene, inputs, targets, model, config, seed, hull, _, views), = asked
     ours = reconstruction.reconstruct(scene, inputs, model, config, seed, checkpoint=tmp_path / "field.pt")
@@ -160,7 +162,7 @@ def test_released_is_a_printed_list_of_settings(fast, tiny_weights, tmp_path, ca
     flags = ["--weights", tiny_weights, "--targets", 1]
     result = command(tmp_path, *flags, "--released", "--set", "sampler.ancestral=false")
     printed = capsys.readouterr().out
-    assert all(setting in printed for setting in settings.RELEASED)
+    assert all(setting in printed for setting in presets.RELEASED)
     config = result["settings"]["config"]
     assert config["field"]["hashed"] is False and config["eft_train_mode"] and config["metrics_on_inputs"]
     assert config["sampler"]["unnoised_start"] and not config["sampler"]["ancestral"]  # the last word is --set's
@@ -264,13 +266,13 @@ def test_flags_without_effect_are_named(flags, words, fast, tmp_path, capsys):
 def test_data_that_a_prior_has_never_seen_are_named(tmp_path, capsys):
     sparsefusion.save(tiny_model(), tmp_path / "hydrant.pt", trained_on=[
         {"what": "vae", "category": "apple"}, {"what": "prior", "category": "hydrant"}])
-    distill.note_new_categories(tmp_path / "hydrant.pt", ["apple", "hydrant", "apple"])
+    note_new_categories(tmp_path / "hydrant.pt", ["apple", "hydrant", "apple"])
     line, = capsys.readouterr().out.splitlines()
     assert "hydrant.pt was trained on hydrant; apple: new to it" in line
-    distill.note_new_categories(tmp_path / "hydrant.pt", ["hydrant"])
-    distill.note_new_categories(sparsefusion.SHIPPED, ["toys"])
+    note_new_categories(tmp_path / "hydrant.pt", ["hydrant"])
+    note_new_categories(sparsefusion.SHIPPED, ["toys"])
     assert capsys.readouterr().out == ""
-    distill.note_new_categories(sparsefusion.SHIPPED, ["apple"])
+    note_new_categories(sparsefusion.SHIPPED, ["apple"])
     assert "nano.pt was trained on toys; apple: new to it" in capsys.readouterr().out
 
 
@@ -338,7 +340,7 @@ def test_bad_weights(tmp_path, capsys):
 def test_weights_of_another_kind(tmp_path, capsys):
     """The prior where the perceptual network should be, and the other way round."""
     refused(capsys, tmp_path, ["--feature-net", sparsefusion.SHIPPED, "--no-prior"], sparsefusion.SHIPPED)
-    refused(capsys, tmp_path, ["--weights", distill.SHIPPED_FEATURE_NET], distill.SHIPPED_FEATURE_NET)
+    refused(capsys, tmp_path, ["--weights", SHIPPED_FEATURE_NET], SHIPPED_FEATURE_NET)
 
 
 def test_bad_field_of_an_earlier_run(fast, tmp_path, capsys):
@@ -365,7 +367,7 @@ def test_broken_image(tmp_path, tiny_weights, capsys):
 
 def test_only_lattices_must_divide_a_picture(tmp_path):
     """A prior's renderings lie on lattices; random pixels of the inputs do not."""
-    command = ["--root", str(distill.SAMPLE), "--no-prior", "--iterations", "2", "--targets", "1", "--out",
+    command = ["--root", str(SAMPLE), "--no-prior", "--iterations", "2", "--targets", "1", "--out",
                str(tmp_path / "a"), "--set", "mesh_resolution=8", "turntable_frames=1", "image_size=40",
                "render_size=32"]
     distill.main([*command, "input_pixels=50"])

@@ -8,11 +8,12 @@ import torch
 
 import cameras
 import ngp
+import presets
 import volume
 from export.mesh import TETRAHEDRA, Mesh, connected_parts, extract_mesh, largest_component, triangle_table, write_ply
-from occupancy import Occupancy
 from tests.support import parity
 from tests.support.fields import Analytic, around, ball, centers, images, seeded
+from volume import Occupancy
 
 
 def edges_of(mesh: Mesh) -> torch.Tensor:
@@ -180,7 +181,7 @@ def test_one_scene_is_learned():
     target, target_new = images(truth, views, size), images(truth, new, size)
     rays = [view.rays(cameras.pixel_grid(size, size)) for view in views]
     def learn(iterations):
-        field, g = ngp.Field(dataclasses.replace(ngp.NANO, bound=1.5, finest_resolution=96), seeded()), seeded(1)
+        field, g = ngp.Field(dataclasses.replace(presets.NANO_FIELD, bound=1.5, finest_resolution=96), seeded()), seeded(1)
         occupancy = Occupancy(field.config)
         occupancy.carve(target.opacity.reshape(8, 1, size, size), views)
         adam = torch.optim.Adam([{"params": field.encoding.parameters(), "lr": 2e-2},

@@ -10,10 +10,9 @@ import torch
 from PIL import Image
 
 import check
-from cameras import Cameras, look_at, pixel_grid
-from datasets.crop import Scene
+from cameras import Cameras, Scene, look_at, pixel_grid
 from experiments import camera_mistakes
-from photographs import figure, mistakes, silhouettes
+from photographs import examine, figure, mistakes, silhouettes
 from photographs.reading import CONVENTIONS
 from tests.support import small
 from tests.support.helpers import one_line
@@ -102,16 +101,16 @@ def test_the_world_does_not_matter(scene):
 def test_an_empty_mask_is_named(scene):
     empty = replace(scene, masks=scene.masks * torch.tensor([1.0, 0, 1, 1, 1, 1])[:, None, None, None])
     with pytest.raises(ValueError, match="p1.png: its mask is empty"):
-        check.examine(empty)
+        examine.examine(empty)
 
 
 # ---------------------------------------------------------------------------------------------- what is named
 
 def test_every_mistake_made_is_undone_by_its_name(scene):
     """The alternative of that name has the true cameras again, in both kinds of files."""
-    for convention in (OPENGL, check.CO3D):
+    for convention in (OPENGL, examine.CO3D):
         for mistake in camera_mistakes.mistakes(scene, convention, True):
-            if mistake.words.startswith(check.FOCAL):
+            if mistake.words.startswith(examine.FOCAL):
                 continue
             corner = torch.ones(len(scene), 2)
             found = dict(mistakes.alternatives(mistake.cameras, convention, corner))
@@ -122,7 +121,7 @@ def test_every_mistake_made_is_undone_by_its_name(scene):
 
 
 def test_right_cameras_are_not_accused(scene):
-    found = check.examine(scene, OPENGL, True)
+    found = examine.examine(scene, OPENGL, True)
     assert found.fits and found.mistake is None and found.can_tell
     assert found.focal.least <= 1 <= found.focal.most
     assert found.lines[-1] == "masks and cameras fit"
@@ -132,7 +131,7 @@ def test_right_cameras_are_not_accused(scene):
                                    "the focal length times 2", "the intrinsics those of a picture 4 times as large"])
 def test_mistakes_are_named(scene, words):
     made = {mistake.words: mistake for mistake in camera_mistakes.mistakes(scene, OPENGL, True)}
-    found = check.examine(replace(scene, cameras=made[words].cameras), OPENGL, True)
+    found = examine.examine(replace(scene, cameras=made[words].cameras), OPENGL, True)
     assert camera_mistakes.outcome(found, words) == "named", (found.mistake, found.alike)
     assert not found.fits and "with that undone" in found.lines[-1]
 
@@ -140,14 +139,14 @@ def test_mistakes_are_named(scene, words):
 def test_two_photographs_name_nothing(scene):
     made = {mistake.words: mistake for mistake in camera_mistakes.mistakes(scene[:2], OPENGL, True)}
     wrong = replace(scene[:2], cameras=made["OpenCV's axes for OpenGL's"].cameras)
-    found = check.examine(wrong, OPENGL, True)
+    found = examine.examine(wrong, OPENGL, True)
     assert found.mistake is None and not found.can_tell and not found.fits
     assert "two photographs" in found.lines[-1]
 
 
 def test_a_ball_cannot_tell():
     """A ball in the middle looks alike from everywhere, upside down as well."""
-    found = check.examine(small.ball(6, 64), OPENGL, True)
+    found = examine.examine(small.ball(6, 64), OPENGL, True)
     assert found.fits and found.mistake is None and not found.can_tell
     assert "the camera's axes with x negated" in found.alike and "alike from all sides" in found.lines[-1]
 
@@ -160,7 +159,7 @@ def test_rough_masks_accuse_nobody(scene):
         y, x = torch.randint(30, 60, (2,), generator=g).tolist()
         mask[:, y:y + 9, x:x + 9] = 0
         mask[:, x:x + 16, y:y + 16] = 1
-    found = check.examine(replace(scene, masks=masks), OPENGL, True)
+    found = examine.examine(replace(scene, masks=masks), OPENGL, True)
     assert found.mistake is None and not found.fits
     assert "of the mask of frame" in " ".join(found.lines)
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.crop import Scene
+from cameras import Scene
 from metrics import psnr
-from photographs.capture import HALF_SIDE, Similarity, load_capture, normalization
+from photographs.capture import load_capture
+from photographs.normalization import HALF_SIDE, Similarity, normalization
 from reconstruction import reconstruct
 from tests.support import captures
 from tests.support.captures import assert_same_cameras, balls, field_psnr, turn, write_colmap, write_transforms

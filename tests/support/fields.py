@@ -5,10 +5,11 @@ import torch
 
 import cameras
 import ngp
+import presets
 import volume
 from tests.support import parity
 
-TINY = dataclasses.replace(ngp.NANO, levels=3, features_per_level=2, log2_hashmap_size=6, base_resolution=2,
+TINY = dataclasses.replace(presets.NANO_FIELD, levels=3, features_per_level=2, log2_hashmap_size=6, base_resolution=2,
                            finest_resolution=9, bound=1.5, width=5, samples_per_ray=6, occupancy_cells=4)
 
 
@@ -63,7 +64,7 @@ def centers(config: ngp.FieldConfig) -> torch.Tensor:
 def released_field() -> tuple[ngp.Field, dict]:
     """The released field with rule-made weights, under its own names, and the fixture."""
     f = parity.load("ngp")
-    field = ngp.Field(dataclasses.replace(ngp.PAPER, hashed=False, samples_per_ray=f["in_rand_z"].shape[1],
+    field = ngp.Field(dataclasses.replace(ngp.FieldConfig(), hashed=False, samples_per_ray=f["in_rand_z"].shape[1],
                                           importance_samples=f["in_rand_pdf"].shape[1]))
     released = parity.weights("ngp")
     state = {"encoding.table": released["encoder.embeddings"]}

@@ -6,28 +6,25 @@ from dataclasses import replace
 
 import torch
 
-import eft
-import ngp
+import presets
 import sparsefusion
 import unet
 import vae
-import vldm
-from cameras import Cameras, look_at, pixel_grid
-from datasets.crop import Scene
-from settings import PRESETS
+from cameras import Cameras, Scene, look_at, pixel_grid
+from presets import PRESETS
 
 TINY = sparsefusion.Preset(
     "nano", 32,
-    replace(eft.NANO, stem=8, stages=(8, 12, 16), blocks=1, width=16, layers=1, feedforward=16, depths=4),
+    replace(presets.NANO.eft, stem=8, stages=(8, 12, 16), blocks=1, width=16, layers=1, feedforward=16, depths=4),
     vae.VAEConfig(widths=(8, 8, 16), groups=4, blocks=1),
     unet.UNetConfig(cond_channels=16, widths=(16, 16, 16), attention=(False, True), kernels=(3,), groups=4, heads=2,
                     head_dim=8, time_dim=32, token_dim=16),
-    replace(vldm.NANO, noisings=2))
-FIELD = replace(ngp.NANO, levels=3, log2_hashmap_size=12, finest_resolution=32, width=16, samples_per_ray=32,
+    replace(presets.NANO.diffusion, noisings=2))
+FIELD = replace(presets.NANO_FIELD, levels=3, log2_hashmap_size=12, finest_resolution=32, width=16, samples_per_ray=32,
                 occupancy_cells=32)
 SHORT = replace(PRESETS["nano"], iterations=6, bootstrap=3, viewpoints=2, image_size=32, render_size=16,
                 occupancy_every=2, turntable_frames=2, mesh_resolution=32,
-                sampler=replace(vldm.NANO_SAMPLER, plms_steps=2), field=replace(FIELD, bound=4.0))
+                sampler=replace(presets.NANO_SAMPLER, plms_steps=2), field=replace(FIELD, bound=4.0))
 
 
 def tiny_model(seed=0):

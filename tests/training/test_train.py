@@ -13,15 +13,17 @@ from torch import nn
 
 import distill
 import metrics
+import presets
 import sparsefusion
 import train
 import vldm
+from checkpoints import convert
 from common import files
-from datasets.co3d import load_packed
 from tests.support import parity
 from tests.support.helpers import one_line, same
 from tests.support.small import TINY, tiny_model
 from training import fit
+from training.packed import load_packed
 
 load = functools.partial(sparsefusion.load, stage="vae")  # a model of either stage
 SAMPLE = Path(__file__).resolve().parents[2] / "sample" / "co3d"
@@ -76,7 +78,7 @@ def test_a_query_view_is_none_of_its_inputs():
 @pytest.fixture
 def training(tmp_path, monkeypatch):
     """A function that runs `train.py` on the shipped sample with a tiny preset and returns the weights file."""
-    monkeypatch.setitem(sparsefusion.PRESETS, "nano", TINY)
+    monkeypatch.setitem(presets.MODELS, "nano", TINY)
     monkeypatch.setattr(train, "load_packed", functools.partial(load_packed, workers=1))
 
     def run(what, out, *flags):
@@ -183,9 +185,9 @@ def test_weights_that_say_nothing(tmp_path):
 def test_converted_weights_know_their_category(tmp_path, monkeypatch):
     monkeypatch.setattr(sparsefusion.SparseFusion, "from_released", lambda *files: tiny_model())
     argv = ["convert", "--eft", "a", "--vldm", "b", "--vae", "c", "--out", str(tmp_path / "out.pt")]
-    sparsefusion.main(argv)
+    convert.main(argv)
     assert sparsefusion.read_trained_on(tmp_path / "out.pt") == []
-    sparsefusion.main([*argv, "--category", "hydrant"])
+    convert.main([*argv, "--category", "hydrant"])
     assert sparsefusion.read_trained_on(tmp_path / "out.pt") == [{"what": "prior", "category": "hydrant"}]
 
 

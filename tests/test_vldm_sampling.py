@@ -4,18 +4,18 @@ import math
 import pytest
 import torch
 
-import samplers
+import vldm
 from checkpoints import released
 from tests.support import parity
 from unet import UNetConfig
-from vldm import PAPER_SAMPLER, VLDM, SamplerConfig, alpha_sigma, cosine_log_snr, q_sample, x0_from_eps
+from vldm import VLDM, SamplerConfig, alpha_sigma, cosine_log_snr, q_sample, x0_from_eps
 
 
 def trajectory(predict_noise, x0, noise_level, randn, **numbers):
     """Every step of `samplers.denoise`, all images from one noise level; from a draw where there is no x0."""
     sampler = SamplerConfig(**numbers)
-    start = randn() if x0 is None else samplers.start_latent(x0, [noise_level] * len(x0), randn, sampler)
-    return list(samplers.denoising_steps(predict_noise, start, [noise_level] * len(start), randn, sampler))
+    start = randn() if x0 is None else vldm.start_latent(x0, [noise_level] * len(x0), randn, sampler)
+    return list(vldm.denoising_steps(predict_noise, start, [noise_level] * len(start), randn, sampler))
 
 
 # --- released numbers ---
@@ -37,7 +37,7 @@ def test_sampling_times_parity():
     expected = parity.load("diffusion")["out_sampling_times_500"]
     seen = []
     sampler = SamplerConfig(sample_steps=len(expected))
-    samplers.ancestral_sampling(lambda z, log_snr: seen.append(log_snr) or z, lambda: torch.zeros(1, 1, 1, 1), sampler)
+    vldm.ancestral_sampling(lambda z, log_snr: seen.append(log_snr) or z, lambda: torch.zeros(1, 1, 1, 1), sampler)
     parity.assert_close(torch.cat(seen), cosine_log_snr(expected[:, 0]), rtol=1e-4, atol=1e-3)
     parity.assert_close(expected[1:, 0], expected[:-1, 1], atol=1e-6)
 
@@ -70,7 +70,7 @@ def test_plms_parity(draw):
         start, z, x0, e, calls = released_plms(released_predictor, f["in_plms_latents"], level, draws)
         parity.assert_close(start, f[f"out_plms{i}_{draw}_x_noisy"], std=std)
         parity.assert_close(z[-1], f[f"out_plms{i}_{draw}_final"], std=std)
-        times = samplers.step_times(level, PAPER_SAMPLER)
+        times = vldm.step_times(level, SamplerConfig())
         taken = f[f"out_plms{i}_t"]
         assert len(times) - 1 == len(taken)
         parity.assert_close(times[:-1], taken, atol=1e-6)
@@ -91,7 +91,7 @@ def test_plms_parity_where_the_estimate_is_clipped():
     _, z, x0, _, _ = released_plms(predictor, 6 * f["in_plms_latents"], level, f["in_plms_draws"])
     parity.assert_close(z[-1], f["out_plms_clip_final"], std=1e-4)
     parity.assert_close(x0, f["out_plms_clip_x0"], std=1e-4)
-    assert x0.abs().max() == PAPER_SAMPLER.clip
+    assert x0.abs().max() == SamplerConfig().clip
 
 
 def test_plms_parity_from_noise():
@@ -119,7 +119,7 @@ def test_plms_parity_with_the_network(name):
 def test_ancestral_parity():
     f = parity.load("diffusion")
     randn = replay(f["in_ddpm_draws"])
-    z = samplers.ancestral_sampling(released_predictor, randn, SamplerConfig(sample_steps=len(f["in_ddpm_draws"]) - 1))
+    z = vldm.ancestral_sampling(released_predictor, randn, SamplerConfig(sample_steps=len(f["in_ddpm_draws"]) - 1))
     parity.assert_close(z, f["out_ddpm12_final"], std=1e-3)
     assert len(randn.left) == 1  # the released loop draws in its last step too
 
@@ -128,7 +128,7 @@ def test_ancestral_parity():
 
 @pytest.mark.parametrize("mu, s", [(0.5, 1.0), (-1.0, 0.4)])
 def test_ancestral_samples_the_data(gaussian, noise, mu, s):
-    x = samplers.ancestral_sampling(gaussian(mu, s), noise(20000, 1), SamplerConfig(sample_steps=200))
+    x = vldm.ancestral_sampling(gaussian(mu, s), noise(20000, 1), SamplerConfig(sample_steps=200))
     assert abs(x.mean() - mu) < 0.03 * s and abs(x.std() / s - 1) < 0.03
 
 
@@ -141,7 +141,7 @@ def test_plms_from_noise_samples_the_data(gaussian, noise, mu, s):
 
 def first_order(predict_noise, z, level, steps):
     """DDIM without noise (Song et al. 2021, Eq. 12)."""
-    log_snrs = cosine_log_snr(samplers.step_times(level, SamplerConfig(plms_steps=steps))).double()
+    log_snrs = cosine_log_snr(vldm.step_times(level, SamplerConfig(plms_steps=steps))).double()
     for a, b in zip(log_snrs, log_snrs[1:]):
         eps = predict_noise(z, a)
         alpha, sigma = alpha_sigma(b)
@@ -157,7 +157,7 @@ def test_plms_follows_the_exact_path_closer_than_first_order_steps(gaussian, noi
     eps = noise(5000, 1, seed=2, dtype=torch.float64)()
     z = alpha * x0 + sigma * eps
     exact = mu + s * (z - alpha * mu) / (alpha**2 * s**2 + sigma**2).sqrt()  # where the probability flow takes z
-    x = samplers.denoise(gaussian(mu, s), x0, [level] * 5000, lambda: eps, SamplerConfig(plms_steps=steps))
+    x = vldm.denoise(gaussian(mu, s), x0, [level] * 5000, lambda: eps, SamplerConfig(plms_steps=steps))
     simple = first_order(gaussian(mu, s), z, level, steps)
     error, baseline = ((result - exact).pow(2).mean().sqrt() / s for result in (x, simple))
     assert error < 0.25 * baseline and error < (0.03 if steps > 5 else 0.01)
@@ -176,11 +176,11 @@ def test_plms_draws_once_and_the_released_one_at_every_step(gaussian):
 def test_number_of_plms_steps(gaussian, noise, level, n):
     """Double precision, left to right: 0.29 gives 28. One step suffices; below 0.01 the start is the result."""
     x0, randn = torch.zeros(1, 4, 2, 2), noise(1, 4, 2, 2)
-    start = samplers.start_latent(x0, [level], noise(1, 4, 2, 2), PAPER_SAMPLER)
-    steps = list(samplers.denoising_steps(gaussian(0, 1), start, [level], randn, PAPER_SAMPLER))
+    start = vldm.start_latent(x0, [level], noise(1, 4, 2, 2), SamplerConfig())
+    steps = list(vldm.denoising_steps(gaussian(0, 1), start, [level], randn, SamplerConfig()))
     assert len(steps) == n and all(torch.isfinite(x).all() for step in steps for x in step)
     last = steps[-1].latent if steps else start
-    assert torch.equal(samplers.denoise(gaussian(0, 1), x0, [level], noise(1, 4, 2, 2), PAPER_SAMPLER), last)
+    assert torch.equal(vldm.denoise(gaussian(0, 1), x0, [level], noise(1, 4, 2, 2), SamplerConfig()), last)
 
 
 @pytest.mark.parametrize("level", [0.0, 0.005, 0.2, 0.49, 0.5, 0.97, 0.98, 1.0])
@@ -195,7 +195,7 @@ def test_one_step_is_one_call_and_its_clean_estimate(gaussian, noise, level, anc
 
     x0 = 0.3 + 0.7 * noise(3, 4, 2, 2, seed=1)()
     draws = replay([noise(3, 4, 2, 2)()])
-    result = samplers.denoise(predict_noise, x0, [level] * 3, draws, sampler)
+    result = vldm.denoise(predict_noise, x0, [level] * 3, draws, sampler)
     log_snr = cosine_log_snr(torch.tensor(min(level, 0.98)))
     z = q_sample(x0, log_snr, noise(3, 4, 2, 2)())
     assert len(calls) == 1 and torch.equal(calls[0][0], z) and torch.equal(calls[0][1], log_snr.expand(3))
@@ -210,14 +210,14 @@ def test_one_step_is_one_call_and_its_clean_estimate(gaussian, noise, level, anc
 
 def test_higher_levels_are_lowered_to_where_sampling_starts(gaussian, noise):
     x0, sampler = torch.full((1, 4, 2, 2), 0.5), SamplerConfig(plms_steps=10, t_start=0.98)
-    below, at, above, highest = (samplers.denoise(gaussian(0, 1), x0, [level], noise(1, 4, 2, 2), sampler)
+    below, at, above, highest = (vldm.denoise(gaussian(0, 1), x0, [level], noise(1, 4, 2, 2), sampler)
                                  for level in (0.97, 0.98, 0.995, 1.0))
     assert torch.equal(at, above) and torch.equal(at, highest) and not torch.equal(at, below)
 
 
 def test_high_levels_start_from_the_noised_latent_unless_told_otherwise(noise):
     x0 = torch.full((1, 4, 2, 2), 3.0)
-    start = lambda level, **numbers: samplers.start_latent(x0, [level], noise(1, 4, 2, 2), SamplerConfig(**numbers))
+    start = lambda level, **numbers: vldm.start_latent(x0, [level], noise(1, 4, 2, 2), SamplerConfig(**numbers))
     assert torch.equal(start(0.99), start(1.0))  # from t = 1
     parity.assert_close(start(1.0), noise(1, 4, 2, 2)(), atol=1e-4)
     assert start(0.99, unnoised_start=True) is x0
@@ -237,7 +237,7 @@ def error_of(solver, steps, gaussian, noise, level=0.9):
     spread = ((end_alpha**2 * s**2 + end_sigma**2) / (alpha**2 * s**2 + sigma**2)).sqrt()
     exact = end_alpha * mu + spread * (z - alpha * mu)
     sampler = SamplerConfig(solver=solver, plms_steps=steps)
-    x = samplers.denoise(gaussian(mu, s), x0, [level] * 2000, lambda: eps, sampler)
+    x = vldm.denoise(gaussian(mu, s), x0, [level] * 2000, lambda: eps, sampler)
     return float((x - exact).pow(2).mean().sqrt() / s)
 
 
@@ -267,30 +267,30 @@ def test_calls_of_a_solver(gaussian, noise, solver, calls):
     best = gaussian(0, 1)
     predict_noise = lambda z, log_snr: seen.append(len(z)) or best(z, log_snr)
     sampler = SamplerConfig(solver=solver, plms_steps=10)
-    samplers.denoise(predict_noise, torch.zeros(2, 4, 2, 2), [0.9, 0.9], noise(2, 4, 2, 2), sampler)
+    vldm.denoise(predict_noise, torch.zeros(2, 4, 2, 2), [0.9, 0.9], noise(2, 4, 2, 2), sampler)
     assert seen == [2] * calls
 
 
 @pytest.mark.parametrize("level, plms, others", [(0.0, 0, 0), (0.04, 0, 1), (0.06, 1, 2), (0.3, 6, 6), (0.5, 10, 10)])
 def test_plms_rounds_its_steps_down_and_the_others_up(level, plms, others):
     for solver, steps in (("plms", plms), ("ddim", others), ("dpmpp", others)):
-        assert samplers.step_count(level, SamplerConfig(solver=solver, plms_steps=10)) == steps
+        assert vldm.step_count(level, SamplerConfig(solver=solver, plms_steps=10)) == steps
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp"])
 def test_solvers_in_log_snr_start_where_it_ends(gaussian, noise, solver):
     x0, sampler = torch.full((1, 4, 2, 2), 0.5), SamplerConfig(solver=solver, plms_steps=4)
-    below, at, highest = (samplers.denoise(gaussian(0, 1), x0, [level], noise(1, 4, 2, 2), sampler)
+    below, at, highest = (vldm.denoise(gaussian(0, 1), x0, [level], noise(1, 4, 2, 2), sampler)
                           for level in (0.98, 0.99, 1.0))
     assert torch.equal(at, highest) and not torch.equal(at, below)
-    log_snrs = samplers.step_log_snrs(1.0, sampler)
+    log_snrs = vldm.step_log_snrs(1.0, sampler)
     parity.assert_close(log_snrs.diff(), log_snrs.diff()[:1].expand(4), rtol=1e-5)
 
 
 def test_the_clean_estimate_goes_on_linearly_in_log_snr():
     x0, before = torch.full((2, 4, 1, 1), 3.0), torch.full((2, 4, 1, 1), 1.0)
     log_snrs = torch.tensor([[-4.0, 0.0], [-2.0, 1.0], [2.0, 1.5]])
-    ahead = samplers.half_step_ahead(x0, before, log_snrs)
+    ahead = vldm.half_step_ahead(x0, before, log_snrs)
     assert torch.equal(ahead[:, 0, 0, 0], torch.tensor([3 + 2 / 2 * 2, 3 + 2 / 1 * 0.25]))
 
 
@@ -305,10 +305,10 @@ def test_images_of_a_batch_do_not_mix(gaussian, noise, numbers):
     """Each image as if it were alone, whatever the others' levels."""
     sampler = SamplerConfig(**{"plms_steps": 10} | numbers)
     x0, draws = noise(5, 4, 2, 2, seed=1)(), [noise(5, 4, 2, 2, seed=2 + i)() for i in range(12)]
-    together = samplers.denoise(gaussian(0.2, 0.7), x0, LEVELS, replay(draws), sampler)
+    together = vldm.denoise(gaussian(0.2, 0.7), x0, LEVELS, replay(draws), sampler)
     for i, level in enumerate(LEVELS):
         one = slice(i, i + 1)
-        alone = samplers.denoise(gaussian(0.2, 0.7), x0[one], [level], replay([x[one] for x in draws]), sampler)
+        alone = vldm.denoise(gaussian(0.2, 0.7), x0[one], [level], replay([x[one] for x in draws]), sampler)
         parity.assert_close(together[one], alone, atol=1e-5)
 
 
@@ -325,10 +325,10 @@ def test_an_image_that_is_done_leaves_the_batch(gaussian, noise):
 def trajectory_of(predict_noise, x0, noise_levels, randn, **numbers):
     """Every step of a batch whose images have levels of their own."""
     sampler = SamplerConfig(**numbers)
-    start = samplers.start_latent(x0, noise_levels, randn, sampler)
-    return list(samplers.denoising_steps(predict_noise, start, noise_levels, randn, sampler))
+    start = vldm.start_latent(x0, noise_levels, randn, sampler)
+    return list(vldm.denoising_steps(predict_noise, start, noise_levels, randn, sampler))
 
 
 def test_more_steps_must_come_first(gaussian, noise):
     with pytest.raises(ValueError, match="more steps must come first"):
-        samplers.denoise(gaussian(0, 1), torch.zeros(2, 4, 2, 2), [0.1, 0.9], noise(2, 4, 2, 2), SamplerConfig())
+        vldm.denoise(gaussian(0, 1), torch.zeros(2, 4, 2, 2), [0.1, 0.9], noise(2, 4, 2, 2), SamplerConfig())

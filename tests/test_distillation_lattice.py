@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cameras import pixel_grid
-from lattice import Lattice, random_lattice, upsample
+from distillation import Lattice, random_lattice, upsample
 from tests.support import parity
 
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 import ngp
+import presets
 from cameras import Cameras, pixel_grid
-from occupancy import Occupancy
 from tests.support.fields import TINY, Analytic, around, ball, centers, images, seeded
+from volume import Occupancy
 
 
 def test_update_empties_cells_slowly_and_keeps_a_thin_field():
@@ -47,7 +48,7 @@ def test_a_mask_may_end_two_pixels_before_the_border(count, gap, kept):
 
     Then the views claim that they show the whole ball.
     """
-    config = ngp.NANO
+    config = presets.NANO_FIELD
     views, size = around(count, focal=1.7, center=(0.6, 0.0), seed=2), 128
     rays_o, rays_d = views.rays(pixel_grid(size, size).expand(count, -1, 2))
     along = (rays_o * torch.nn.functional.normalize(rays_d, dim=-1)).sum(-1)

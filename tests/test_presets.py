@@ -3,12 +3,13 @@ from dataclasses import replace
 
 import pytest
 
+import distillation
 import ngp
-import samplers
-import settings
+import presets
+import vldm
 from common import cli
+from distillation import DistillConfig
 from gpu import graphs
-from settings import DistillConfig
 from tests.support.small import SHORT
 
 
@@ -24,54 +25,54 @@ def test_numbers_that_do_not_fit(change, words):
 
 
 def test_fewer_iterations_shorten_the_bootstrap_only_where_they_must():
-    paper = settings.PRESETS["paper"]
+    paper = presets.PRESETS["paper"]
     assert paper.with_iterations(2000).bootstrap == 1001 and paper.with_iterations(900).bootstrap == 600
     assert paper.with_iterations(1).bootstrap == 0
 
 
 def test_the_paper_preset_has_the_released_numbers():
-    paper = settings.PRESETS["paper"]
+    paper = presets.PRESETS["paper"]
     assert (paper.iterations, paper.bootstrap, paper.render_size) == (3000, 1001, 128)
-    released = replace(DistillConfig(), denoise_batch=32, field=replace(ngp.PAPER, samples_per_ray=128,
+    released = replace(DistillConfig(), denoise_batch=32, field=replace(ngp.FieldConfig(), samples_per_ray=128,
                                                                         importance_samples=0))
     assert paper == released
     assert (paper.betas, paper.eps, paper.final_lr_fraction) == ((0.9, 0.999), 1e-8, 1)
     assert (paper.sampler.plms_steps, paper.sampler.sample_steps) == (50, 500)
-    nano, plain = settings.PRESETS["nano"], settings.PRESETS["plain"]
+    nano, plain = presets.PRESETS["nano"], presets.PRESETS["plain"]
     assert (nano.sampler.solver, nano.sampler.plms_steps, nano.denoise_batch) == ("dpmpp", 2, 8)
     assert (plain.blur, plain.field.view_degree, nano.blur, nano.field.view_degree) == (3, 4, 1, 0)
     assert max(paper.denoise_batch, nano.denoise_batch) <= graphs.SIZES[-1]  # or a GPU would divide a batch
     for name, fraction in (("nano", 0.1), ("plain", 0.05)):
-        tuned = settings.PRESETS[name]
+        tuned = presets.PRESETS[name]
         assert (tuned.betas, tuned.eps, tuned.final_lr_fraction) == ((0.9, 0.99), 1e-15, fraction)
 
 
-@pytest.mark.parametrize("preset", settings.PRESETS.values(), ids=settings.PRESETS)
+@pytest.mark.parametrize("preset", presets.PRESETS.values(), ids=presets.PRESETS)
 def test_the_released_settings_fit_every_preset(preset):
     """Whatever the preset, the same behavior comes out; only sizes, rates and the length of things are its own."""
-    config = cli.apply_settings(preset, settings.RELEASED)
-    paper = cli.apply_settings(settings.PRESETS["paper"], settings.RELEASED)
+    config = cli.apply_settings(preset, presets.RELEASED)
+    paper = cli.apply_settings(presets.PRESETS["paper"], presets.RELEASED)
     same = ("betas", "eps", "final_lr_fraction", "min_noise_level", "eft_train_mode", "metrics_on_inputs", "blur",
             "lr_exposure", "weight_background", "weight_opacity", "weight_perceptual")
     assert all(getattr(config, name) == getattr(paper, name) for name in same)
     assert not config.field.hashed and not config.field.carve and config.eft_train_mode and config.metrics_on_inputs
     assert config.sampler.ancestral and config.sampler.unnoised_start
     assert (config.sampler.solver, config.sampler.plms_steps, config.sampler.sample_steps) == ("plms", 50, 500)
-    assert samplers.start_time(0.99, config.sampler) == 1
+    assert vldm.start_time(0.99, config.sampler) == 1
     assert (config.iterations, config.lr_grid) == (preset.iterations, preset.lr_grid)
     assert (config.denoise_batch, config.input_pixels, config.picture_side, config.field.view_degree) == (1, 0, 1, 0)
     assert config.fitted(100) == replace(config, iterations_per_view=0)
 
 
 def test_more_photographs_bear_a_finer_field():
-    plain = settings.PRESETS["plain"]
+    plain = presets.PRESETS["plain"]
     assert plain.fitted(2) == plain.fitted(12) == replace(plain, reference_views=0, iterations_per_view=0)
     many = plain.fitted(100)
     assert (many.field.finest_resolution, many.iterations, many.blur) == (800, 15080, 1)
     assert many.field.samples_per_ray > 2 * plain.field.samples_per_ray and many.field.occupancy_cells == 128
     assert many.pixel_side == 2 and many.input_pixels * 2 == plain.input_pixels and many.fitted(100) == many
-    assert plain.fitted(1000).iterations == plain.iterations + settings.MOST_FURTHER
+    assert plain.fitted(1000).iterations == plain.iterations + distillation.MOST_FURTHER
     short = plain.with_iterations(800).fitted(100)  # what is asked for stays
     assert (short.iterations, short.field, short.pixel_side) == (800, many.field, 1)
-    nano = settings.PRESETS["nano"]
+    nano = presets.PRESETS["nano"]
     assert nano.fitted(100) == nano

@@ -1,0 +1,108 @@
+"""The hash encoding of `hashgrid.py` and its gradient on a GPU, by the kernels of `hashgrid.cu`.
+
+The arithmetic is that of the reference in plain torch: float32 and wrapping 32-bit integers.
+
+Shapes: `N` points, `L` levels, `C` features per level.
+"""
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gpu.kernels import compile_kernels, readable
+
+SOURCE = Path(__file__).with_name("hashgrid.cu")
+CHANNELS = (1, 2, 4, 8)  # C, features per level, that the kernels are written for
+THREADS = 256            # threads of a block
+RUN = 8                  # points, one behind the other, of a thread in the gradient
+
+# The grids as the kernels read them: scale (L, 1), stride (L, 3), rows (L, 1), offset (L, 1), first hashed level.
+Grids = tuple[Tensor, Tensor, Tensor, Tensor, int]
+
+
+class Kernels(NamedTuple):
+    """The kernels of `hashgrid.cu`, compiled for one number of features per level."""
+    forward: Callable
+    backward: Callable
+
+
+def kernels_for(x: Tensor, table: Tensor) -> Kernels | None:
+    """The kernels that encode points x by a table; None where plain torch does, as on CPUs and for other types."""
+    if not x.is_cuda or x.device != table.device:
+        return None
+    if x.dtype != torch.float32 or table.dtype != torch.float32:
+        return None
+
+    # A kernel counts points in 32 bits.
+    channels = table.shape[1]
+    if channels not in CHANNELS or len(x) >= 2**31:
+        return None
+    return _compile(channels, x.device.index)
+
+
+def encode(x: Tensor, table: Tensor, grids: Grids, kernels: Kernels) -> Tensor:
+    """Points (N, 3) of the unit cube -> features (N, L * C), differentiable in the table (rows, C)."""
+    return _EncodeByKernels.apply(x, table, grids, kernels)
+
+
+def kernel_options(channels: int) -> list[str]:
+    """What the compiler is told about tables of `channels` features per level."""
+    return [f"-DCHANNELS={channels}", f"-DTHREADS={THREADS}", f"-DRUN={RUN}"]
+
+
+@functools.cache
+def _compile(channels: int, device: int) -> Kernels | None:
+    """The kernels for `channels` features per level on a GPU; None where they cannot be had."""
+    names = ("encode_forward", "encode_backward")
+    compiled = compile_kernels(SOURCE, names, kernel_options(channels), device)
+    return None if compiled is None else Kernels(*compiled)
+
+
+class _EncodeByKernels(torch.autograd.Function):
+    """`encode` and its gradient. Nothing but the points is kept for the gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, table: Tensor, grids: Grids, kernels: Kernels) -> Tensor:
+        x = readable(x)
+        ctx.save_for_backward(x)
+        ctx.table_shape = table.shape
+        ctx.grids = grids
+        ctx.kernels = kernels
+
+        features = x.new_empty(len(x), len(grids[0]) * table.shape[1])
+        _launch(kernels.forward, 1, x, readable(table), grids, features)
+        return features
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, None, None]:
+        """The gradient in the features (N, L * C) -> in the table, of its shape; points have none."""
+        x, = ctx.saved_tensors
+        table_grad = grad.new_zeros(ctx.table_shape)
+        _launch(ctx.kernels.backward, RUN, x, table_grad, ctx.grids, readable(grad))
+        return None, table_grad, None, None
+
+
+def _launch(kernel: Callable, run: int, x: Tensor, table: Tensor, grids: Grids, features: Tensor) -> None:
+    """Run a kernel for points x (N, 3), `run` of them per thread. The table and features, or the gradients of both.
+
+    Nothing compares these arguments with the kernel's: a tensor becomes a pointer and an integer an `int`.
+    """
+    points = len(x)
+    if points == 0:
+        return
+
+    # A block's levels have 32 bytes of features per point.
+    levels = len(grids[0])
+    width = 8 // table.shape[1]
+    height = THREADS // width
+    grid = (math.ceil(points / (height * run)), math.ceil(levels / width), 1)
+    with torch.cuda.device(x.device):
+        kernel(grid=grid, block=(width, height, 1), args=[x, table, *grids, points, levels, features])

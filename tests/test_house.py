@@ -1,0 +1,58 @@
+"""The house: which folder may import which, no import inside a function, and nothing that the project does not have."""
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CHAPTERS = ["cameras", "metrics", "eft", "vae", "unet", "vldm", "sparsefusion", "hashgrid", "ngp", "volume",
+            "distillation", "presets"]
+COMMANDS = ["distill", "evaluate", "train", "check"]
+# What stands left imports nothing from its right; a set is one place, whose members do not know each other.
+ORDER = ["common", "gpu", *CHAPTERS, "datasets", "photographs", "checkpoints", "export", {"reconstruction", "training"},
+         "evaluation", {*COMMANDS}, {"experiments", "sample"}]
+PACKAGES = {"torch", "numpy", "PIL", "tqdm"}
+FILES = [path for path in sorted(ROOT.rglob("*.py")) if not {"tests", ".venv", "output"} & set(path.parts)]
+TREES = {path: ast.parse(path.read_text()) for path in FILES}
+
+
+def place(name: str) -> int:
+    """Where a folder or a module of the root stands in the order."""
+    return next(i for i, one in enumerate(ORDER) if name == one or isinstance(one, set) and name in one)
+
+
+def imports(tree: ast.AST) -> list[tuple[int, str]]:
+    """Line and first name of everything that is imported, anywhere in a file."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name.split(".")[0]) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.lineno, node.module.split(".")[0]))
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    """Only the project's packages, nothing from the right in `ORDER`, nothing inside a function."""
+    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    ours = {name for one in ORDER for name in ([one] if isinstance(one, str) else one)}
+    for line, name in imports(TREES[path]):
+        assert name in ours | PACKAGES | set(sys.stdlib_module_names), f"{path}, line {line}: {name} is not installed"
+        if name in ours and name != room:
+            assert place(name) < place(room), f"{path}, line {line}: {room} imports {name}"
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            assert not imports(node), f"{path}, line {node.lineno}: an import inside a function"
+
+
+def test_the_root_is_the_paper():
+    """Chapters and commands, each of them in the order, and no kernels."""
+    assert {path.stem for path in ROOT.glob("*.py")} == {*CHAPTERS, *COMMANDS, "reconstruction"}
+    assert not list(ROOT.glob("*.cu"))
+
+
+def test_folders_hide_no_package_and_are_hidden_by_none():
+    for folder in {path.parent for path in FILES} - {ROOT}:
+        assert (folder / "__init__.py").read_text() == "", folder
