@@ -267,7 +267,7 @@ def test_kernels_that_cannot_be_had_are_said_once(fault, fresh, monkeypatch, tmp
     if fault == "no compiler":
         monkeypatch.delattr(torch.cuda, "_compile_kernel", raising=False)
     elif fault == "no source":
-        monkeypatch.setattr(hashgrid, "KERNEL_SOURCE", tmp_path / "hashgrid.cu")
+        monkeypatch.setattr(hashgrid_kernel, "SOURCE", tmp_path / "hashgrid.cu")
     elif torch.cuda.is_available():
         pytest.skip("there is CUDA")
     for _ in range(3):
@@ -277,7 +277,7 @@ def test_kernels_that_cannot_be_had_are_said_once(fault, fresh, monkeypatch, tmp
 
 
 def test_no_kernels_are_looked_for_on_a_cpu(fresh, monkeypatch, capfd):
-    monkeypatch.setattr(hashgrid, "_compile", lambda *_: pytest.fail("a kernel for a CPU"))
+    monkeypatch.setattr(hashgrid_kernel, "_compile", lambda *_: pytest.fail("a kernel for a CPU"))
     tiny()(torch.rand(5, 3)).sum().backward()
     assert capfd.readouterr() == ("", "")
 
@@ -307,8 +307,8 @@ def test_kernels_compile_for_any_gpu(capability):
     if torch.version.cuda is None:
         pytest.skip("torch without CUDA has no compiler for it")
     compiler = importlib.import_module("torch.cuda._utils")
-    source = hashgrid.KERNEL_SOURCE.read_text()
-    for channels, kernel in itertools.product(hashgrid.KERNEL_CHANNELS, ["encode_forward", "encode_backward"]):
+    source = hashgrid_kernel.SOURCE.read_text()
+    for channels, kernel in itertools.product(hashgrid_kernel.CHANNELS, ["encode_forward", "encode_backward"]):
         try:
             with kernels.without_toolkit():
                 options = hashgrid_kernel.kernel_options(channels)

@@ -15,7 +15,6 @@ import sparsefusion
 from common import files
 from datasets import protocol
 from distillation import Distillation
-from evaluation import instance
 from evaluation.instance import run_instance
 from evaluation.tables import markdown, mean_and_error, means, paired, table
 from presets import PRESETS
@@ -42,7 +41,7 @@ def run(tmp_path, monkeypatch):
         made.append((instance.source.name, instance.seed))
         return make(instance, *args, **options)
 
-    monkeypatch.setattr(instance, "run_instance", noted)
+    monkeypatch.setattr(evaluate, "run_instance", noted)
 
     def evaluation(*flags, root=SAMPLE, category="toys", instances=2):
         argv = ["--root", root, "--category", category, "--instances", instances, "--weights", tmp_path / "tiny.pt",

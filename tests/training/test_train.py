@@ -183,8 +183,8 @@ def test_weights_that_say_nothing(tmp_path):
 
 
 def test_converted_weights_know_their_category(tmp_path, monkeypatch):
-    monkeypatch.setattr(sparsefusion.SparseFusion, "from_released", lambda *files: tiny_model())
-    argv = ["convert", "--eft", "a", "--vldm", "b", "--vae", "c", "--out", str(tmp_path / "out.pt")]
+    monkeypatch.setattr(convert, "from_released", lambda *files: tiny_model())
+    argv = ["--eft", "a", "--vldm", "b", "--vae", "c", "--out", str(tmp_path / "out.pt")]
     convert.main(argv)
     assert sparsefusion.read_trained_on(tmp_path / "out.pt") == []
     convert.main([*argv, "--category", "hydrant"])
