@@ -1,4 +1,4 @@
-"""Cameras, rays, frames and the circle path (Sec. 3 and the supplement of the paper).
+"""Cameras, rays, frames, the circle path, and scenes: posed views of one object (Sec. 3 and the supplement).
 
 The convention is PyTorch3D's, which CO3D uses. Points are row vectors:
 
@@ -12,7 +12,7 @@ The path of virtual viewpoints differs from the released code in its jitter (`ci
 cameras: where one, two, or nearly coinciding ones do not determine a circle, it goes round the vertical that upright
 photographs imply.
 
-Letters: `*` any leading shape, `B` cameras, `P` points, `R` rays (and, as an attribute, the rotation), `H W` rows and
+Shapes: `*` any leading shape, `B` cameras, `P` points, `R` rays (and, as an attribute, the rotation), `H W` rows and
 columns.
 """
 from __future__ import annotations
@@ -345,7 +345,7 @@ def _perpendicular(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Scene:
-    """V views of one object, S pixels a side. Images are already multiplied by their soft masks: the background is black."""
+    """V views of one object, S pixels a side. Images are multiplied by their soft masks: the background is black."""
     images: Tensor    # (V, 3, S, S) in [0, 1]
     masks: Tensor     # (V, 1, S, S) soft, probability of foreground in [0, 1]
     valid: Tensor     # (V, 1, S, S) 1 where the photograph is, 0 in the padding

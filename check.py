@@ -1,15 +1,9 @@
 """Do these photographs, masks and cameras fit together? And if they do not, which mistake is it likely to be?
 
-    python check.py DIR                              own photographs (`photographs.py` says how DIR looks)
+    python check.py DIR                              own photographs (docs/photographs.md says how DIR looks)
     python check.py DIR --category C --sequence S    a sequence of a CO3D tree
 
-The judge is what masks and cameras have to do with each other (`silhouettes.py`). The usual mistakes are undone one at
-a time (`alternatives.py`). If the masks fit then, and only then, the mistake is named.
-
-What changes no silhouette cannot be seen and does no harm: another origin, scale or orientation of the world, or
-everything mirrored.
-
-Letters: `V` views, `S` side of their square pictures in pixels.
+`photographs/examine.py` judges, `photographs/figure.py` draws.
 """
 from __future__ import annotations
 

@@ -4,11 +4,8 @@
     python distill.py --root DIR --category C --sequence S --weights F
     python distill.py --capture DIR                    own photographs (docs/photographs.md)
 
-The command asks whether masks and cameras fit (`check.py`), makes a field (`reconstruction.py`; the algorithm is in
-`distillation.py`), makes what it is compared with, measures everything on views that were not given, and writes
-pictures, mesh and numbers.
-
-Letters: `T` target views, `S` side of the image.
+The algorithm is in `distillation.py`, one scene from start to end in `reconstruction.py`, what is measured and written
+in `evaluation/instance.py`. Here the flags choose what is done.
 """
 from __future__ import annotations
 

@@ -15,9 +15,11 @@ Why that is distillation: a noise predictor's error, weighted over all noise lev
 distance between a rendering and its denoised version. The paper compares pixels and takes several denoising steps,
 where SDS (Poole et al. 2022) compares latents after one: it finds the targets less noisy (Sec. 3.2).
 
-Differences from the released code: docs/differences.md.
+A rendering has every n-th pixel of the image, from a random first one (`Lattice`): over time every pixel's ray is cast.
+The released code renders the same 128 x 128 rays in every iteration [released: distillation.py:85], and upsamples as if
+pixels of the small picture were squares [released: distillation.py:287-288]. Other differences: docs/differences.md.
 
-Letters: `V` input views, `Q` query viewpoints, `B` batch, `s` side of a rendering, `S` side of the image.
+Shapes: `V` input views, `Q` query viewpoints, `B` batch, `s` side of a rendering, `S` side of the image.
 """
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ the linear layers of an attention that meet only as products are multiplied befo
 the same numbers for less work; in evaluation mode dropout is off and the batch norms use their running
 statistics, while the released demo stays in training mode [released: load_model.py:33-45, 179; distillation.py:97-109].
 
-Letters: `*` optional batch of query viewpoints, `V` input views, `R` rays, `D` points a ray, `B` images, `C` channels
+Shapes: `*` optional batch of query viewpoints, `V` input views, `R` rays, `D` points a ray, `B` images, `C` channels
 of the trunk, `N` width of the transformers, `L` tokens that attend to each other, `T` others beside them, `n` numbers
 in a part of a token, `H W` image rows and columns, `h w` those of a map.
 """

@@ -6,11 +6,11 @@ stand side by side. A grid with more corners than it may have rows lets corners 
 by a tiled index that leaves out axes.
 
 Differences from the released code, which is a CUDA extension: plain torch, on any device, in which all levels are one
-gather, is the reference; on a GPU the kernels of `hashgrid.cu` take its place, compiled at run time by what torch
-itself carries. The arithmetic of both is the released kernel's, float32 and wrapping 32-bit integers, so that its
+gather, is the reference; on a GPU the kernels of `gpu/hashgrid.cu` take its place, compiled at run time by what
+torch itself carries. The arithmetic of both is the released kernel's, float32 and wrapping 32-bit integers, so that its
 tables can be used.
 
-Letters: `N` points, `L` levels, `C` features a level.
+Shapes: `N` points, `L` levels, `C` features a level.
 """
 from __future__ import annotations
 

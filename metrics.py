@@ -10,7 +10,7 @@ differences. Three networks fill it:
 
 SSIM and LPIPS are the released code's [released: common_utils.py:36-63], without the packages that it takes them from.
 
-Letters: `B` images, `C` channels, `H W` rows and columns of an image, `h w` of a layer, `A` attributes.
+Shapes: `B` images, `C` channels, `H W` rows and columns of an image, `h w` of a layer, `A` attributes.
 """
 from __future__ import annotations
 

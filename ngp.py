@@ -1,18 +1,18 @@
 """The instance field: density and color of every point (Sec. 3.2).
 
-Instant NGP (Mueller et al. 2022). The hash encoding (`hashgrid.py`) looks a point up; a small network (`mlp.py`) turns
-its features into density and color. `occupancy.py` knows where space is empty, `volume.py` integrates along rays. All
-of it is plain torch; for encoding and network a GPU has kernels.
+Instant NGP (Mueller et al. 2022). The hash encoding (`hashgrid.py`) looks a point up; a small network turns its
+features into density and color. `volume.py` knows where space is empty and integrates along rays. All of it is plain
+torch; for encoding and network a GPU has kernels.
 
 Differences from the released code, which runs two CUDA extensions:
 - the index of the encoding is Instant NGP's spatial hash, not a tiled one (`FieldConfig.hashed`);
-- a coarse grid of occupied cells (`occupancy.py`), carved by the input masks (`FieldConfig.carve`), decides where to
-  sample; theirs is off, and every sample in the cube is evaluated
+- a coarse grid of occupied cells (`volume.Occupancy`), carved by the input masks (`FieldConfig.carve`), decides where
+  to sample; theirs is off, and every sample in the cube is evaluated
   [released: distillation.py:505; nerf/renderer_df.py:647-650];
 - while it learns, a GPU's kernels round the network's factors to bfloat16; theirs is float32 [released:
   distillation.py:208, 514].
 
-Letters: `N` points.
+Shapes: `N` points.
 """
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 The algorithm is in `distillation.py`. Here a scene is turned to the object frame, a run is interrupted and taken up
 without a trace, and the finished field is seen and measured in the scene's own world.
 
-Letters: `V` input views, `Q` query viewpoints, `T` cameras to look from, `B` cameras.
+Shapes: `V` input views, `Q` query viewpoints, `T` cameras to look from, `B` cameras.
 """
 from __future__ import annotations
 

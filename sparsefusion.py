@@ -1,13 +1,10 @@
-"""The SparseFusion model: EFT, VAE and VLDM as one object, its presets, its files (Sec. 3.1).
+"""The SparseFusion model: EFT, VAE and VLDM as one object, and its files (Sec. 3.1).
 
-    python sparsefusion.py convert --eft F --vldm F --vae F --out F       the released files -> one weights file of
-    this program
+A `Preset` has every number of a model; `presets.py` has the paper's beside the sample's. The interface is
+`SparseFusion.condition` (what the EFT sees from a viewpoint), `.sample_view` (one novel view from the VLDM) and
+`.denoise` (multi-step denoising of a rendering, which distillation calls).
 
-`PRESETS["paper"]` is the released architecture, `PRESETS["nano"]` the same classes, small, for the synthetic sample
-category. The interface is `SparseFusion.condition` (what the EFT sees from a viewpoint), `.sample_view` (one novel
-view from the VLDM) and `.denoise` (multi-step denoising of a rendering, which distillation calls).
-
-Letters: `V` input views, `Q` query views, `B` batch, `C` feature channels, `S` image side, `h` side of the latent.
+Shapes: `V` input views, `Q` query views, `B` batch, `C` feature channels, `S` image side, `h` side of the latent.
 """
 from __future__ import annotations
 

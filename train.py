@@ -5,9 +5,9 @@
     python train.py perceptual  the small network whose features measure perceptual distance in the evaluation
 
 The step is the paper's: one random query view, random input views, 12 noisings of the query latent, the diffusion
-loss and the EFT's color loss together. The schedule is `fit.py`'s.
+loss and the EFT's color loss together. The schedule is `training/fit.py`'s.
 
-Letters: `N` sequences in memory, `V` input views, `B` sequences or pictures a step, `S` image side, `s` rays a side
+Shapes: `N` sequences in memory, `V` input views, `B` sequences or pictures a step, `S` image side, `s` rays a side
 of the EFT's map.
 """
 from __future__ import annotations

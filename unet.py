@@ -3,7 +3,7 @@
 It is the UNet of Imagen (Saharia et al. 2022) without text: where Imagen's is told a sentence, this one sees a feature
 map, beside the noisy latent. It goes down and up in stages, a resolution each: three residual blocks, a transformer
 block in some, a change of resolution. Every residual block is told the time, and so are the attention layers, by two
-tokens. `PAPER` is the released architecture, `NANO` the same classes for the sample categories.
+tokens. The defaults of `UNetConfig` are the released architecture.
 
 What differs from the released code: no number. What Imagen needs for text is left out.
 
@@ -13,7 +13,7 @@ What differs from the released code: no number. What Imagen needs for text is le
     t         embedding of log_snr (B, time_dim), which modulates the residual blocks
     tokens    the time again, as tokens (B, T, token_dim) that attention sees
 
-Letters: `B` batch, `C` channels, `H W` rows and columns of a map, `N` tokens (H * W), `T` time tokens, `F` frequencies.
+Shapes: `B` batch, `C` channels, `H W` rows and columns of a map, `N` tokens (H * W), `T` time tokens, `F` frequencies.
 """
 from __future__ import annotations
 

@@ -2,14 +2,14 @@
 
 It is the KL autoencoder of Stable Diffusion v1 (Rombach et al. 2022, their first stage), which SparseFusion takes as it
 is and keeps frozen. The encoder is a row of stages: residual blocks, then half the resolution. The decoder is the same
-in reverse. The only attention is in the middle, at the coarsest resolution. `PAPER` is that network, `NANO` the same
-classes for the sample categories.
+in reverse. The only attention is in the middle, at the coarsest resolution. The defaults of `VAEConfig`
+are that network.
 
 What differs from the released code: no number. As there, an image's latent is its posterior's mode, not a draw from it
 [released: autoencoder.py:302-333].
 
-Letters: `B` batch, `C` channels, `H W` rows and columns of an image or a map, `h w` those of the latent (an eighth for
-`PAPER` and `NANO`), `N` positions H * W.
+Shapes: `B` batch, `C` channels, `H W` rows and columns of an image or a map, `h w` those of the latent (an
+eighth), `N` positions H * W.
 """
 from __future__ import annotations
 

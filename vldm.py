@@ -1,8 +1,8 @@
-"""The view-conditioned latent diffusion model (Sec. 3.1): noising, the training loss, the noise that is predicted.
+"""The view-conditioned latent diffusion model (Sec. 3.1): noising, the training loss, the predicted noise, and what
+becomes of it: ancestral sampling from pure noise, multi-step denoising by PLMS, DDIM or DPM-Solver++ (Sec. 3.2).
 
 The diffusion runs in continuous time (Kingma et al. 2021): the network of `unet.py` is told the signal-to-noise ratio,
-not a step number. `samplers.py` has what becomes of its predictions. `PAPER` and `PAPER_SAMPLER` hold the paper's
-numbers, `NANO` and `NANO_SAMPLER` those for the sample categories.
+not a step number. The defaults of `DiffusionConfig` and `SamplerConfig` are the paper's numbers.
 
     t, s          times in [0, 1], 0 is the clean latent; s is an earlier one, s < t
     log_snr       log(alpha^2 / sigma^2), falls as t grows
@@ -11,7 +11,7 @@ numbers, `NANO` and `NANO_SAMPLER` those for the sample categories.
 
 What differs from the released code: docs/differences.md, and the fields of `SamplerConfig`.
 
-Letters: `B` batch, `h w` rows and columns of the latent, `C` channels and `s` side of the features.
+Shapes: `B` batch, `h w` rows and columns of the latent, `C` channels and `s` side of the features.
 """
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Volume rendering of a field: where to sample a ray, and the integral along it (Sec. 3.2).
+"""Empty space and volume rendering: where a field is evaluated, and the integral along a ray (Sec. 3.2).
+
+`Occupancy` is a coarse grid of cells: some are ruled out by the input masks, whose views leave the visual hull
+(`carve`), some are found empty by the field (`update`). Only in cells that may hold something is the field ever
+evaluated (Instant NGP, appendix E.2).
 
 Rays are integrated as in NeRF (Mildenhall et al. 2020): stratified samples, importance samples, and before a black
 background. Samples in empty cells are never evaluated.
@@ -9,8 +13,8 @@ is a fraction of the ray's interval in the cube, and NaN [released: nerf/rendere
 How many samples are in occupied cells is known only when they are placed, and a GPU that has to tell waits. So that it
 need not, a `SampleBuffer` gives their number a fixed room.
 
-Letters: `R` rays, `D` samples a ray, `I` importance samples a ray, `N` = R D, `H W` rows and columns. Rays are not
-normalized: `o + t d` lies at depth t of the camera, and density is per unit of t [released:
+Shapes: `G` occupancy cells a side, `K` some of the cells, `V` views, `R` rays, `D` samples per ray, `I` importance
+samples per ray, `N` = R D, `H W` rows and columns. Rays are not normalized: `o + t d` lies at depth t of the camera, and density is per unit of t [released:
 nerf/renderer_df.py:414-418].
 """
 from __future__ import annotations

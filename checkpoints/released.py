@@ -1,11 +1,6 @@
-"""Weights that others wrote: read without running anything they name, and matched key by key.
+"""The released weights, matched key by key: which file holds what, and what its layers are called here.
 
-Two formats. A PyTorch checkpoint is a pickle beside raw numbers, and a pickle is a program: it may import and call
-anything. Here it gets tensors and plain data; a class or function of a framework becomes an inert stand-in, whether
-that framework is installed or not; and a file that names what no checkpoint needs (`os.system`, `eval`, `getattr`, ...)
-is refused. A `.safetensors` file is a JSON header and raw numbers, and may only lie about sizes.
-
-Matching. A table of rules turns the released names into ours. What is missing, left over or of another shape ends in
+A table of rules turns the released names into ours. What is missing, left over or of another shape ends in
 one line that lists it; nothing is dropped silently.
 
 What differs from the released code: there only the VLDM's file must fit; of the EFT's and the VAE's it takes what it

@@ -2,7 +2,7 @@
 
 Everything this program writes goes to a temporary name first and is then renamed: a killed run leaves the old file or
 the new one, never half of one. Checkpoints of this program are dictionaries of tensors and plain data; they load with
-`weights_only=True`. (Checkpoints that strangers wrote, with classes of theirs inside, are `released.py`'s.)
+`weights_only=True`. (Checkpoints that strangers wrote, with classes of theirs inside: `checkpoints/reading.py`.)
 """
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def read_tensors(path: str | Path, entry: str = "weights") -> dict:
     # A checkpoint, but of this program?
     if not isinstance(data, dict) or not isinstance(data.get(entry), dict):
         raise ValueError(f"{path}: not a checkpoint of this program with {entry!r} in it "
-                         "(released files go through `sparsefusion.py convert` first)")
+                         "(released files go through `python -m checkpoints.convert` first)")
     return data
 
 

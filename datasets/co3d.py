@@ -2,7 +2,7 @@
 
 Reads, without PyTorch3D, a dataset folder as CO3D's own downloader leaves it,
 
-    <root>/<category>/frame_annotations.jgz       which frames there are, and their cameras (`frame_annotations.py`)
+    <root>/<category>/frame_annotations.jgz       which frames there are, and their cameras (`annotations.py`)
     <root>/<category>/set_lists/set_lists_*.json  optional: which frames are train, val and test
     <root>/<category>/<sequence>/images, masks    wherever the annotations say
 
@@ -12,7 +12,7 @@ preprocessed toy data `<root>/<category>/<category>_toy.pt` [released: co3d_toy_
 Different from the released code: frames of a short sequence are never repeated to make up a number
 [released: co3d_dataloader.py:362-363], and no sequence is left out by name [released: co3d_dataloader.py:337-342].
 
-Letters: `V` frames (views) of a sequence, `S` side of the square output in pixels, `H W` rows and columns of a
+Shapes: `V` frames (views) of a sequence, `S` side of the square output in pixels, `H W` rows and columns of a
 photograph.
 """
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Scenes: views of one object as square images, soft masks and cameras; and how a photograph becomes one (Sec. 4).
+"""How a photograph with a mask and a camera becomes a view of a scene (Sec. 4): cut, resized, the intrinsics adapted.
 
 A photograph is cut to its object: the mask's box grown by 30 %, clipped to the photograph, rounded, not made square
 [released: co3d_dataloader.py:260-261, 557-570]. The cut is scaled so that its longer side fills the output, and placed
@@ -8,8 +8,7 @@ About one crop in ten comes out a pixel short, while its camera keeps the nomina
 
 Different from the released code: an all but empty mask is an error, not a crop of the whole photograph.
 
-Letters: `N` sequences, `V` views of one, `S` side of the square output in pixels, `H W` rows and columns of a
-photograph.
+Shapes: `S` side of the square output in pixels, `H W` rows and columns of a photograph.
 """
 from __future__ import annotations
 

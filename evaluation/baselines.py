@@ -4,7 +4,7 @@ The fourth baseline, the field alone, is `distill.reconstruct` without a model. 
 which have no silhouette of their own: no mask is measured for them. Every baseline returns what it shows from the
 target cameras; `inputs` and `targets` are positions in the scene.
 
-Letters: `T` target views, `S` side of an image in pixels.
+Shapes: `T` target views, `S` side of an image in pixels.
 """
 from __future__ import annotations
 

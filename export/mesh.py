@@ -4,7 +4,7 @@ The field is asked on a grid of points. Every cube between eight of them is divi
 the surface where density passes a threshold is one triangle or two (Doi and Koide 1991). Unlike marching cubes, this
 has no ambiguous cases, so the mesh is always closed.
 
-Letters: `N` vertices, `M` faces.
+Shapes: `N` vertices, `M` faces.
 """
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What a person looks at: pictures, the sheet that compares methods, the turntable, tables. Knows tensors and
 numbers, no field and no model.
 
-Letters: `T` target views, `S` side of an image in pixels.
+Shapes: `T` target views, `S` side of an image in pixels.
 """
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ torch's own reorder a map whose channels are last in memory before and after, an
 are passes of their own. So is the bias of a convolution, which there waits for whoever reads the result (`Convolved`).
 Statistics are in float32 either way.
 
-Letters: `B` images, `C` channels, `H W` rows and columns, `P` pixels of a map, `G` groups, `K` chunks of an image.
+Shapes: `B` images, `C` channels, `H W` rows and columns, `P` pixels of a map, `G` groups, `K` chunks of an image.
 """
 from __future__ import annotations
 

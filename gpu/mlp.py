@@ -6,7 +6,7 @@ point reads and writes far longer than it computes, so the kernels keep what is 
 bfloat16 rather than float16, for gradients are too small for that. The idea is the fully fused network of Instant NGP
 (Mueller et al. 2021, "Real-time neural radiance caching for path tracing", Sec. 4).
 
-Letters: `N` points, `P` parameters, `C` channels of the first layer's input, `D` of the last one's output.
+Shapes: `N` points, `P` parameters, `C` channels of the first layer's input, `D` of the last one's output.
 """
 from __future__ import annotations
 

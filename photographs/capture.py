@@ -1,17 +1,9 @@
-"""Own photographs as a scene: `load_capture`.
-
-    photographs.py   which pictures, masks and cameras a folder has, in the user's world
-    capture.py       pictures decoded, lens distortion undone, squares of one size; the world normalized
+"""Own photographs as a scene: decoded, lens distortion undone, in squares of one size, in the normalized world.
 
 A photograph is kept whole and padded to a square about its middle. The lens's distortion is undone at the photograph's
 own size and intrinsics: what a barrel lens brings in from beyond that frame is lost, for a phone 2 % at each border.
 
-In the normalized world the object sits where CO3D's do: in the middle of the field's cube, and as large in it. Its axes
-are those of the first camera, in which the field's cube lies anyway (`reconstruction.py`). So a capture whose world is
-turned, scaled or shifted is the same scene; `Similarity` leads back to the user's world.
-
-Letters: `V` photographs, `P` points, `S` side of the square output, `H W` rows and columns of a photograph, `G` points
-a side of a grid.
+Shapes: `V` photographs, `S` side of the square output, `H W` rows and columns of a photograph.
 """
 from __future__ import annotations
 

@@ -7,7 +7,7 @@
 A pose is world-to-camera, for column vectors, with OpenCV's axes: x right, y down, z forward. Pixels count from the top
 left corner, and the first pixel's center is (0.5, 0.5).
 
-Letters: `P` points.
+Shapes: `P` points.
 """
 from __future__ import annotations
 

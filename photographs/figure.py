@@ -3,7 +3,7 @@
 Three rows: the cameras from above and from the side; photographs with the outline of what all other views allow; and
 points of one photograph with the lines on which the others must show them.
 
-Letters: `V` views, `S` side of their square pictures in pixels, `P` points.
+Shapes: `V` views, `S` side of their square pictures in pixels, `P` points.
 """
 from __future__ import annotations
 

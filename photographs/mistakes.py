@@ -3,7 +3,7 @@
 Other conventions for a pose, mirrored axes, other units for a focal length, intrinsics of a picture of another size.
 Their names are what somebody who made the mistake would call it.
 
-Letters: `V` views.
+Shapes: `V` views.
 """
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ A mask is a file in masks/, white where the object is, or else the picture's alp
 Nothing is decoded here and nothing is normalized: `capture.py` does that. The matrices stay as the files have them, so
 that another reading of them can be tried (`Convention`). docs/photographs.md has a table of the axes.
 
-Letters: `V` photographs, `P` points.
+Shapes: `V` photographs, `P` points.
 """
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ rays do not. Rays along a mask's outline are the strictest: they only touch the 
 
 No grid in space is needed, and no box: along a ray, the rectangles round the other masks leave an interval of depths.
 
-Letters: `V` views, `P` rays of a view, `G` cells of a mask's grid a side, `D` depths along a ray, `N` rays that may
+Shapes: `V` views, `P` rays of a view, `G` cells of a mask's grid a side, `D` depths along a ray, `N` rays that may
 meet something.
 """
 from __future__ import annotations

@@ -4,7 +4,7 @@ Coarse rays come first, one per block of 8 x 8 rays (4 x 4 pixels): each marches
 toy. Then the rays of those blocks start from there, 2 x 2 per pixel. Shading does not depend on the view, because the
 field does not, either.
 
-Letters: `P` primitives, `R` rays or points, `V` views, `N` blocks (of all views), `H W` rows and columns of pixels.
+Shapes: `P` primitives, `R` rays or points, `V` views, `N` blocks (of all views), `H W` rows and columns of pixels.
 Points are in the toy's own axes and units (see `toy_shapes.py`) unless a docstring says otherwise.
 """
 from __future__ import annotations

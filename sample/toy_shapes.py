@@ -7,7 +7,7 @@ in which |x| stands for x.
 A `Figure` is a toy in the making: numpy, parts with names (`toy_parts.py` builds one). A `Toy` is a finished figure:
 tensors on a device (`toy_render.py` draws it).
 
-Letters: `P` primitives, `R` points.
+Shapes: `P` primitives, `R` points.
 Toy axes: +x the toy's left, +y up, +z where it looks. Toy units: a standing toy is about 5 high, before it is scaled.
 """
 from __future__ import annotations

@@ -16,7 +16,7 @@ Seeds: 1-99 train the nano models, 1000 is the shipped `sample/co3d`, 2000 the r
 The files beside this one: `toy_shapes.py`, what a toy is; `toy_design.py`, what the dice decide; `toy_parts.py`, how a
 toy is built; `toy_render.py`, how it is drawn.
 
-Letters: `V` views, `H W` rows and columns.
+Shapes: `V` views, `H W` rows and columns.
 """
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 import check
 from cameras import Cameras, Scene, look_at, pixel_grid
-from experiments import camera_mistakes
+from tests.support import camera_mistakes
 from photographs import examine, figure, mistakes, silhouettes
 from photographs.reading import CONVENTIONS
 from tests.support import small
