@@ -158,8 +158,7 @@ def die_or_wait(job):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="no alarms")
-@pytest.mark.parametrize("seconds", [0, 300])
-@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("place, seconds", [(0, 0), (1, 300)])
 def test_a_process_that_dies_takes_the_others_along(tmp_path, in_time, monkeypatch, place, seconds):
     """Those of its pool: the other one, begun before or after it, waits for the end of its job or for another job."""
     begin = ProcessPoolExecutor._adjust_process_count

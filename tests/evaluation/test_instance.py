@@ -148,7 +148,7 @@ def test_the_eft_is_asked_where_its_view_sees_the_hull(fast, tiny_weights, tmp_p
 @pytest.mark.parametrize("flags, inputs, targets", [
     (["--views", 1], 1, 2), (["--views", 6], 6, 2), (["--views", 0], 24, 2),
     (["--input-frames", "5,3,24"], ["5", "3", "24"], 2),
-    (["--set", "metrics_on_inputs=true", "--targets", 24], 2, 24), (["--released", "--targets", 24], 2, 24)])
+    (["--set", "metrics_on_inputs=true", "--targets", 24], 2, 24), (["--released", "--targets", 24, "--set", "plms_steps=2", "sample_steps=3"], 2, 24)])
 def test_any_number_of_views(flags, inputs, targets, fast, tiny_weights, tmp_path):
     result = command(tmp_path, "--weights", tiny_weights, "--targets", 2, *flags)
     check_outputs(tmp_path, result, METHODS, 32, 2)
@@ -160,7 +160,7 @@ def test_any_number_of_views(flags, inputs, targets, fast, tiny_weights, tmp_pat
 
 def test_released_is_a_printed_list_of_settings(fast, tiny_weights, tmp_path, capsys):
     flags = ["--weights", tiny_weights, "--targets", 1]
-    result = command(tmp_path, *flags, "--released", "--set", "sampler.ancestral=false")
+    result = command(tmp_path, *flags, "--released", "--set", "sampler.ancestral=false", "plms_steps=2", "sample_steps=3")
     printed = capsys.readouterr().out
     assert all(setting in printed for setting in presets.RELEASED)
     config = result["settings"]["config"]
@@ -196,11 +196,11 @@ def test_no_prior_on_the_sample(fast, tmp_path):
 def test_no_prior_on_real_photographs(monkeypatch, tmp_path):
     if not REAL.is_dir():
         pytest.skip(f"the real sequence is not in {REAL}")
-    field = replace(PRESETS["plain"].field, levels=4, finest_resolution=64, log2_hashmap_size=14, samples_per_ray=48)
-    short = replace(PRESETS["plain"], iterations=20, bootstrap=0, turntable_frames=2, mesh_resolution=48, field=field)
+    field = replace(PRESETS["plain"].field, levels=4, finest_resolution=64, log2_hashmap_size=14, samples_per_ray=32)
+    short = replace(PRESETS["plain"], iterations=12, picture_side=1, image_size=128, bootstrap=0, turntable_frames=2, mesh_resolution=48, field=field)
     monkeypatch.setitem(PRESETS, "plain", short)
     result = command(tmp_path, "--root", REAL, "--category", "apple", "--views", 12, "--no-prior")
-    check_outputs(tmp_path, result, ["nearest", "ngp"], 256, 2)
+    check_outputs(tmp_path, result, ["nearest", "ngp"], 128, 2)
     assert len(result["input_frames"]) == 12 and len(result["target_frames"]) == 2
     assert result["methods"]["ngp"]["psnr"] > 12
 
