@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -284,9 +284,8 @@ def read_preset(path: Path) -> Preset:
     """The preset of a file that `save` wrote; reads no weights. In files from before 0.2 the diffusion had the
     sampler's numbers, too.
     """
-    data = files.read_tensors(path)
     try:
-        numbers = data["preset"]
+        numbers = _header(path)["preset"]
         diffusion = {name: x for name, x in numbers["diffusion"].items() if name not in ("steps", "clip", "t_start")}
         return Preset.from_dict(numbers | {"diffusion": diffusion})
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
@@ -296,7 +295,7 @@ def read_preset(path: Path) -> Preset:
 
 def read_trained_on(path: Path) -> list[dict]:
     """The trainings that made a file that `save` wrote, as `save` was told; none where nobody told."""
-    trainings = files.read_tensors(path).get("trained_on")
+    trainings = _header(path).get("trained_on")
     if not isinstance(trainings, list):
         trainings = []
     trainings = [x for x in trainings if isinstance(x, dict) and isinstance(x.get("category"), str)]
@@ -305,6 +304,22 @@ def read_trained_on(path: Path) -> list[dict]:
     if not trainings and path.resolve() == SHIPPED:
         return [{"what": "prior", "category": "toys"}]
     return trainings
+
+
+def _header(path: Path) -> dict:
+    """What a file of `save` has beside its weights."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    status = path.stat()
+    return _read_header(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=8)
+def _read_header(path: Path, date: int, size: int) -> dict:
+    """Several parts of a command ask for it, and to read it means to read the names of a thousand tensors."""
+    data = files.read_tensors(path)
+    return {name: x for name, x in data.items() if name != "weights"}
 
 
 def _in_current_spelling(weights: dict[str, Tensor]) -> dict[str, Tensor]:

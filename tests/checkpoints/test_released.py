@@ -21,6 +21,7 @@ from checkpoints import reading, released
 from checkpoints.convert import from_released, main
 from metrics import VGG16LPIPS
 from sparsefusion import SparseFusion, blank, load
+from vldm import cosine_log_snr
 from tests.support import parity
 from tests.support.helpers import Evil, one_line, same
 from tests.support.released_files import (diffusers_state, foreign_module, lpips_states, optimizer_state,
@@ -439,20 +440,26 @@ def test_full_size(tmp_path, capsys):
         torch.save({"model_state_dict": parity.weights(part), **optimizer_state()}, files[part])
     write_sd(files["vae"], {"first_stage_model." + k: x for k, x in parity.weights("vae").items()})
 
-    def outputs(model):
-        views, cameras = f["in_views1"], Cameras(*(f["in_cam_" + k] for k in "RTfc"))
-        images, (near, far), query = f["in_images"][views], f["mid_depth_range"], [int(f["in_query"])]
-        size = f["out_set1_rgb"].shape[1]
-        condition = model.condition(images, cameras[views], cameras[query], (float(near), float(far)), size)
-        eps = model.vldm.noise_predictor(u["in_cond"])(u["in_x"], u["mid_log_snr"][:1])
-        return *condition, eps, model.vae.encode(images[:1, :, :64, :64])
-
     model = released_model(files)
     printed = capsys.readouterr().out
     for part in MODEL:
         assert f"{part.upper()} with {parity.manifest(part)['parameter_count']:,} parameters" in printed
     for path in files.values():
         path.unlink()
-    direct = outputs(model)
-    parity.assert_close(direct[1][0].permute(1, 2, 0)[None], f["out_set1_rgb"], std=1e-4)
-    parity.assert_close(direct[2], u["out_eps"][0], std=1e-4)
+
+    # The EFT's picture.
+    views, cameras = f["in_views1"], Cameras(*(f["in_cam_" + k] for k in "RTfc"))
+    images, (near, far), query = f["in_images"][views], f["mid_depth_range"], [int(f["in_query"])]
+    size = f["out_set1_rgb"].shape[1]
+    condition = model.condition(images, cameras[views], cameras[query], (float(near), float(far)), size)
+    parity.assert_close(condition.images[0].permute(1, 2, 0)[None], f["out_set1_rgb"], std=1e-4)
+
+    # The UNet at three times, without conditioning, guided.
+    x, cond, log_snrs = u["in_x"], u["in_cond"], cosine_log_snr(u["in_t"])
+    parity.assert_close(log_snrs, u["mid_log_snr"], rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        out = [model.vldm.unet(x, log_snr.expand(len(x)), cond) for log_snr in log_snrs]
+        null = model.vldm.unet(x, log_snrs[1].expand(len(x)), 0 * cond)
+    parity.assert_close(torch.stack(out), u["out_eps"], std=1e-4)
+    parity.assert_close(null, u["out_eps_null"], std=1e-4)
+    parity.assert_close(null + u["in_cond_scale"] * (out[1] - null), u["out_eps_cfg"], std=1e-4)
