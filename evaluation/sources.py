@@ -121,7 +121,7 @@ class OwnPhotographs:
 
     def settings(self) -> dict:
         """What it is, as plain data: pictures by their dates."""
-        return {"capture": self.name, "pictures": capture.stamp(self.photographs.folder)}
+        return {"capture": self.name, "pictures": capture.stamp(self.photographs)}
 
     def examine(self, views: list[int]) -> examine.Findings:
         """Do masks and cameras of some views fit?"""
@@ -133,7 +133,7 @@ class OwnPhotographs:
 
     def load(self, size: int) -> Loaded:
         """All its views, whole, padded to squares of `size` pixels, in the normalized world."""
-        loaded = capture.load_capture(self.photographs.folder, size)
+        loaded = capture.load_capture(self.photographs, size)
         return Loaded(loaded.scene, loaded.world)
 
     def default_inputs(self, targets: int | None) -> list[int]:

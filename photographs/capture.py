@@ -23,7 +23,7 @@ from common import files
 from common.progress import Progress
 from datasets.crop import MASK_THRESHOLD, open_picture
 from photographs.normalization import Similarity, normalization
-from photographs.reading import Lens, Photograph, Photographs, read_capture
+from photographs.reading import Lens, Photograph, Photographs
 
 
 # ---------------------------------------------------------------------------------------------- what others call
@@ -37,17 +37,16 @@ class Capture(NamedTuple):
     source: str                # one line: what was read
 
 
-def load_capture(folder: str | Path, size: int | None = None) -> Capture:
-    """The photographs in a folder, in squares of `size` pixels (None: the longest side of the largest photograph).
+def load_capture(photographs: Photographs, size: int | None = None) -> Capture:
+    """The photographs of a folder, in squares of `size` pixels (None: the longest side of the largest photograph).
 
     Raises `FileNotFoundError` or `ValueError` with one line on what is missing or broken.
     """
-    photographs = read_capture(folder)
     scene = load_pictures(photographs, size)
     try:
         world = normalization(scene, photographs.points)
     except ValueError as e:
-        raise ValueError(f"{folder}: {e}") from None
+        raise ValueError(f"{photographs.folder}: {e}") from None
 
     # Numbers of moderate size, from here on.
     cameras = world.normalized(scene.cameras).to(torch.float32)
@@ -55,12 +54,11 @@ def load_capture(folder: str | Path, size: int | None = None) -> Capture:
     return Capture(scene, photographs.inputs, photographs.targets, world, photographs.source)
 
 
-def stamp(folder: str | Path) -> str:
+def stamp(photographs: Photographs) -> str:
     """Sixteen hexadecimal digits of what a capture is read from: cameras, points, dates and sizes of its pictures.
 
-    Equal stamps: nothing has changed since. Decodes nothing. Raises what `read_capture` raises.
+    Equal stamps: nothing has changed since. Opens nothing.
     """
-    photographs = read_capture(folder)
     numbers = [photographs.points]
     rows = [photographs.inputs, photographs.targets]
     for shot in photographs.shots:

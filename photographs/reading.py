@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -125,6 +126,9 @@ def read_capture(folder: str | Path) -> Photographs:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of photographs")
 
+    # Files may have changed since another folder, or this one, was read.
+    _header.cache_clear()
+
     # Tools that make a transforms.json leave the COLMAP model that they made it from beside it.
     model = colmap.find_model(folder)
     if (folder / "transforms.json").is_file():
@@ -152,16 +156,22 @@ def _check(photographs: Photographs) -> None:
         raise ValueError(f"{photographs.folder}: the photograph {name} is listed {count} times")
 
     # The first one that lacks a mask, and how many do.
-    bare = [shot.file for shot in shots if shot.mask is None and not has_alpha(shot.file)]
+    bare = [shot.file for shot in shots if shot.mask is None and not _header(shot.file).alpha]
     if bare:
         folder = photographs.folder / MASK_FOLDERS[0]
         raise ValueError(NO_MASK.format(bare[0], len(bare), len(shots), f"{bare[0].stem}.png", folder))
 
 
-def has_alpha(file: Path) -> bool:
-    """Whether a picture has an alpha channel."""
+class Header(NamedTuple):
+    """What a picture says of itself before it is decoded."""
+    size: tuple[int, int]  # width and height, pixels
+    alpha: bool            # whether it has an alpha channel
+
+
+@cache
+def _header(file: Path) -> Header:
     with open_picture(file) as picture:
-        return picture.has_transparency_data
+        return Header(picture.size, picture.has_transparency_data)
 
 
 # ---------------------------------------------------------------------------------------------- transforms.json
@@ -202,7 +212,7 @@ def _shots_of(folder: Path, name: str) -> list[Photograph]:
         else:
             mask = _below(folder, frame.mask, f"{frame.where}: mask_path")
 
-        lens = frame.lens(*_size(file))
+        lens = frame.lens(*_header(file).size)
         matrix = _pose(frame.rows, f"{frame.where}: transform_matrix")
         shots.append(_photograph(folder, file, mask, lens, matrix, frame.where))
     return shots
@@ -268,9 +278,9 @@ def _photograph(folder: Path, file: Path, mask: Path | None, listed: colmap.Lens
     Raises `FileNotFoundError` or `ValueError` where picture, mask and lens do not fit together.
     """
     # Pixel by pixel a mask says what its photograph shows.
-    width, height = _size(file)
-    if mask is not None and _size(mask) != (width, height):
-        mask_width, mask_height = _size(mask)
+    width, height = _header(file).size
+    if mask is not None and _header(mask).size != (width, height):
+        mask_width, mask_height = _header(mask).size
         raise ValueError(f"{mask}: the mask is {mask_width} x {mask_height} pixels, the photograph {file} "
                          f"{width} x {height}")
 
@@ -363,12 +373,6 @@ def _find_mask(folder: Path, file: Path) -> Path | None:
     # Or beside it.
     beside = file.with_name(f"{file.stem}_mask.png")
     return beside if beside.is_file() else None
-
-
-def _size(file: Path) -> tuple[int, int]:
-    """Width and height of a picture, pixels."""
-    with open_picture(file) as picture:
-        return picture.size
 
 
 def _about(shots: list[Photograph]) -> str:

@@ -15,10 +15,10 @@ from cameras import Cameras, pixel_grid
 from datasets.co3d import load_sequence
 from datasets.crop import PixelCamera, crop_and_resize
 from metrics import psnr
-from photographs.capture import load_capture, stamp
+from photographs.capture import stamp
 from photographs.reading import read_capture
 from tests.support import captures
-from tests.support.captures import (assert_same_cameras, balls, field_psnr, turn, worst_picture, write_co3d,
+from tests.support.captures import (assert_same_cameras, balls, captured, field_psnr, turn, worst_picture, write_co3d,
                                     write_colmap, write_transforms)
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -43,7 +43,7 @@ LAYOUTS = {
 def test_every_layout_gives_the_same_cameras_and_pictures(tmp_path, layout):
     """Non-square pixels, an off-center principal point, photographs that are no squares."""
     shoot = balls(focal=(60.0, 66.0), principal=(22.0, 19.5))
-    capture = load_capture(LAYOUTS[layout](tmp_path, shoot), None)
+    capture = captured(LAYOUTS[layout](tmp_path, shoot), None)
     assert capture.scene.names == [f"{i:03d}.png" for i in range(8)] and capture.scene.sequence == tmp_path.name
     assert capture.scene.images.shape == (8, 3, 48, 48) and capture.scene.cameras.R.dtype == torch.float32
     assert (capture.inputs, capture.targets) == (None, None) and "8 photographs" in capture.source
@@ -68,8 +68,8 @@ def test_distortion_is_undone(tmp_path, model):
         photographs = replace(shoot, distortion=distortion)
         (tmp_path / name).mkdir()
         if model == "transforms":
-            return load_capture(write_transforms(tmp_path / name, photographs), None)
-        return load_capture(write_colmap(tmp_path / name, photographs, model), None)
+            return captured(write_transforms(tmp_path / name, photographs), None)
+        return captured(write_colmap(tmp_path / name, photographs, model), None)
 
     shoot = balls(4, 128, 96, (96.0, 96.0), (92.0, 66.0), LENSES[model], aside=(1.2, 0.8))
     capture = load("with", shoot.distortion)
@@ -82,7 +82,7 @@ def test_distortion_is_undone(tmp_path, model):
 def test_far_out_a_lens_does_not_show_the_picture_again(tmp_path):
     """A strong barrel: the polynomial turns back beyond some angle; nothing is known there."""
     shoot = balls(2, 96, 72, (40.0, 40.0), None, (-0.5, 0, 0, 0))
-    scene = load_capture(write_transforms(tmp_path, shoot), None).scene
+    scene = captured(write_transforms(tmp_path, shoot), None).scene
     rays = pixel_grid(96, 96) / scene.cameras.focal[0]
     beyond = (rays.norm(dim=-1) ** 2 > 1 / 1.5).reshape(96, 96)
     assert beyond.any() and not scene.valid[0, 0][beyond].any() and scene.valid[0, 0][~beyond][1000] == 1
@@ -93,14 +93,14 @@ def test_sizes(tmp_path):
     shoot = balls(4, 96, 72, (120.0, 120.0))
     write_transforms(tmp_path, shoot)
     for size in (32, 96, 160):
-        capture = load_capture(tmp_path, size)
+        capture = captured(tmp_path, size)
         assert capture.scene.images.shape == (4, 3, size, size)
         assert_same_cameras(capture, shoot)
         assert worst_picture(capture) > 21
 
     for file in (tmp_path / "images").iterdir():
         Image.open(file).resize((48, 36), Image.Resampling.BOX).save(file)
-    capture = load_capture(tmp_path, 48)
+    capture = captured(tmp_path, 48)
     assert "intrinsics scaled to resized pictures" in capture.source
     assert_same_cameras(capture, shoot)
     assert worst_picture(capture) > 21
@@ -111,7 +111,7 @@ def test_small_squares_are_means_of_large_photographs(tmp_path):
     shoot = balls(2, 96, 96, (120.0, 120.0))
     board = 255 * (np.indices((96, 96)).sum(0) % 2)[..., None].astype(np.uint8)
     rgba = tuple(np.concatenate([np.broadcast_to(board, (96, 96, 3)), x[..., 3:]], -1) for x in shoot.rgba)
-    scene = load_capture(write_transforms(tmp_path, replace(shoot, rgba=rgba)), 32).scene
+    scene = captured(write_transforms(tmp_path, replace(shoot, rgba=rgba)), 32).scene
     inside = scene.images[scene.masks.expand(-1, 3, -1, -1) == 1]
     assert len(inside) > 100 and (inside - 0.5).abs().max() < 0.02
 
@@ -124,7 +124,7 @@ def test_photographs_of_several_sizes_upright_and_across(tmp_path):
         write_transforms(tmp_path, shoot, each=True, paths=names)
         frames += json.loads((tmp_path / "transforms.json").read_text())["frames"]
     (tmp_path / "transforms.json").write_text(json.dumps({"frames": frames}))
-    capture = load_capture(tmp_path, None)
+    capture = captured(tmp_path, None)
     assert "2 sizes" in capture.source
     cameras = Cameras.cat([across.square_cameras(), upright.square_cameras()])
     torch.testing.assert_close(capture.world.cameras(capture.scene.cameras).focal, cameras.focal, rtol=0, atol=1e-6)
@@ -143,7 +143,7 @@ def test_angles_instead_of_lengths_and_names_without_endings(tmp_path):
             content["frames"].append({"file_path": f"./{part}/r/{i:03d}", "transform_matrix": matrix.tolist()})
         (tmp_path / f"transforms_{part}.json").write_text(json.dumps(content))
         files[part] = content
-    capture = load_capture(tmp_path, None)
+    capture = captured(tmp_path, None)
     assert (capture.inputs, capture.targets) == ([0, 1, 2, 3], [4, 5])
     assert capture.scene.names[0] == "train_r_000.png" and capture.scene.names[-1] == "test_r_001.png"
     assert capture.source == "NeRF-synthetic, 4 + 2 photographs, 48 x 36 pixels, masks from alpha channels"
@@ -153,7 +153,7 @@ def test_angles_instead_of_lengths_and_names_without_endings(tmp_path):
     files["train"]["camera_angle_y"] = 2 * math.atan(18 / 80)
     (tmp_path / "transforms_train.json").write_text(json.dumps(files["train"]))
     (tmp_path / "transforms_test.json").unlink()
-    capture = load_capture(tmp_path, None)
+    capture = captured(tmp_path, None)
     assert capture.targets is None and capture.inputs == [0, 1, 2, 3]
     assert capture.scene.cameras.focal[0].tolist() == pytest.approx([60 / 24, 80 / 24])
 
@@ -162,7 +162,7 @@ def test_angles_instead_of_lengths_and_names_without_endings(tmp_path):
                                      "mask/{1}.png", "masks/images/{1}.png", "images/{1}_mask.png"])
 def test_habits_of_naming_masks(tmp_path, pattern):
     shoot = balls(3)
-    capture = load_capture(write_transforms(tmp_path, shoot, pattern), None)
+    capture = captured(write_transforms(tmp_path, shoot, pattern), None)
     assert "masks from files" in capture.source
     assert worst_picture(capture) > 45
 
@@ -182,20 +182,20 @@ def test_kinds_of_masks(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "masks/004.png").rename(tmp_path / "other/m.png")
     (tmp_path / "transforms.json").write_text(json.dumps(content))
-    assert worst_picture(load_capture(tmp_path, None)) > 45
+    assert worst_picture(captured(tmp_path, None)) > 45
 
 
 def test_a_stamp_tells_whether_anything_has_changed(tmp_path):
     shoot = balls(3)
     write_transforms(tmp_path, shoot, "masks/{1}.png")
-    stamps = [stamp(tmp_path)]
-    assert stamp(tmp_path) == stamps[0] and len(stamps[0]) == 16
+    stamps = [stamp(read_capture(tmp_path))]
+    assert stamp(read_capture(tmp_path)) == stamps[0] and len(stamps[0]) == 16
     os.utime(tmp_path / "masks/001.png", (1, 1))
-    stamps.append(stamp(tmp_path))
+    stamps.append(stamp(read_capture(tmp_path)))
     content = json.loads((tmp_path / "transforms.json").read_text())
     for change in ({"fl_x": 61.0}, {"k1": 0.01}):
         (tmp_path / "transforms.json").write_text(json.dumps(content | change))
-        stamps.append(stamp(tmp_path))
+        stamps.append(stamp(read_capture(tmp_path)))
     assert len(set(stamps)) == 4
 
 
@@ -232,7 +232,7 @@ def test_the_chair_directly_by_colmap_and_by_co3d(tmp_path, monkeypatch):
     """The same cameras to 1e-5 after the stored transform, and one field seen alike through them to 50 dB."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shoot = chair()
-    direct = load_capture(CHAIR, None)
+    direct = captured(CHAIR, None)
     assert direct.inputs == list(range(100)) and direct.targets == list(range(100, 120))
     assert "100 + 20 photographs, 200 x 200" in direct.source
     index = list(range(0, 100, 9))
@@ -248,7 +248,7 @@ def test_the_chair_directly_by_colmap_and_by_co3d(tmp_path, monkeypatch):
                                 ("radial", "SIMPLE_RADIAL", True)):
         (tmp_path / name).mkdir()
         photographs = distorted(shoot, 0.15) if model == "SIMPLE_RADIAL" else shoot
-        capture = load_capture(write_colmap(tmp_path / name, photographs, model, binary), None)
+        capture = captured(write_colmap(tmp_path / name, photographs, model, binary), None)
         assert_same_cameras(capture, shoot)
         assert field_psnr(capture.world.cameras(capture.scene.cameras), wanted) > 50
         least = 30 if model == "SIMPLE_RADIAL" else 99
@@ -292,7 +292,7 @@ def test_the_apple_through_transforms(tmp_path):
             frames.append({"file_path": Path(record["image"]["path"]).name, "fl_x": focal,
                            "transform_matrix": matrix.tolist()})
         (tmp_path / "transforms.json").write_text(json.dumps({"w": width, "h": height, "frames": frames}))
-        return load_capture(tmp_path, 128)
+        return captured(tmp_path, 128)
 
     capture = load(shoot, "a")
     focal = torch.tensor([record["viewpoint"]["focal_length"] for record in records], dtype=torch.float64)

@@ -8,11 +8,11 @@ import torch
 
 from cameras import Scene
 from metrics import psnr
-from photographs.capture import load_capture
 from photographs.normalization import HALF_SIDE, Similarity, normalization
 from reconstruction import reconstruct
 from tests.support import captures
-from tests.support.captures import assert_same_cameras, balls, field_psnr, turn, write_colmap, write_transforms
+from tests.support.captures import (assert_same_cameras, balls, captured, field_psnr, turn, write_colmap,
+                                    write_transforms)
 from tests.support.small import FIELD, SHORT
 
 
@@ -34,7 +34,7 @@ def test_another_world_is_the_same_scene(tmp_path, world):
     for name, photographs in (("a", shoot), ("b", moved)):
         (tmp_path / name).mkdir()
         write_colmap(tmp_path / name, photographs)
-    a, b = load_capture(tmp_path / "a", 48), load_capture(tmp_path / "b", 48)
+    a, b = captured(tmp_path / "a", 48), captured(tmp_path / "b", 48)
     for part in ("R", "T", "focal", "principal"):
         torch.testing.assert_close(getattr(a.scene.cameras, part), getattr(b.scene.cameras, part), rtol=0, atol=2e-5)
     assert torch.equal(a.scene.images, b.scene.images)
@@ -79,7 +79,7 @@ def test_the_object_sits_where_the_presets_expect_it(tmp_path):
     """The balls' box is in the middle of the cube and `HALF_SIDE` large, with two photographs as with twelve."""
     for count in (2, 3, 12):
         (tmp_path / str(count)).mkdir()
-        capture = load_capture(write_transforms(tmp_path / str(count), balls(count, 96, 72, (120.0, 120.0))), 96)
+        capture = captured(write_transforms(tmp_path / str(count), balls(count, 96, 72, (120.0, 120.0))), 96)
         low, high = box_of_balls(capture.world)
         assert farthest_side(capture.world) < HALF_SIDE + 0.2
         assert (high - low).max() / 2 > (2.1 if count == 12 else 1.2)
@@ -140,7 +140,7 @@ def test_points_tell_how_far_away_the_object_is(tmp_path):
     worlds = []
     for name, cloud in (("a", points), ("b", points[:5])):
         (tmp_path / name).mkdir()
-        worlds.append(load_capture(write_colmap(tmp_path / name, shoot, points=cloud), 48).world)
+        worlds.append(captured(write_colmap(tmp_path / name, shoot, points=cloud), 48).world)
     assert (worlds[0].shift - middle).norm() < 0.6 and not torch.equal(worlds[0].shift, worlds[1].shift)
 
 
@@ -153,7 +153,7 @@ def test_a_field_fits_a_capture_and_its_mesh_comes_back(tmp_path):
     views, meshes = [], []
     for name, photographs in (("a", shoot), ("b", shoot.in_world(R, scale, shift))):
         (tmp_path / name).mkdir()
-        capture = load_capture(write_transforms(tmp_path / name, photographs), 64)
+        capture = captured(write_transforms(tmp_path / name, photographs), 64)
         result = reconstruct(capture.scene, list(range(1, 12)), None, config)
         views.append(result.render(capture.scene.cameras[:1], 64))
         meshes.append(capture.world.points(result.mesh().vertices.double()))

@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from photographs.capture import load_capture, load_pictures
+from photographs.capture import load_pictures
 from photographs.colmap import find_model, read_model
 from photographs.reading import CONVENTIONS, Convention, read_capture, world_to_view
 from tests.support import captures
-from tests.support.captures import balls, turn, write_colmap, write_transforms
+from tests.support.captures import balls, captured, turn, write_colmap, write_transforms
 
 SHOOT = balls(3, 24, 18, (30.0, 30.0))
 
@@ -24,7 +24,7 @@ SHOOT = balls(3, 24, 18, (30.0, 30.0))
 def refused(folder, *words, kind=ValueError):
     """Loading ends in one line that has all the words."""
     with pytest.raises(kind) as error:
-        load_capture(folder, 24)
+        captured(folder, 24)
     text = str(error.value)
     assert "\n" not in text and len(text) < 600
     assert all(str(word) in text for word in words), (text, words)

@@ -15,6 +15,8 @@ from PIL import Image
 
 from cameras import Cameras, look_at, pixel_grid
 from metrics import psnr
+from photographs.capture import load_capture
+from photographs.reading import read_capture
 from tests.support import fields
 
 # Three balls that no reflection or rotation maps to themselves: middle, radius, color.
@@ -271,3 +273,8 @@ def worst_picture(capture):
         both = torch.cat([scene.images[i], scene.masks[i]])
         values.append(psnr(seen * scene.valid[i], both[None]))
     return torch.cat(values).min()
+
+
+def captured(folder, size=None):
+    """The capture in a folder."""
+    return load_capture(read_capture(folder), size)
