@@ -1,9 +1,12 @@
 """The main command on own photographs: from a folder to a mesh in its world, the check before it, bad input."""
 import json
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import distill
 import sparsefusion
@@ -68,6 +71,23 @@ def names(*numbers):
 
 
 # --- from a folder to a mesh ---
+
+def test_a_folder_is_parsed_once_and_a_picture_decoded_twice(shoot, tmp_path, monkeypatch):
+    """Once for the check, once for the fit; and once more its header is looked at."""
+    parsed, opened = [], Counter()
+    read, open_file = distill.read_capture, Image.open
+    monkeypatch.setattr(distill, "read_capture", lambda folder: parsed.append(folder) or read(folder))
+
+    def count(path, **options):
+        opened[Path(path).name] += 1
+        return open_file(path, **options)
+
+    monkeypatch.setattr(Image, "open", count)
+    folder = write_transforms(tmp_path / "balls", shoot)
+    command(folder, tmp_path / "out", "--targets", 0)
+    assert len(parsed) == 1 and len(opened) >= 10
+    assert {name: n for name, n in opened.items() if n > 3 and name != "previews.png"} == {}
+
 
 @pytest.mark.parametrize("write, scale", [(write_transforms, 1.0), (write_colmap, 13.0)])
 def test_the_mesh_comes_back_in_the_users_world(write, scale, shoot, tmp_path, capsys):
