@@ -161,7 +161,7 @@ class _NormByKernels(torch.autograd.Function):
 
         # First the sums, then the map.
         given = [x, offset, sums, norm.weight, norm.bias, _or_null(modulation, x), y]
-        with torch.cuda.device(x.device):
+        with kernels.current_device(x.device):
             compiled.moments(**launch.where, args=[x, offset, sums, *shape])
             compiled.apply(**launch.where, args=[*given, int(silu), *shape, launch.chunks, norm.eps])
         return y
@@ -184,7 +184,7 @@ class _NormByKernels(torch.autograd.Function):
         # First the sums, then the map.
         given = [x, offset, sums, norm.weight, norm.bias, grad]
         tail = [int(ctx.silu), launch.pixels, norm.num_groups, launch.chunks, norm.eps]
-        with torch.cuda.device(x.device):
+        with kernels.current_device(x.device):
             ctx.compiled.gradient_moments(**launch.where, args=[*given, grad_sums, *tail])
             ctx.compiled.gradient_apply(**launch.where, args=[*given, grad_sums, grad_x, *tail])
         return grad_x, None, None, None, None, None
@@ -202,7 +202,7 @@ class _SumByKernel(torch.autograd.Function):
         ctx.gated = gate is not None
         launch = _launch_of(a, math.gcd(a.shape[1], 8))
         offsets = _or_null(a_bias, a), _or_null(b_bias, a)
-        with torch.cuda.device(a.device):
+        with kernels.current_device(a.device):
             compiled.add(**launch.where, args=[a, offsets[0], b, offsets[1], _or_null(gate, a), y, launch.pixels])
         return y
 

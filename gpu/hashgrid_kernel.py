@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gpu.kernels import compile_kernels, readable
+from gpu.kernels import compile_kernels, current_device, readable
 
 SOURCE = Path(__file__).with_name("hashgrid.cu")
 CHANNELS = (1, 2, 4, 8)  # C, features per level, that the kernels are written for
@@ -104,5 +104,5 @@ def _launch(kernel: Callable, run: int, x: Tensor, table: Tensor, grids: Grids, 
     width = 8 // table.shape[1]
     height = THREADS // width
     grid = (math.ceil(points / (height * run)), math.ceil(levels / width), 1)
-    with torch.cuda.device(x.device):
+    with current_device(x.device):
         kernel(grid=grid, block=(width, height, 1), args=[x, table, *grids, points, levels, features])

@@ -65,6 +65,16 @@ def readable(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
+def current_device(device: torch.device) -> Iterator[None]:
+    """Within, kernels are launched on a device, also by a thread of autograd that has launched nothing yet: such a one
+    has no context, and torch makes none where the device's number is the current one already.
+    """
+    with torch.cuda.device(device):
+        torch.cuda.set_device(device)
+        yield
+
+
+@contextmanager
 def without_toolkit() -> Iterator[None]:
     """Let torch compile kernels on a machine without a CUDA toolkit.
 

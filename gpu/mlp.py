@@ -133,5 +133,5 @@ def _launch(kernel: Callable, widths: tuple[int, ...], x: Tensor, *others: Tenso
     if len(x) == 0:
         return
     where = {"grid": (_blocks(x), 1, 1), "block": (32 * WARPS, 1, 1), "shared_mem": shared_bytes(widths)}
-    with torch.cuda.device(x.device):
+    with kernels.current_device(x.device):
         kernel(**where, args=[x, *others, len(x)])

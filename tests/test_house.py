@@ -13,7 +13,8 @@ COMMANDS = ["distill", "evaluate", "train", "check"]
 ORDER = ["common", "gpu", *CHAPTERS, "datasets", "photographs", "checkpoints", "export", {"reconstruction", "training"},
          "evaluation", {*COMMANDS}, {"experiments", "sample"}]
 PACKAGES = {"torch", "numpy", "PIL", "tqdm"}
-FILES = [path for path in sorted(ROOT.rglob("*.py")) if not {"tests", ".venv", "output"} & set(path.parts)]
+FILES = [path for path in sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("[a-z]*/**/*.py"))
+         if path.relative_to(ROOT).parts[0] not in ("tests", "output")]
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 
 
