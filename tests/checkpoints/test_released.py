@@ -20,7 +20,7 @@ from cameras import Cameras
 from checkpoints import reading, released
 from checkpoints.convert import from_released, main
 from metrics import VGG16LPIPS
-from sparsefusion import SparseFusion, blank, load
+from sparsefusion import SparseFusion, blank, load, ready
 from vldm import cosine_log_snr
 from tests.support import parity
 from tests.support.helpers import Evil, one_line, same
@@ -432,20 +432,15 @@ def test_negative_channel_weights_are_refused(tmp_path, lpips_files):
 
 # --- full size ---
 
-def test_full_size(tmp_path, capsys):
-    """The whole released model from its three files: parameter counts and recorded numbers."""
+def test_full_size():
+    """The whole released model by its names: parameter counts and recorded numbers."""
     f, u = parity.load("eft"), parity.load("unet_full")
-    files = {part: tmp_path / f"{part}.pt" for part in MODEL}
+    model = blank(presets.PAPER)
     for part in ("eft", "vldm"):
-        torch.save({"model_state_dict": parity.weights(part), **optimizer_state()}, files[part])
-    write_sd(files["vae"], {"first_stage_model." + k: x for k, x in parity.weights("vae").items()})
-
-    model = released_model(files)
-    printed = capsys.readouterr().out
-    for part in MODEL:
-        assert f"{part.upper()} with {parity.manifest(part)['parameter_count']:,} parameters" in printed
-    for path in files.values():
-        path.unlink()
+        state = parity.weights(part)
+        assert released.count_parameters(state) == parity.manifest(part)["parameter_count"]
+        released.fill(getattr(model, part), state, released.PARTS[part], part)
+    ready(model, "cpu")
 
     # The EFT's picture.
     views, cameras = f["in_views1"], Cameras(*(f["in_cam_" + k] for k in "RTfc"))

@@ -75,11 +75,18 @@ def test_a_query_view_is_none_of_its_inputs():
 
 # --- trainings ---
 
+@functools.cache
+def packed(root, category, frames, size, split):
+    """What was decoded once serves every training: it is only read."""
+    return load_packed([root], category, None, frames, size, workers=1, split=split)
+
+
 @pytest.fixture
 def training(tmp_path, monkeypatch):
     """A function that runs `train.py` on the shipped sample with a tiny preset and returns the weights file."""
     monkeypatch.setitem(presets.MODELS, "nano", TINY)
-    monkeypatch.setattr(train, "load_packed", functools.partial(load_packed, workers=1))
+    monkeypatch.setattr(train, "load_packed", lambda roots, category, names, frames, size, split: packed(
+        *roots, category, frames, size, split))
 
     def run(what, out, *flags):
         argv = [what, "--root", SAMPLE, "--frames", 5, "--steps", 3, "--device", "cpu", "--out", tmp_path / out, *flags]
