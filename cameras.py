@@ -205,7 +205,7 @@ def circle_path(cameras: Cameras, n: int, jitter: float = 0.0, generator: torch.
     """`n` cameras on the circle that fits cameras (B): the query viewpoints of distillation (supplement).
 
     They look at the `nearest_point_to_axes`. The first one has the bearing of camera 0; the last one closes the circle
-    and coincides with it. Intrinsics are the mean ones, the up axis is the negative normal
+    and coincides with it. Intrinsics are the mean ones, the up axis is the circle's negative normal (its pole)
     [released: camera_utils.py:245-254].
 
     `jitter` (radians) swings each camera towards or away from the pole by an angle ~ U(-jitter, jitter) about the

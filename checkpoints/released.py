@@ -21,10 +21,6 @@ from metrics import VGG16LPIPS
 Rules = list[tuple[str, str]]  # patterns and replacements of `re.sub`, in order
 
 
-# ---------------------------------------------------------------------------------------------- PyTorch checkpoints
-
-# ---------------------------------------------------------------------------------------------- safetensors
-
 # ---------------------------------------------------------------------------------------------- names and shapes
 
 class Part(NamedTuple):
