@@ -28,6 +28,9 @@ from torch import Tensor
 
 from common.machine import rand
 
+CONTEXT = 0.3    # what a crop shows around the box of the object's mask, as a fraction of the box
+HALF_SIDE = 2.5  # of an object, along its longest side, as CO3D normalizes them; CO3D units. Toys: 2.25 to 2.9
+
 
 # ---------------------------------------------------------------------------------------------- cameras
 
@@ -57,6 +60,10 @@ class Cameras:
     def map(self, function: Callable[[Tensor], Tensor]) -> Cameras:
         """`function` of each of the four parts."""
         return Cameras(function(self.R), function(self.T), function(self.focal), function(self.principal))
+
+    def scaled(self, factor: float | Tensor) -> Cameras:
+        """The same cameras in a world `factor` times as large; a tensor is broadcast to T (*, 3)."""
+        return replace(self, T=self.T * factor)
 
     @staticmethod
     def cat(cameras: list[Cameras]) -> Cameras:
@@ -164,6 +171,16 @@ def depth_range(cameras: Cameras, margin: float = 5.0) -> tuple[float, float]:
     """
     distance = cameras.centers().norm(dim=-1).mean().item()
     return distance - margin, distance + margin
+
+
+def object_half_side(cameras: Cameras) -> float:
+    """Half of an object's longest side, in its world's unit, from the cameras (B,) of its crops. It is at the origin.
+
+    A crop shows the object and `CONTEXT` around it, so distance and focal length say how large it is, whatever the
+    unit. Seen along its longest side it looks smaller, so the largest views count, but for one in ten.
+    """
+    shown = cameras.centers().norm(dim=-1) / cameras.focal.amin(-1)
+    return shown.quantile(0.9).item() / (1 + CONTEXT)
 
 
 def nearest_point_to_axes(cameras: Cameras) -> Tensor:
@@ -343,6 +360,36 @@ def _perpendicular(a: Tensor, b: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------- scenes
 
+class Similarity(NamedTuple):
+    """From the normalized world to the user's: x_user = scale * R @ x + shift. Tensors are float64."""
+    R: Tensor      # (3, 3) a rotation
+    scale: float   # the user's units in one CO3D unit
+    shift: Tensor  # (3,) where the user's world has the middle of the object
+
+    def points(self, x: Tensor) -> Tensor:
+        """Points (*, 3) of the normalized world in the user's, in the same dtype."""
+        moved = self.scale * x.double() @ self.R.T.to(x.device) + self.shift.to(x.device)
+        return moved.to(x.dtype)
+
+    def cameras(self, cameras: Cameras) -> Cameras:
+        """Cameras (*) of the normalized world in the user's, float64: a world may be far from its origin."""
+        cameras = cameras.to("cpu", torch.float64)
+        R = self.R @ cameras.R
+        T = self.scale * cameras.T - torch.einsum("i,...ij->...j", self.shift, R)
+        return Cameras(R, T, cameras.focal, cameras.principal)
+
+    def normalized(self, cameras: Cameras) -> Cameras:
+        """The inverse: cameras (*) of the user's world in the normalized one, float64."""
+        cameras = cameras.to("cpu", torch.float64)
+        T = cameras.T + torch.einsum("i,...ij->...j", self.shift, cameras.R)
+        return Cameras(self.R.T @ cameras.R, T / self.scale, cameras.focal, cameras.principal)
+
+    def then(self, after: Similarity) -> Similarity:
+        """First this one, then another: from this one's normalized world to the other's user."""
+        shift = after.points(self.shift)
+        return Similarity(after.R @ self.R, after.scale * self.scale, shift)
+
+
 @dataclass(frozen=True)
 class Scene:
     """V views of one object, S pixels a side. Images are multiplied by their soft masks: the background is black."""
@@ -352,6 +399,8 @@ class Scene:
     cameras: Cameras  # (V,), NDC of the square output
     names: list[str]  # frame numbers as annotated
     sequence: str     # the sequence's name
+    whole: Scene | None = None  # the same views before they were cut to the object, where they are known
+    world: Similarity | None = None  # from the cameras' world, if it is the normalized one, to the user's
 
     def __len__(self) -> int:
         return len(self.names)
@@ -362,14 +411,27 @@ class Scene:
         index = torch.arange(len(self))[index].tolist()
         names = [self.names[i] for i in index]
         cameras = self.cameras[index]
-        return Scene(self.images[index], self.masks[index], self.valid[index], cameras, names, self.sequence)
+        whole = self.whole and self.whole[index]
+        return Scene(self.images[index], self.masks[index], self.valid[index], cameras, names, self.sequence, whole,
+                     self.world)
 
     def to(self, device) -> Scene:
         """The same scene on another device."""
         images = self.images.to(device)
         masks = self.masks.to(device)
         valid = self.valid.to(device)
-        return replace(self, images=images, masks=masks, valid=valid, cameras=self.cameras.to(device))
+        whole = self.whole and self.whole.to(device)
+        return replace(self, images=images, masks=masks, valid=valid, cameras=self.cameras.to(device), whole=whole)
+
+    def user_cameras(self) -> Cameras:
+        """The cameras (V,) of the views, whole ones where they are known, in the user's world, where results are."""
+        cameras = (self.whole or self).cameras
+        return cameras if self.world is None else self.world.cameras(cameras)
+
+    def with_cameras(self, function: Callable[[Cameras], Cameras]) -> Scene:
+        """The same views by other cameras: `function` of these, and of those of the whole views."""
+        whole = self.whole and self.whole.with_cameras(function)
+        return replace(self, cameras=function(self.cameras), whole=whole)
 
 
 def evenly_spaced(n: int, count: int) -> list[int]:

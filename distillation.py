@@ -38,7 +38,7 @@ from torch import Tensor, nn
 import ngp
 import vldm
 import volume
-from cameras import Cameras, Scene, pixel_grid
+from cameras import HALF_SIDE, Cameras, Scene, pixel_grid
 from common.machine import rand
 from common.progress import Progress
 from gpu.update import Group, Optimization
@@ -50,6 +50,7 @@ from volume import Occupancy, SampleBuffer
 MOST_FURTHER = 20_000  # iterations that many input views may add
 LONG = 4000  # iterations from which on a field without a prior learns more from several rays a pixel than from one
 SAVE_SECONDS = 60  # between two checkpoints of a running distillation
+UNLIKE = 2  # times as bright or dark as other photographs is one that was exposed otherwise
 LOOK_EVERY = 16    # iterations, at most, between two looks at the losses
 
 
@@ -60,6 +61,8 @@ class DistillConfig:
     """The numbers of one distillation. The defaults are the released ones; `RELEASED` adds what the released code does
     otherwise.
     """
+    half_side: float = HALF_SIDE         # of the object in the field; 0: a scene's units stay, as with released weights
+    cut: bool = True                     # own photographs are cut to the object, as CO3D's are
     iterations: int = 3000               # updates of each kind [released: demo.py:101]
     bootstrap: int = 1001                # first iterations, fit to the EFT images [released: distillation.py:156, 294]
     viewpoints: int = 50                 # query viewpoints on the circle path [released: distillation.py:73]
@@ -80,6 +83,8 @@ class DistillConfig:
     blur: int = 1                        # pixels a side, odd, of the squares over which input views are blurred
     weight_background: float = 1.0       # of pixels outside an input's mask; below 1 where masks are rough
     weight_opacity: float = 1e-3         # of the opacity term [released: distillation.py:150-151]
+    # Input views that a prior is worth: with V of them the query views' losses weigh this / V, at most 1; 0: always 1.
+    prior_views: float = 0.0
     weight_perceptual: float = 0.1       # of the perceptual term of distillation [released: distillation.py:312-314]
     min_noise_level: float = 0.0         # noise levels are drawn from U(this, 1)
     # Query views denoised at once, each the target of one of as many iterations; a GPU divides those above 32.
@@ -120,6 +125,21 @@ class DistillConfig:
         return replace(self, iterations=iterations, bootstrap=min(self.bootstrap, iterations * 2 // 3),
                        iterations_per_view=0)
 
+    def weight_prior(self, views: int) -> float:
+        """Of the query views' losses, in [0, 1]: the more the input views say, the less is left to a prior to say."""
+        return min(1.0, self.prior_views / views) if self.prior_views else 1.0
+
+    def guess_exposures(self, inputs: Scene) -> Tensor:
+        """Logarithmic gains (V,) of input views with which their optimization begins; 0 where none are learned."""
+        if not self.lr_exposure:
+            return torch.zeros(len(inputs), device=inputs.images.device)
+        return guess_exposures(inputs.images, inputs.masks)
+
+    def exposed_alike(self, inputs: Scene) -> Tensor:
+        """The images (V, 3, S, S) of input views for a prior, as if they had been exposed as most are."""
+        gains = self.guess_exposures(inputs).exp()[:, None, None, None]
+        return (inputs.images / gains).clamp(0, 1)
+
     def fitted(self, views: int) -> DistillConfig:
         """The same for a number of input views: each further one sees details that a finer grid can hold, with fewer
         pixels blurred into its cells, more samples to find them and more iterations to learn them.
@@ -151,7 +171,7 @@ class DistillConfig:
         return replace(fitted, pixel_side=2 * self.pixel_side, input_pixels=math.ceil(self.input_pixels / 2))
 
 
-_LEAST = {"iterations": 1, "viewpoints": 1, "jitter": 0, "image_size": 1, "render_size": 2, "lr_grid": 0, "lr_mlp": 0,
+_LEAST = {"half_side": 0, "prior_views": 0, "iterations": 1, "viewpoints": 1, "jitter": 0, "image_size": 1, "render_size": 2, "lr_grid": 0, "lr_mlp": 0,
           "eps": 0, "lr_exposure": 0, "weight_exposure": 0, "weight_background": 0, "weight_opacity": 0,
           "weight_perceptual": 0, "input_pixels": 0, "pixel_side": 1, "picture_side": 1, "reference_views": 0,
           "iterations_per_view": 0, "denoise_batch": 1, "occupancy_every": 1, "mesh_resolution": 1,
@@ -278,21 +298,38 @@ class Prior(NamedTuple):
     perceptual_loss: Callable[[Tensor, Tensor], Tensor]  # images (B, 3, S, S) twice -> (B,)
 
 
-class Exposures(nn.Module):
-    """A gain for every input view and color channel, of which only the differences count."""
+def guess_exposures(images: Tensor, masks: Tensor) -> Tensor:
+    """Logarithmic gains (V,) of photographs (V, 3, S, S) with masks (V, 1, S, S) that were exposed otherwise than most.
 
-    def __init__(self, views: int):
+    The object in such a one is over `UNLIKE` times as bright or as dark as in the median photograph. Others have 0: that
+    much is their side of the object, and what exposures they had is learned. Of two nobody can say which it is.
+    """
+    if len(images) < 3:
+        return images.new_zeros(len(images))
+    brightness = images.mean((1, 2, 3)) / masks.mean((1, 2, 3))
+    stops = brightness.clamp(min=1e-3).log()
+    stops = stops - stops.median()
+    return torch.where(stops.abs() > math.log(UNLIKE), stops, 0)
+
+
+class Exposures(nn.Module):
+    """A gain for every input view and color channel; that all of them move together counts for nothing."""
+
+    def __init__(self, guess: Tensor):
+        """guess (V,): where the logarithmic gains begin."""
         super().__init__()
-        self.log_gains = nn.Parameter(torch.zeros(views, 3))
+        self.register_buffer("guess", guess[:, None].expand(-1, 3).clone(), persistent=False)
+        self.log_gains = nn.Parameter(self.guess.clone())
 
     def forward(self, color: Tensor, view: Tensor) -> Tensor:
         """Rendered colors (R, 3) as the cameras of the input views (R,), that they belong to, exposed them."""
-        gains = (self.log_gains - self.log_gains.mean(0)).exp()
+        moved = self.log_gains - self.guess
+        gains = (self.guess + moved - moved.mean(0)).exp()
         return color * F.embedding(view, gains)
 
     def spread(self) -> Tensor:
-        """Mean square of the logarithmic gains: a scalar."""
-        return self.log_gains.square().mean()
+        """Mean square of what the logarithmic gains have moved by: a scalar."""
+        return (self.log_gains - self.guess).square().mean()
 
 
 class Query(NamedTuple):
@@ -345,6 +382,7 @@ class Distillation:
         self.config = config
         self.seed = seed
         self.prior = prior
+        self.weight_prior = config.weight_prior(len(inputs))
         self.completed = 0      # iterations
         self.seconds = 0.0      # that they took
 
@@ -353,8 +391,9 @@ class Distillation:
         self.generator = torch.Generator(device)
         self.field = Field(config.field, torch.Generator().manual_seed(seed)).to(device)
         self.occupancy = Occupancy(config.field).to(device)
-        self.occupancy.carve(inputs.masks, inputs.cameras, inputs.valid)
-        self.exposures = Exposures(len(inputs)).to(device)
+        whole = inputs.whole or inputs
+        self.occupancy.carve(whole.masks, whole.cameras, whole.valid)
+        self.exposures = Exposures(config.guess_exposures(inputs)).to(device)
 
         # One optimizer, a learning rate for each of its three groups.
         self.optimization = Optimization([
@@ -438,7 +477,7 @@ class Distillation:
         """Pixels of a query view against the EFT's image."""
         rendering = self.render(batch.rays)
         silhouette = rendering.opacity[:, None]
-        loss = photometric_loss(rendering.color, silhouette, batch.color, batch.mask)
+        loss = self.weight_prior * photometric_loss(rendering.color, silhouette, batch.color, batch.mask)
         return loss + self.config.weight_opacity * opacity_loss(silhouette)
 
     def distillation_loss(self, batch: DenoisedView) -> Tensor:
@@ -449,7 +488,7 @@ class Distillation:
         # Move it towards the denoised version, in pixels and in features.
         pixels = (x - batch.x_hat).abs().mean()
         perceptual = self.prior.perceptual_loss(x, batch.x_hat).mean()
-        loss = batch.weight * pixels + self.config.weight_perceptual * perceptual
+        loss = self.weight_prior * (batch.weight * pixels + self.config.weight_perceptual * perceptual)
         return loss + self.config.weight_opacity * opacity_loss(rendering.opacity)
 
     # ------------------------------------------------------------------ what an iteration looks at

@@ -57,7 +57,8 @@ PRESETS = {
     "nano": DistillConfig(
         iterations=300, bootstrap=20, viewpoints=24, image_size=128, render_size=64,
         lr_grid=5e-2, lr_mlp=1e-2, final_lr_fraction=0.1, betas=(0.9, 0.99), eps=1e-15,
-        min_noise_level=0.2, denoise_batch=8, sampler=NANO_SAMPLER, field=NANO_FIELD,
+        min_noise_level=0.2, denoise_batch=8, prior_views=1.0, lr_exposure=1e-2, sampler=NANO_SAMPLER,
+        field=NANO_FIELD,
     ),
     # Photographs without a prior, a dozen of them or more: highlights move, exposure varies, masks are rough, and
     # resizing without a filter aliases. (The gains of the exposures are NeRF in the Wild's appearance codes,
@@ -74,6 +75,8 @@ PRESETS = {
 # What `--released` stands for: the released code's behavior, where ours differs in some preset and a field can say so.
 # Sizes, learning rates and lengths stay the preset's.
 RELEASED = (
+    "half_side=0",
+    "prior_views=0",
     "field.hashed=false",
     "field.carve=false",
     "denoise_batch=1",

@@ -1,7 +1,7 @@
 """One scene, from Python: `reconstruct` fits a field to a few views of it (Sec. 3.2), with a model's help or without.
 
 The algorithm is in `distillation.py`. Here a scene is turned to the object frame, a run is interrupted and taken up
-without a trace, and the finished field is seen and measured in the scene's own world.
+without a trace, and the finished field is seen and measured in the user's own world.
 
 Shapes: `V` input views, `Q` query viewpoints, `T` cameras to look from, `B` cameras.
 """
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import volume
-from cameras import Cameras, Scene, circle_path, relative_to
+from cameras import Cameras, Scene, Similarity, circle_path, object_half_side, relative_to
 from common import files
 from common.processes import Interrupted, whole
 from common.progress import Progress
@@ -34,15 +34,18 @@ from volume import Occupancy
 OUTPUT_FIELDS = ("mesh_resolution", "picture_side", "turntable_frames", "metrics_on_inputs")
 
 PREVIEW = 96  # pixels a side
+TURNTABLE_FILL = 0.9  # of the half side of a picture
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # images (B, 3, S, S) twice, in [0, 1] -> (B,)
 
 
 class Reconstruction(NamedTuple):
-    """A finished field. It lives in the object frame; its pictures and its mesh are asked for in the scene's world."""
+    """A finished field. It lives in the object frame; its pictures and its mesh are asked for in the user's world."""
     field: Field
     occupancy: Occupancy
     frame: Cameras           # () the camera whose axes the object frame has; the world's origin is its origin, too
+    unit: float              # of the field, in the scene's
+    world: Similarity | None  # from the scene's world to the user's, where pictures are asked for; None: the same one
     config: DistillConfig
     seconds: float           # of the optimization, earlier processes included
     earlier_seconds: float   # of them, in earlier processes
@@ -50,12 +53,12 @@ class Reconstruction(NamedTuple):
 
     @torch.no_grad()
     def render(self, cameras: Cameras, size: int, title: str | None = None, pixel_side: int | None = None) -> Views:
-        """What cameras (T,) of the world see: pictures of `size` pixels a side, in [0, 1] on black.
+        """What cameras (T,) of the user's world see: pictures of `size` pixels a side, in [0, 1] on black.
 
         A pixel is the mean of `pixel_side` rays a side of its square (default: `config.picture_side`). `title` shows
         progress.
         """
-        cameras = object_frame(cameras, self.frame)
+        cameras = self.turned(cameras)
         side = pixel_side or self.config.picture_side
         images = []
         silhouettes = []
@@ -66,36 +69,66 @@ class Reconstruction(NamedTuple):
             silhouettes.append(F.avg_pool2d(view.opacity, side))
         return Views(torch.stack(images), torch.stack(silhouettes))
 
+    def turned(self, cameras: Cameras) -> Cameras:
+        """Cameras (T,) of the user's world in the object frame."""
+        if self.world is not None:
+            cameras = self.world.normalized(cameras).to(torch.float32)
+        cameras = cameras.to(self.frame.T.device)
+        return object_frame(cameras, self.frame, self.unit)
+
     def hull(self, cameras: Cameras, size: int) -> Tensor:
-        """From which pixels cameras (T,) of the world see the visual hull of the input masks, (T, size, size) boolean;
+        """From which pixels cameras (T,) of the user's world see the visual hull of the input masks, (T, size, size) boolean;
         wrong only by saying yes.
         """
-        cameras = object_frame(cameras, self.frame)
+        cameras = self.turned(cameras)
         return torch.stack([self.occupancy.silhouette(camera, size) for camera in cameras])
 
     def turntable(self, cameras: Cameras, size: int, title: str | None = None) -> Tensor:
         """Once around, on the circle that fits the scene's cameras (V,): pictures (frames, 3, size, size).
 
-        The box around the occupied cells stays in the middle of the picture, since crops of photographs may look past
-        the object.
+        The box around the occupied cells fills the picture in all of them, whatever the photographs show beside it.
         """
         frames = self.config.turntable_frames
-        path = circle_path(cameras.to("cpu"), frames + 1)[:-1].to(cameras.T.device)
-        middle = self.occupancy.box.mean(0) @ self.frame.R.T  # of the world
-        shift, _ = path.project(middle.expand(frames, 1, 3))
-        path = replace(path, principal=path.principal - shift[:, 0])
+        path = circle_path(cameras.to("cpu"), frames + 1)[:-1]
+
+        # The corners of the box in the world, and how far from its middle a picture shows them at most.
+        corners = self.in_world(torch.cartesian_prod(*self.occupancy.box.T)).to(path.T)
+        middle, _ = path.project(corners.mean(0).expand(frames, 1, 3))
+        xy, _ = path.project(corners.expand(frames, -1, -1))
+        reach = (xy - middle).abs().max()
+
+        # Principal points and focal lengths bring it there.
+        principal = (path.principal - middle[:, 0]) * TURNTABLE_FILL / reach
+        path = replace(path, focal=path.focal * TURNTABLE_FILL / reach, principal=principal)
         return self.render(path, size, title, pixel_side=1).images
 
     def mesh(self) -> Mesh:
-        """The largest connected part of the surface, in the scene's world."""
+        """The largest connected part of the surface, in the user's world."""
         surface = extract_mesh(self.field, self.config.mesh_resolution, occupancy=self.occupancy)
         surface = largest_component(surface)
-        return surface._replace(vertices=surface.vertices @ self.frame.R.T)
+        return surface._replace(vertices=self.in_world(surface.vertices))
+
+    def in_world(self, points: Tensor) -> Tensor:
+        """Points (P, 3) of the object frame in the user's world."""
+        points = self.unit * points @ self.frame.R.T.to(points)
+        return points if self.world is None else self.world.points(points)
 
 
-def object_frame(cameras: Cameras, frame: Cameras) -> Cameras:
-    """Cameras in a world turned to the axes of the camera `frame`, whose origin stays (Sec. 3.2)."""
-    return relative_to(cameras, frame.unsqueeze(0), move_origin=False)
+def object_frame(cameras: Cameras, frame: Cameras, unit: float) -> Cameras:
+    """Cameras in a world turned to the axes of the camera `frame`, whose origin stays (Sec. 3.2), and whose `unit` is
+    given in theirs.
+    """
+    return relative_to(cameras, frame.unsqueeze(0), move_origin=False).scaled(1 / unit)
+
+
+def field_unit(cameras: Cameras, config: DistillConfig, model: SparseFusion | None) -> float:
+    """The field's unit in that of a scene with cameras (B,): the object is as large in every field.
+
+    A model with the released weights takes CO3D's units as they are.
+    """
+    if not config.half_side or (model is not None and model.trained_distance is None):
+        return 1.0
+    return object_half_side(cameras) / config.half_side
 
 
 def reconstruct(scene: Scene, inputs: list[int], model: SparseFusion | None = None, config: DistillConfig | None = None,
@@ -119,14 +152,15 @@ def reconstruct(scene: Scene, inputs: list[int], model: SparseFusion | None = No
     config = config.fitted(len(inputs))
 
     # The field lives in the object frame, and an earlier run in its checkpoint.
-    turned = turn(scene)
+    unit = field_unit(scene.cameras, config, model)
+    turned = turn(scene, unit)
     wanted = checkpoint and reconstruction_settings(scene, inputs, model, config, seed, perceptual_loss)
     state = read_state(checkpoint, wanted, extend)
 
     # A prior, unless no iteration is left that would ask it.
     prior = None
     if model is not None and (state is None or state["completed"] < config.iterations):
-        prior = ask_prior(model, scene, inputs, config, seed, perceptual_loss, title)
+        prior = ask_prior(model, turned, inputs, config, seed, perceptual_loss, title)
 
     # Optimize, from where an earlier run stopped.
     distillation = Distillation(turned[inputs], config, seed, prior)
@@ -135,30 +169,31 @@ def reconstruct(scene: Scene, inputs: list[int], model: SparseFusion | None = No
 
     def save() -> None:
         """Write the checkpoint, and one preview more."""
-        beside = {"settings": wanted, "frame": scene.cameras[0].R, "gone_on_from": gone_on_from} | (notes or {})
+        beside = {"settings": wanted, "frame": scene.cameras[0].R, "unit": unit,
+                  "gone_on_from": gone_on_from} | (notes or {})
         files.save_tensors(distillation.state_dict() | beside, checkpoint)
         if previews is not None:
             add_preview(previews, look(distillation, turned, inputs))
 
     optimize(distillation, title, checkpoint, save)
-    return Reconstruction(distillation.field, distillation.occupancy, scene.cameras[0], config, distillation.seconds,
+    return Reconstruction(distillation.field, distillation.occupancy, scene.cameras[0], unit, scene.world, config, distillation.seconds,
                           earlier, gone_on_from)
 
 
-def turn(scene: Scene) -> Scene:
+def turn(scene: Scene, unit: float) -> Scene:
     """A scene in its object frame: the axes of its first camera, the world's origin (Sec. 3.2) [released:
     camera_utils.py:116-118; distillation.py:66-76].
     """
-    return replace(scene, cameras=object_frame(scene.cameras, scene.cameras[0]))
+    frame = scene.cameras[0]
+    return scene.with_cameras(lambda cameras: object_frame(cameras, frame, unit))
 
 
-def ask_prior(model: SparseFusion, scene: Scene, inputs: list[int], config: DistillConfig, seed: int,
+def ask_prior(model: SparseFusion, turned: Scene, inputs: list[int], config: DistillConfig, seed: int,
               perceptual_loss: Distance | None, title: str | None) -> Prior:
     """What the EFT sees from every query viewpoint, and who makes something of it."""
-    turned = turn(scene)
     given = turned[inputs]
     viewpoints = query_viewpoints(turned.cameras, config, seed)
-    condition = model.condition(given.images, given.cameras, viewpoints, model.depth_range(scene.cameras),
+    condition = model.condition(config.exposed_alike(given), given.cameras, viewpoints, turned.cameras,
                                 train_mode=config.eft_train_mode, title=title and f"{title}: EFT", seed=seed)
     return Prior(model, viewpoints, condition, perceptual_loss or model.feature_distance)
 

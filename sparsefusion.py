@@ -8,6 +8,7 @@ Shapes: `V` input views, `Q` query views, `B` batch, `C` feature channels, `S` i
 """
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,13 +20,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-import cameras
 import eft
 import metrics
 import unet
 import vae
 import vldm
-from cameras import Cameras
+from cameras import Cameras, depth_range
 from common import files
 from common.machine import randn
 from common.progress import Progress
@@ -33,6 +33,8 @@ from gpu.graphs import TOLERANCE
 
 ROOT = Path(__file__).resolve().parent
 SHIPPED = ROOT / "sample" / "nano.pt"
+
+TRAINED_DISTANCE = 9.8  # mean distance of the toys' cameras from the origin, to which our training brings every scene
 
 # Bytes of the tokens that go through the EFT at once, in float32: what fits a CPU's caches, what fills a GPU.
 EFT_BYTES = {"cpu": 2**21, "cuda": 2**29}
@@ -90,6 +92,13 @@ class Condition(NamedTuple):
     images: Tensor    # (Q, 3, s, s) in [0, 1], the EFT image
 
 
+class EFTUnits(NamedTuple):
+    """How a scene is brought to the EFT."""
+    scale: float  # of its lengths
+    near: float   # least depth of a ray's points, after that
+    far: float    # largest
+
+
 class SparseFusion(nn.Module):
     """p(query view | input views): EFT -> features -> latent diffusion, in the VAE's latent space (Sec. 3.1)."""
 
@@ -97,25 +106,41 @@ class SparseFusion(nn.Module):
         super().__init__()
         self.preset = preset
         self.fingerprint = None  # of the file that the weights came from
+        self.trained_distance = None  # of cameras from the origin, which the EFT knows; None: scenes as they are
         self.eft = eft.EFT(preset.eft)
         self.vae = vae.VAE(preset.vae)
         self.vldm = vldm.VLDM(preset.unet, preset.diffusion)
 
-    def depth_range(self, views: Cameras) -> tuple[float, float]:
-        """Near and far of the EFT's rays for a scene's cameras (B,), CO3D units (Sec. 3.1)."""
-        return cameras.depth_range(views, self.preset.eft.depth_margin)
+    def eft_units(self, views: Cameras) -> EFTUnits:
+        """The EFT's units and depth range for a scene with cameras (B,) about the origin.
+
+        Where the weights know how far cameras stand, the scene is brought there. The range stays as wide as in
+        training: narrower ones, for objects that a long lens shows from afar, made better EFT images and a worse
+        result.
+        """
+        margin = self.preset.eft.depth_margin
+        near, far = depth_range(views, margin)
+        if self.trained_distance is None:
+            return EFTUnits(1.0, near, far)
+        scale = self.trained_distance / ((near + far) / 2)
+        return EFTUnits(scale, self.trained_distance - margin, self.trained_distance + margin)
 
     @torch.no_grad()
-    def condition(self, images: Tensor, inputs: Cameras, queries: Cameras, depth_range: tuple[float, float],
+    def condition(self, images: Tensor, inputs: Cameras, queries: Cameras, scene: Cameras,
                   size: int | None = None, train_mode: bool = False, title: str | None = None, seed: int = 0,
                   where: Tensor | None = None) -> Condition:
         """Features and EFT images of Q query viewpoints.
 
-        images (V, 3, S, S) in [0, 1] with black background, `inputs` (V,) their cameras, `queries` (Q,). `size` rays
-        a side (default: the preset's `map_size`). `train_mode` turns dropout and batch statistics on; a view's dropout
+        images (V, 3, S, S) in [0, 1] with black background, `inputs` (V,) their cameras, `queries` (Q,). `scene` (B,):
+        all cameras of the scene, whose object is at the origin; they decide on its units. `size` rays a side (default: the preset's `map_size`). `train_mode` turns dropout and batch statistics on; a view's dropout
         follows from `seed`, its place among the queries and the rays asked about. `title` shows a progress bar. `where`
         (Q, size, size): the rays to ask about, boolean; the others get zeros.
         """
+        # In the units that the weights know.
+        scale, *depth_range = self.eft_units(scene)
+        inputs = inputs.scaled(scale)
+        queries = queries.scaled(scale)
+
         # As many rays at once as suit the machine: several views, or a part of one. Dropout goes view by view, and so
         # do views of different rays.
         size = size or self.preset.map_size
@@ -254,7 +279,8 @@ def save(model: SparseFusion, path: Path, half: bool = True, stage: str = "prior
     weights = model.state_dict()
     if half:
         weights = {name: x.half() if x.is_floating_point() else x for name, x in weights.items()}
-    data = {"preset": asdict(model.preset), "weights": weights, "stage": stage, "trained_on": list(trained_on)}
+    data = {"preset": asdict(model.preset), "weights": weights, "stage": stage, "trained_on": list(trained_on),
+            "trained_distance": model.trained_distance}
     files.save_tensors(data, path)
 
 
@@ -277,6 +303,7 @@ def load(path: Path, device: str = "cpu", stage: str = "prior") -> SparseFusion:
         reason = " ".join(str(e).split())[:160]
         raise ValueError(f"{path}: preset and weights do not fit together ({reason})") from e
     model.fingerprint = files.fingerprint(path)
+    model.trained_distance = trained_distance(path)
     return ready(model, device)
 
 
@@ -304,6 +331,19 @@ def read_trained_on(path: Path) -> list[dict]:
     if not trainings and path.resolve() == SHIPPED:
         return [{"what": "prior", "category": "toys"}]
     return trainings
+
+
+def trained_distance(path: Path) -> float | None:
+    """How far from the origin the EFT of a file knows cameras; None for the released one, which takes CO3D's own units.
+
+    Files from before 0.3 do not say; those of our own training hold the toys'.
+    """
+    header = _header(path)
+    ours = header["preset"]["name"] != "paper" or read_trained_on(path) != []
+    distance = header.get("trained_distance", TRAINED_DISTANCE if ours else None)
+    if not (distance is None or isinstance(distance, float) and 0 < distance < math.inf):
+        raise ValueError(f"{path}: trained_distance {distance!r} is no distance")
+    return distance
 
 
 def _header(path: Path) -> dict:

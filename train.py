@@ -137,7 +137,7 @@ class PriorLoss(NamedTuple):
 def prior_loss(model: SparseFusion, batch: Batch, near: Tensor, far: Tensor, generator: torch.Generator) -> PriorLoss:
     """One training step of EFT and UNet: the diffusion loss of the query latents and the EFT's color loss.
 
-    near, far (B,): the depth range of each sequence, CO3D units.
+    near, far (B,): the depth range of each sequence.
     """
     config = model.preset.diffusion
     device = batch.target.device
@@ -214,7 +214,6 @@ class PriorTraining:
     """EFT and UNet of a model jointly, on top of its frozen autoencoder."""
 
     def __init__(self, data: PackedScenes, config: TrainConfig, model: SparseFusion, trained_on: Sequence[dict] = ()):
-        self.data = data
         self.config = config
         self.model = model
         self.trained_on = trained_on  # what the weights file says about its trainings
@@ -222,10 +221,13 @@ class PriorTraining:
         self.model.vldm.config = config.model.diffusion
         self.module = nn.ModuleDict({"eft": self.model.eft, "vldm": self.model.vldm}).requires_grad_(True)
 
-        # Every sequence has its own depth range.
-        ranges = [self.model.depth_range(data.cameras[i]) for i in range(len(data))]
-        self.near = torch.tensor([near for near, _ in ranges], device=data.rgba.device)
-        self.far = torch.tensor([far for _, far in ranges], device=data.rgba.device)
+        # Every sequence is brought to one distance, and has its own depth range.
+        self.model.trained_distance = sparsefusion.TRAINED_DISTANCE
+        units = [self.model.eft_units(data.cameras[i]) for i in range(len(data))]
+        scale = torch.tensor([one.scale for one in units], device=data.rgba.device)
+        self.near = torch.tensor([one.near for one in units], device=data.rgba.device)
+        self.far = torch.tensor([one.far for one in units], device=data.rgba.device)
+        self.data = replace(data, cameras=data.cameras.scaled(scale[:, None, None]))
         if data.rgba.is_cuda:
             self.capture_unet()
 
@@ -252,6 +254,7 @@ class PriorTraining:
     def finish(self, average: dict[str, Tensor], out: Path) -> None:
         """Write a weights file: the averaged EFT and UNet, and the autoencoder as it was."""
         result = SparseFusion(self.model.preset)
+        result.trained_distance = self.model.trained_distance
         result.load_state_dict(self.model.vae.state_dict(prefix="vae.") | average)
         sparsefusion.save(result, out, trained_on=self.trained_on)
 

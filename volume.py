@@ -75,8 +75,9 @@ class Occupancy(nn.Module):
         masks (V, 1, H, W) in [0, 1] and the V cameras they belong to; valid (V, 1, H, W) is 1 where an image shows
         anything (default: everywhere). A view refuses a cell if no pixel of its footprint is in the mask. What lies
         outside the image is unknown and not refused if the mask touches the image's border, or ends up to `MASK_GAP`
-        pixels before it; where it does not, the view shows the whole object, so nothing is there. Without
-        `config.carve` nothing is ruled out. Raises `ValueError` where no cell is left.
+        pixels before it; where it does not, the view shows the whole object, so nothing is there. Of many views,
+        more than are forgiven have to see a cell in their masks. Without `config.carve` nothing is ruled out. Raises
+        `ValueError` where no cell is left.
         """
         config = self.config
         if not config.carve:
@@ -85,11 +86,18 @@ class Occupancy(nn.Module):
         corners = self.corners()
 
         # One refusal is enough where there are few views; of many, some are forgiven.
+        forgiven = len(masks) // config.forgiven_views
         refusals = torch.zeros_like(self.possible, dtype=torch.int32)
+        seen = torch.zeros_like(refusals)
         for mask, shown, camera in zip(masks > config.mask_threshold, valid > 0.5, cameras):
             pixels = _possible_pixels(mask, shown)
             refusals += ~_footprint_hits(pixels, corners, camera)
-        self.possible &= refusals <= len(masks) // config.forgiven_views
+            seen += _footprint_hits(F.pad((mask & shown)[0], (1, 1, 1, 1)), corners, camera)
+        self.possible &= refusals <= forgiven
+
+        # What hardly any of many views shows is unknown, but nobody could tell what is there.
+        if forgiven:
+            self.possible &= seen > forgiven
 
         if not self.possible.any():
             raise ValueError(f"masks and cameras: no part of the cube of half side {config.bound:g} round the world "

@@ -21,10 +21,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from cameras import Cameras, Scene
+from cameras import CONTEXT, Cameras, Scene
 
 MASK_THRESHOLD = 0.4  # foreground probability above which a pixel counts as the object
-CONTEXT = 0.3         # growth of the mask's box, as a fraction of its width and height
 
 # Of Pillow's readers these and no others: a file's name does not say which it needs, and some start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
@@ -102,13 +101,12 @@ def crop_and_resize(image: np.ndarray, mask: np.ndarray, camera: PixelCamera, si
     if mask.shape != image.shape[:2]:
         raise ValueError(f"the mask is {width} x {height} pixels, the image {image.shape[1]} x {image.shape[0]}")
 
-    # The mask's box with its context, clipped to the photograph, in whole pixels (half to even).
+    # The mask's box with its context, clipped to the photograph.
     probability = torch.from_numpy(mask).float() / 255
-    mask_box = _mask_box(probability)
-    bounds = torch.tensor([width, height, width, height])
-    corners = torch.minimum(context_box(mask_box).clamp(min=0), bounds)
-    x0, y0, x1, y1 = corners.round().int().tolist()
-    crop_box = Box(x0, y0, x1 - x0, y1 - y0)
+    mask_box = box_of_mask(probability)
+    crop_box = box_of_crop(mask_box, height, width)
+    x0, y0 = crop_box.x, crop_box.y
+    x1, y1 = x0 + crop_box.width, y0 + crop_box.height
 
     # The sides are floored, so a longer side of 255 of 256 pixels happens [released: co3d_dataloader.py:900-911].
     scale = size / max(crop_box.width, crop_box.height)
@@ -131,6 +129,14 @@ def crop_and_resize(image: np.ndarray, mask: np.ndarray, camera: PixelCamera, si
     return Crop(square_image, square_mask, square_valid, square_camera, mask_box, crop_box)
 
 
+def box_of_crop(mask_box: Box, height: int, width: int) -> Box:
+    """The part of an H x W photograph that shows a mask's box with its context, in whole pixels (half to even)."""
+    bounds = torch.tensor([width, height, width, height])
+    corners = torch.minimum(context_box(mask_box).clamp(min=0), bounds)
+    x0, y0, x1, y1 = corners.round().int().tolist()
+    return Box(x0, y0, x1 - x0, y1 - y0)
+
+
 def context_box(box: Box | Tensor) -> Tensor:
     """Box (x, y, width, height) -> corners (x0, y0, x1, y1), float32: grown by `CONTEXT` about its center.
 
@@ -143,7 +149,7 @@ def context_box(box: Box | Tensor) -> Tensor:
     return torch.cat([corner, corner + grown.clamp(min=2)])
 
 
-def _mask_box(probability: Tensor) -> Box:
+def box_of_mask(probability: Tensor) -> Box:
     """Tight box of the pixels of (H, W) over the threshold, which drops by 0.05 while at most one pixel is."""
     threshold = MASK_THRESHOLD
     while (probability > threshold).sum() <= 1:

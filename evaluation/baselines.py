@@ -2,7 +2,7 @@
 
 The fourth baseline, the field alone, is `distill.reconstruct` without a model. The EFT and the VLDM make pictures,
 which have no silhouette of their own: no mask is measured for them. Every baseline returns what it shows from the
-target cameras; `inputs` and `targets` are positions in the scene.
+target cameras, whole where the scene is cut; `inputs` and `targets` are positions in the scene.
 
 Shapes: `T` target views, `S` side of an image in pixels.
 """
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cameras import Scene
+from cameras import Cameras, Scene, pixel_grid
 from distillation import DistillConfig
 from export.pictures import Views
 from sparsefusion import Condition, SparseFusion
@@ -24,6 +24,8 @@ VIEWS_AT_ONCE = 8  # in a batch of the VLDM
 
 def nearest_input(scene: Scene, inputs: list[int], targets: list[int]) -> Views:
     """The input view whose camera is nearest in bearing, seen from the world's origin."""
+    scene = scene.whole or scene
+
     # Bearings, because crops hide how far away a camera stands.
     bearing = F.normalize(scene.cameras.centers(), dim=-1)
     cosine = bearing[targets] @ bearing[inputs].T  # (T, V)
@@ -39,7 +41,8 @@ def eft_images(scene: Scene, inputs: list[int], targets: list[int], model: Spars
     them with two views, are black. On toys the EFT says so itself, to less than a level of 8 bits.
     """
     size = scene.images.shape[-1]
-    condition = _condition(scene, inputs, targets, model, config, seed, size, title, hull)
+    cameras = (scene.whole or scene).cameras[targets]
+    condition = _condition(scene, inputs, cameras, model, config, seed, size, title, hull)
     return Views(condition.images, None)
 
 
@@ -49,7 +52,8 @@ def vldm_samples(scene: Scene, inputs: list[int], targets: list[int], model: Spa
 
     A view's random numbers follow from the seed and its frame alone, whichever other views there are.
     """
-    condition = _condition(scene, inputs, targets, model, config, seed)
+    cameras = scene.cameras[targets]
+    condition = _condition(scene, inputs, cameras, model, config, seed)
     device = scene.images.device
     generators = []
     for target in targets:
@@ -61,13 +65,26 @@ def vldm_samples(scene: Scene, inputs: list[int], targets: list[int], model: Spa
     for start in range(0, len(targets), VIEWS_AT_ONCE):
         part = slice(start, start + VIEWS_AT_ONCE)
         images.append(model.sample_view(condition.features[part], generators[part], config.sampler))
-    return Views(torch.cat(images), None)
+    images = torch.cat(images)
+    if scene.whole is not None:
+        images = put_back(images, cameras, scene.whole.cameras[targets])
+    return Views(images, None)
 
 
-def _condition(scene: Scene, inputs: list[int], targets: list[int], model: SparseFusion, config: DistillConfig,
+def put_back(images: Tensor, cut: Cameras, whole: Cameras) -> Tensor:
+    """Pictures (T, 3, S, S) of cameras (T,) as cameras at the same places show them: black where they show nothing."""
+    # Where a pixel's light comes from, in either camera's NDC; four points a pixel, for the whole picture is coarser.
+    size = images.shape[-1]
+    xy = pixel_grid(2 * size, 2 * size, device=images.device)
+    slope = (xy - whole.principal[:, None]) / whole.focal[:, None]
+    there = slope * cut.focal[:, None] + cut.principal[:, None]
+    grid = -there.unflatten(1, (2 * size, 2 * size))
+    return F.avg_pool2d(F.grid_sample(images, grid, align_corners=False), 2)
+
+
+def _condition(scene: Scene, inputs: list[int], cameras: Cameras, model: SparseFusion, config: DistillConfig,
                seed: int, size: int | None = None, title: str | None = None, where: Tensor | None = None) -> Condition:
-    """What the EFT says about the target views."""
+    """What the EFT says about the views of cameras (T,)."""
     given = scene[inputs]
-    depth_range = model.depth_range(scene.cameras)
-    return model.condition(given.images, given.cameras, scene.cameras[targets], depth_range, size,
-                           config.eft_train_mode, title, seed, where)
+    return model.condition(config.exposed_alike(given), given.cameras, cameras, scene.cameras, size, config.eft_train_mode,
+                           title, seed, where)

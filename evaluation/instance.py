@@ -22,11 +22,10 @@ from common import files
 from common.progress import begin, planned
 from distillation import DistillConfig
 from evaluation import baselines, results
-from evaluation.sources import Loaded, OwnPhotographs, Source, choose_targets, find_views, random_views
+from evaluation.sources import OwnPhotographs, Source, choose_targets, find_views, random_views
 from evaluation.tables import Rows
 from export.mesh import write_ply
 from export.pictures import Views, comparison, save_animation, save_picture, save_views
-from photographs.normalization import Similarity
 from reconstruction import Distance, Reconstruction, reconstruct
 from sparsefusion import SparseFusion
 
@@ -133,23 +132,23 @@ def load_distances(instance: Instance) -> Distances:
     return Distances(None, partial(metrics.perceptual_distance, network.layers), "attribute network (not LPIPS)")
 
 
-def load_views(instance: Instance, model: SparseFusion | None) -> Loaded:
+def load_views(instance: Instance, model: SparseFusion | None) -> Scene:
     """All views of an instance in the model's size, or without one in the config's. Raises `ValueError` where
     renderings of the config do not fit that size.
     """
     size = instance.config.image_size if model is None else model.preset.image_size
-    loaded = instance.source.load(size)
+    scene = instance.source.load(size, instance.config.cut)
     side = instance.config.render_size
     if size % side and not (model is None and instance.config.input_pixels):
         raise ValueError(f"render_size {side} does not divide the {size} pixels of a picture's side")
-    return loaded._replace(scene=loaded.scene.to(instance.device))
+    return scene.to(instance.device)
 
 
 def show_all(scene: Scene, inputs: list[int], targets: list[int], model: SparseFusion | None, instance: Instance,
              ours: Reconstruction, out: Path) -> dict[str, Views]:
     """What every method shows from the target cameras, in the order of the tables (Sec. 4)."""
     config = instance.config
-    cameras = scene.cameras[targets]
+    cameras = scene.user_cameras()[targets]
     size = scene.images.shape[-1]
     pictures = {"nearest": baselines.nearest_input(scene, inputs, targets)}
     if model is None:
@@ -201,21 +200,17 @@ def mean_rows(per_view: dict[str, dict[str, list[float]]]) -> Rows:
 
 
 def write_outputs(scene: Scene, inputs: list[int], targets: list[int], pictures: dict[str, Views],
-                  ours: Reconstruction, world: Similarity | None, out: Path) -> None:
-    """Something to look at: the sheet that compares methods, every picture in it, the turntable, the mesh. `world`
-    leads to the coordinates that the mesh gets.
-    """
+                  ours: Reconstruction, out: Path) -> None:
+    """Something to look at: the sheet that compares methods, every picture in it, the turntable, the mesh."""
+    shown = scene.whole or scene
     names = [scene.names[i] for i in targets]
-    save_picture(comparison(scene, inputs, targets, pictures), out / "comparison.png")
-    save_views(pictures, scene.images[targets], names, out / "views")
-    turntable = ours.turntable(scene.cameras, scene.images.shape[-1], "turntable")
+    save_picture(comparison(shown, inputs, targets, pictures), out / "comparison.png")
+    save_views(pictures, shown.images[targets], names, out / "views")
+    turntable = ours.turntable(scene.user_cameras(), scene.images.shape[-1], "turntable")
     save_animation(turntable, out / "turntable.gif")
 
     begin("mesh")
-    mesh = ours.mesh()
-    if world is not None:
-        mesh = mesh._replace(vertices=world.points(mesh.vertices))
-    write_ply(out / "mesh.ply", mesh)
+    write_ply(out / "mesh.ply", ours.mesh())
 
 
 def run_instance(instance: Instance, out: Path, overwrite: bool = False, extend: bool = False) -> dict:
@@ -241,9 +236,8 @@ def _run_instance(instance: Instance, out: Path, overwrite: bool, extend: bool) 
     targets = choose_targets(instance.source, inputs, instance.targets, instance.config.metrics_on_inputs)
     model = None if instance.weights is None else sparsefusion.load(instance.weights, instance.device)
     distances = load_distances(instance)
-    loaded = load_views(instance, model)
-    scene = loaded.scene
-    world = loaded.world_as_data()
+    scene = load_views(instance, model)
+    world = scene.world and {"R": scene.world.R.tolist(), "scale": scene.world.scale, "shift": scene.world.shift.tolist()}
     instance.note_more_iterations()
     results.claim(out, settings, clear=bool(other))
 
@@ -252,12 +246,12 @@ def _run_instance(instance: Instance, out: Path, overwrite: bool, extend: bool) 
     ours = reconstruct(scene, inputs, model, instance.config, instance.seed, distances.loss, out / "field.pt", title,
                        out / "previews.png", extend, {"world": world})
     pictures = show_all(scene, inputs, targets, model, instance, ours, out)
-    truth = scene[targets]
+    truth = (scene.whole or scene)[targets]
     per_view = {method: measure(views, truth.images, truth.masks, distances.metric)
                 for method, views in pictures.items()}
 
     # Pictures, mesh, numbers.
-    write_outputs(scene, inputs, targets, pictures, ours, loaded.world, out)
+    write_outputs(scene, inputs, targets, pictures, ours, out)
     result = {
         "sequence": instance.source.name,
         "input_frames": [scene.names[i] for i in inputs],

@@ -9,28 +9,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from cameras import Scene, evenly_spaced
 from datasets import co3d
 from datasets.protocol import PROTOCOLS, Entry, choose_views
 from photographs import capture, examine
-from photographs.normalization import Similarity
 from photographs.reading import CONVENTIONS, Photographs
 
 HELD_OUT = 8  # own photographs that are held out to measure, at most; and one of so many
-
-
-class Loaded(NamedTuple):
-    """The views of a source."""
-    scene: Scene              # in the world where the field is made
-    world: Similarity | None  # from there to the user's; None where it is the same one
-
-    def world_as_data(self) -> dict | None:
-        """The same in plain data."""
-        if self.world is None:
-            return None
-        return {"R": self.world.R.tolist(), "scale": self.world.scale, "shift": self.world.shift.tolist()}
 
 
 @dataclass(frozen=True)
@@ -71,9 +57,9 @@ class CO3DSequence:
         frames = [self.entry.frames[i] for i in views]
         return examine.examine(self._read(examine.SIZE, frames))
 
-    def load(self, size: int) -> Loaded:
-        """All its views, cut to the object, `size` pixels a side."""
-        return Loaded(self._read(size, self.entry.frames), None)
+    def load(self, size: int, cut: bool = True) -> Scene:
+        """All its views, `size` pixels a side: always cut to the object, for the format knows no others."""
+        return self._read(size, self.entry.frames)
 
     def _read(self, size: int, frames: list[int] | tuple[int, ...]) -> Scene:
         return co3d.load_sequence(self.root, self.entry.category, self.entry.sequence, size, frames)
@@ -131,10 +117,9 @@ class OwnPhotographs:
         scene = capture.load_pictures(few, examine.SIZE)
         return examine.examine(scene, CONVENTIONS[few.axes], whole=True)
 
-    def load(self, size: int) -> Loaded:
-        """All its views, whole, padded to squares of `size` pixels, in the normalized world."""
-        loaded = capture.load_capture(self.photographs, size)
-        return Loaded(loaded.scene, loaded.world)
+    def load(self, size: int, cut: bool = True) -> Scene:
+        """All its views, cut to the object or not, in squares of `size` pixels, in the normalized world."""
+        return capture.load_capture(self.photographs, size, cut).scene
 
     def default_inputs(self, targets: int | None) -> list[int]:
         """Positions of the inputs where nobody chooses: those that the files name, or all but `targets` evenly spaced

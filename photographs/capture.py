@@ -1,7 +1,9 @@
 """Own photographs as a scene: decoded, lens distortion undone, in squares of one size, in the normalized world.
 
-A photograph is kept whole and padded to a square about its middle. The lens's distortion is undone at the photograph's
-own size and intrinsics: what a barrel lens brings in from beyond that frame is lost, for a phone 2 % at each border.
+A photograph is cut to its object as CO3D's are (`datasets/crop.py`), so that its pixels show the object, and kept whole
+beside that: the whole masks say what is empty, and whole pictures are measured. Either is padded to a square about its
+middle. The lens's distortion is undone at the photograph's own size and intrinsics: what a barrel lens brings in from
+beyond that frame is lost, for a phone 2 % at each border.
 
 Shapes: `V` photographs, `S` side of the square output, `H W` rows and columns of a photograph.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,37 +24,47 @@ from torch import Tensor
 from cameras import Cameras, Scene
 from common import files
 from common.progress import Progress
-from datasets.crop import MASK_THRESHOLD, open_picture
-from photographs.normalization import Similarity, normalization
+from datasets.crop import MASK_THRESHOLD, Box, box_of_crop, box_of_mask, open_picture
+from photographs.normalization import normalization
 from photographs.reading import Lens, Photograph, Photographs
+
+BORDER = 2  # pixels: an object whose mask comes so near to the border of a photograph is cut by it
 
 
 # ---------------------------------------------------------------------------------------------- what others call
 
 class Capture(NamedTuple):
     """A folder of photographs as a scene."""
-    scene: Scene               # all photographs, whole, masked, in the normalized world; their names are the files'
+    scene: Scene               # all photographs, masked, in the normalized world; their names are the files'
     inputs: list[int] | None   # positions that the files name as inputs; None where they do not say
     targets: list[int] | None  # likewise
-    world: Similarity          # back to the user's world
     source: str                # one line: what was read
 
 
-def load_capture(photographs: Photographs, size: int | None = None) -> Capture:
-    """The photographs of a folder, in squares of `size` pixels (None: the longest side of the largest photograph).
+def load_capture(photographs: Photographs, size: int | None = None, cut: bool = True) -> Capture:
+    """The photographs of a folder, in squares of `size` pixels (None: the longest side of the largest photograph), cut
+    to the object or whole.
 
     Raises `FileNotFoundError` or `ValueError` with one line on what is missing or broken.
     """
-    scene = load_pictures(photographs, size)
     try:
-        world = normalization(scene, photographs.points)
+        scene = normalized(load_pictures(photographs, size, cut), photographs.points)
     except ValueError as e:
         raise ValueError(f"{photographs.folder}: {e}") from None
+    return Capture(scene, photographs.inputs, photographs.targets, photographs.source)
 
-    # Numbers of moderate size, from here on.
-    cameras = world.normalized(scene.cameras).to(torch.float32)
-    scene = Scene(scene.images, scene.masks, scene.valid, cameras, scene.names, scene.sequence)
-    return Capture(scene, photographs.inputs, photographs.targets, world, photographs.source)
+
+def normalized(scene: Scene, points: Tensor | None = None) -> Scene:
+    """A scene of the user's world, with float64 cameras, in the normalized one: numbers of moderate size.
+
+    points (P, 3): where the user's world has something, if known. Raises `ValueError` where cameras and masks do not
+    determine it.
+    """
+    if points is None:
+        points = torch.zeros(0, 3, dtype=torch.float64)
+    world = normalization(scene.whole or scene, points)
+    scene = scene.with_cameras(lambda cameras: world.normalized(cameras).to(torch.float32))
+    return replace(scene, world=world)
 
 
 def stamp(photographs: Photographs) -> str:
@@ -74,8 +87,9 @@ def stamp(photographs: Photographs) -> str:
 
 # ---------------------------------------------------------------------------------------------- pictures
 
-def load_pictures(photographs: Photographs, size: int | None = None) -> Scene:
-    """All photographs in squares of `size` pixels (None: the longest side of the largest), in the user's own world.
+def load_pictures(photographs: Photographs, size: int | None = None, cut: bool = False) -> Scene:
+    """All photographs in squares of `size` pixels (None: the longest side of the largest), in the user's own world;
+    with `cut` cut to the object, and whole beside that.
 
     The cameras are float64. Raises `ValueError` for a picture that cannot be decoded, and for an empty mask.
     """
@@ -84,52 +98,78 @@ def load_pictures(photographs: Photographs, size: int | None = None) -> Scene:
         size = max(max(shot.lens.width, shot.lens.height) for shot in shots)
 
     # One at a time: decoded, they may be a hundred times as large as what is kept of them.
-    layers = torch.empty(len(shots), 5, size, size)
-    focal = torch.empty(len(shots), 2, dtype=torch.float64)
-    principal = torch.empty(len(shots), 2, dtype=torch.float64)
+    whole = Squares(len(shots), size)
+    crops = Squares(len(shots), size)
     for i, shot in enumerate(Progress(shots, "reading photographs")):
-        square = _square(_decode(shot), shot.lens, size)
-        layers[i], focal[i], principal[i] = square
+        layers = _decode(shot)
+        if shot.lens.distortion.any():
+            layers = _undistort(layers, shot.lens)
+        whole.place(i, layers, shot.lens)
+        if cut:
+            crops.place(i, layers, shot.lens, object_box(layers[3]))
 
-    images = layers[:, :3].clamp(0, 1)
-    masks = layers[:, 3:4].clamp(0, 1)
-    valid = (layers[:, 4:] > 0.5).float()
-    cameras = photographs.cameras()
-    cameras = Cameras(cameras.R, cameras.T, focal, principal)
+    # As scenes.
     names = [shot.name for shot in shots]
-    return Scene(images, masks, valid, cameras, names, photographs.folder.resolve().name)
+    sequence = photographs.folder.resolve().name
+    cameras = photographs.cameras()
+    scene = whole.scene(cameras, names, sequence)
+    return replace(crops.scene(cameras, names, sequence), whole=scene) if cut else scene
 
 
-class _Square(NamedTuple):
-    """A photograph in a square."""
-    layers: Tensor     # (5, S, S) masked colors, mask, and where the photograph is, in [0, 1]
-    focal: Tensor      # (2,) NDC of the square
-    principal: Tensor  # (2,) NDC of the square
+def object_box(mask: Tensor) -> Box:
+    """The part of a photograph with a mask (H, W) that shows the object: all of it where its border cuts the object.
+
+    Then the object may go on there, and what is beside it in the photograph is worth as much.
+    """
+    height, width = mask.shape
+    inner = mask[BORDER:height - BORDER, BORDER:width - BORDER]
+    if (mask > MASK_THRESHOLD).sum() > (inner > MASK_THRESHOLD).sum():
+        return Box(0, 0, width, height)
+    return box_of_crop(box_of_mask(mask), height, width)
 
 
-def _square(layers: Tensor, lens: Lens, size: int) -> _Square:
-    """Layers (5, H, W) of a photograph, undistorted, resized, and padded to a square about the middle."""
-    if lens.distortion.any():
-        layers = _undistort(layers, lens)
+class Squares:
+    """V photographs in squares of `size` pixels a side, with the intrinsics of these."""
 
-    # The longer side fills the square. Averaging over what a small pixel covers keeps fine texture from aliasing.
-    longer = max(lens.width, lens.height)
-    rows = max(round(lens.height * size / longer), 1)
-    columns = max(round(lens.width * size / longer), 1)
-    if (rows, columns) != (lens.height, lens.width):
-        layers = F.interpolate(layers[None], (rows, columns), mode="bilinear", antialias=True)[0]
+    def __init__(self, count: int, size: int):
+        self.size = size
+        self.layers = torch.zeros(count, 5, size, size)  # masked colors, mask, and where the photograph is, in [0, 1]
+        self.focal = torch.ones(count, 2, dtype=torch.float64)       # NDC of the square
+        self.principal = torch.zeros(count, 2, dtype=torch.float64)  # NDC of the square
 
-    # As much on both sides; an odd pixel goes right and below.
-    top = (size - rows) // 2
-    left = (size - columns) // 2
-    layers = F.pad(layers, (left, size - columns - left, top, size - rows - top))
+    def place(self, i: int, layers: Tensor, lens: Lens, box: Box | None = None) -> None:
+        """Layers (5, H, W) of photograph `i`, or a part of it, resized and padded to a square about the middle."""
+        box = box or Box(0, 0, lens.width, lens.height)
+        layers = layers[:, box.y:box.y + box.height, box.x:box.x + box.width]
 
-    # The camera follows: pixels of the photograph, pixels of the square, NDC of the square.
-    scale = torch.tensor([columns / lens.width, rows / lens.height], dtype=torch.float64)
-    corner = torch.tensor([left, top], dtype=torch.float64)
-    half = size / 2
-    principal = (half - (lens.principal * scale + corner)) / half
-    return _Square(layers, lens.focal * scale / half, principal)
+        # The longer side fills the square. Averaging over what a small pixel covers keeps fine texture from aliasing.
+        size = self.size
+        longer = max(box.width, box.height)
+        rows = max(round(box.height * size / longer), 1)
+        columns = max(round(box.width * size / longer), 1)
+        if (rows, columns) != (box.height, box.width):
+            layers = F.interpolate(layers[None], (rows, columns), mode="bilinear", antialias=True)[0]
+
+        # As much on both sides; an odd pixel goes right and below.
+        top = (size - rows) // 2
+        left = (size - columns) // 2
+        self.layers[i] = F.pad(layers, (left, size - columns - left, top, size - rows - top))
+
+        # The camera follows: pixels of the photograph, pixels of the square, NDC of the square.
+        scale = torch.tensor([columns / box.width, rows / box.height], dtype=torch.float64)
+        corner = torch.tensor([left, top], dtype=torch.float64)
+        half = size / 2
+        principal = lens.principal - torch.tensor([box.x, box.y])
+        self.focal[i] = lens.focal * scale / half
+        self.principal[i] = (half - (principal * scale + corner)) / half
+
+    def scene(self, cameras: Cameras, names: list[str], sequence: str) -> Scene:
+        """The same as a scene, at the places of some cameras (V,)."""
+        images = self.layers[:, :3].clamp(0, 1)
+        masks = self.layers[:, 3:4].clamp(0, 1)
+        valid = (self.layers[:, 4:] > 0.5).float()
+        cameras = Cameras(cameras.R, cameras.T, self.focal, self.principal)
+        return Scene(images, masks, valid, cameras, names, sequence)
 
 
 def _undistort(layers: Tensor, lens: Lens) -> Tensor:

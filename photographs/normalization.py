@@ -14,46 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cameras import Cameras, Scene, look_at, nearest_point_to_axes
+from cameras import HALF_SIDE, Cameras, Scene, Similarity, look_at, nearest_point_to_axes
 from datasets.crop import MASK_THRESHOLD
 
-HALF_SIDE = 2.5      # of the box around the object, along its longest side; CO3D units. Toys and apple: 2.25 to 2.9
 SEARCH = 1.5         # half side of the cube where the object is looked for, in radii of the largest mask
 GRID = 48            # points a side of that cube
 COARSE = 64          # pixels a side of the masks at the first look, which may miss nothing thin
 FINE = 128           # pixels a side of the masks at the later ones
 FORGIVEN_VIEWS = 6   # one view of so many may be wrong about a point, as in `ngp.FieldConfig`
 ENOUGH_POINTS = 20   # of COLMAP's, on the object, to tell how far away it is
-
-
-class Similarity(NamedTuple):
-    """From the normalized world to the user's: x_user = scale * R @ x + shift. Tensors are float64."""
-    R: Tensor      # (3, 3) a rotation
-    scale: float   # the user's units in one CO3D unit
-    shift: Tensor  # (3,) where the user's world has the middle of the object
-
-    def points(self, x: Tensor) -> Tensor:
-        """Points (*, 3) of the normalized world in the user's, in the same dtype."""
-        moved = self.scale * x.double() @ self.R.T.to(x.device) + self.shift.to(x.device)
-        return moved.to(x.dtype)
-
-    def cameras(self, cameras: Cameras) -> Cameras:
-        """Cameras (*) of the normalized world in the user's, float64: a world may be far from its origin."""
-        cameras = cameras.to("cpu", torch.float64)
-        R = self.R @ cameras.R
-        T = self.scale * cameras.T - torch.einsum("i,...ij->...j", self.shift, R)
-        return Cameras(R, T, cameras.focal, cameras.principal)
-
-    def normalized(self, cameras: Cameras) -> Cameras:
-        """The inverse: cameras (*) of the user's world in the normalized one, float64."""
-        cameras = cameras.to("cpu", torch.float64)
-        T = cameras.T + torch.einsum("i,...ij->...j", self.shift, cameras.R)
-        return Cameras(self.R.T @ cameras.R, T / self.scale, cameras.focal, cameras.principal)
-
-    def then(self, after: Similarity) -> Similarity:
-        """First this one, then another: from this one's normalized world to the other's user."""
-        shift = after.points(self.shift)
-        return Similarity(after.R @ self.R, after.scale * self.scale, shift)
 
 
 def normalization(scene: Scene, points: Tensor) -> Similarity:

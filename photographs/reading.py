@@ -138,8 +138,9 @@ def read_capture(folder: str | Path) -> Photographs:
     elif model is not None:
         photographs = _read_colmap(folder, model)
     else:
+        llff = "; poses_bounds.npy is not read" if (folder / "poses_bounds.npy").exists() else ""
         raise FileNotFoundError(f"{folder}: no transforms.json, no transforms_train.json and no COLMAP model "
-                                "(sparse/0/images.bin or .txt) there")
+                                f"(sparse/0/images.bin or .txt) there{llff}; docs/photographs.md says how to make one")
 
     # What belongs to all of them.
     _check(photographs)
@@ -178,35 +179,38 @@ def _header(file: Path) -> Header:
 
 def _read_transforms(folder: Path) -> Photographs:
     """nerfstudio and instant-ngp: one file."""
-    shots = _shots_of(folder, "transforms.json")
-    source = f"transforms.json, {len(shots)} photographs, {_about(shots)}"
+    shots, absent = _shots_of(folder, "transforms.json")
+    source = f"transforms.json, {len(shots)} photographs{_skipped(shots, absent)}, {_about(shots)}"
     return _photographs(folder, shots, "opengl", source)
 
 
 def _read_splits(folder: Path) -> Photographs:
     """NeRF-synthetic: a file of inputs, and mostly one of targets."""
-    inputs = _shots_of(folder, "transforms_train.json")
+    inputs, absent = _shots_of(folder, "transforms_train.json")
     targets = []
     if (folder / "transforms_test.json").is_file():
-        targets = _shots_of(folder, "transforms_test.json")
+        targets, more = _shots_of(folder, "transforms_test.json")
+        absent += more
 
     # Positions: first the inputs, then the targets.
     shots = inputs + targets
     counts = f"{len(inputs)} + {len(targets)}" if targets else f"{len(inputs)}"
-    source = f"NeRF-synthetic, {counts} photographs, {_about(shots)}"
+    source = f"NeRF-synthetic, {counts} photographs{_skipped(shots, absent)}, {_about(shots)}"
     positions = list(range(len(shots)))
     return _photographs(folder, shots, "opengl", source, positions[:len(inputs)], positions[len(inputs):] or None)
 
 
-def _shots_of(folder: Path, name: str) -> list[Photograph]:
-    """The frames of one file."""
+def _shots_of(folder: Path, name: str) -> tuple[list[Photograph], list[str]]:
+    """The frames of one file, and what is said of each whose picture is absent."""
     shots = []
+    absent = []
     for frame in transforms.read_frames(folder / name):
         # The picture, whose ending may be left out, and its mask.
         path = _below(folder, frame.name, f"{frame.where}: file_path")
         file = _with_ending(path)
         if file is None:
-            raise FileNotFoundError(f"{frame.where}: file_path: no such file {path}")
+            absent.append(f"{frame.where}: file_path: no such file {path}")
+            continue
         if frame.mask is None:
             mask = _find_mask(folder, file)
         else:
@@ -215,7 +219,7 @@ def _shots_of(folder: Path, name: str) -> list[Photograph]:
         lens = frame.lens(*_header(file).size)
         matrix = _pose(frame.rows, f"{frame.where}: transform_matrix")
         shots.append(_photograph(folder, file, mask, lens, matrix, frame.where))
-    return shots
+    return shots, absent
 
 
 # ---------------------------------------------------------------------------------------------- COLMAP
@@ -227,34 +231,44 @@ def _read_colmap(folder: Path, place: Path) -> Photographs:
         raise ValueError(f"{place}: the COLMAP model has no image")
 
     # Its names are below a folder that it does not name.
-    root = _picture_root(folder, model.shots[0].name)
+    root = _picture_root(folder, [shot.name for shot in model.shots])
     shots = []
+    absent = []
     for shot in model.shots:
         where = f"{place}: image {shot.name!r}"
         file = _below(root, shot.name, where)
         if not file.is_file():
-            raise FileNotFoundError(f"{where}: no such file {file}")
+            absent.append(f"{where}: no such file {file}")
+            continue
         mask = _find_mask(folder, file)
         matrix = _pose(shot.matrix.tolist(), where)
         shots.append(_photograph(folder, file, mask, shot.lens, matrix, where))
 
     # Points at infinity are of no use.
     models = sorted({shot.lens.model for shot in model.shots})
-    source = f"COLMAP, {model.kind}, {len(shots)} photographs, {', '.join(models)}, {len(model.points)} points"
+    skipped = _skipped(shots, absent)
+    source = f"COLMAP, {model.kind}, {len(shots)} photographs{skipped}, {', '.join(models)}, {len(model.points)} points"
     photographs = _photographs(folder, shots, "colmap", f"{source}, {_about(shots)}")
     finite = model.points.isfinite().all(1)
     return replace(photographs, points=model.points[finite])
 
 
-def _picture_root(folder: Path, name: str) -> Path:
-    """The folder that a model's names are below: the first of the usual ones that has this picture, or the first."""
+def _picture_root(folder: Path, names: list[str]) -> Path:
+    """The folder that a model's names are below: the first of the usual ones that has such a picture, or the first."""
     for place in PICTURE_FOLDERS:
-        if (folder / place / name).is_file():
+        if any((folder / place / name).is_file() for name in names):
             return folder / place
     return folder / PICTURE_FOLDERS[0]
 
 
 # ---------------------------------------------------------------------------------------------- either
+
+def _skipped(shots: list[Photograph], absent: list[str]) -> str:
+    """Some words on frames whose pictures are absent. Raises `FileNotFoundError` if fewer than two others are left."""
+    if absent and len(shots) < 2:
+        raise FileNotFoundError(absent[0])
+    return f" ({len(absent)} more are listed and absent, {absent[0].rpartition('/')[2]} first)" if absent else ""
+
 
 def _photographs(folder: Path, shots: list[Photograph], axes: str, source: str, inputs: list[int] | None = None,
                  targets: list[int] | None = None) -> Photographs:

@@ -15,6 +15,7 @@ import metrics
 import volume
 from cameras import Cameras, circle_path
 from distillation import Distillation, Prior
+from presets import PRESETS
 from sparsefusion import Condition
 from tests.support import parity
 from tests.support.small import FIELD, SHORT, TINY, ball, ring, tiny_model
@@ -52,7 +53,7 @@ def prior(model, perceptual_loss=squared):
 def tiny_prior():
     """A prior of the real classes."""
     model, viewpoints, given = tiny_model(), Cameras.cat([circle_path(ring(5), 3), ring(2)]), ball(2, 32)
-    condition = model.condition(given.images, given.cameras, viewpoints, (1.0, 5.0))
+    condition = model.condition(given.images, given.cameras, viewpoints, viewpoints)
     return Prior(model, viewpoints, condition, model.feature_distance)
 
 
@@ -134,7 +135,7 @@ def test_learning_rates_fall_to_the_last_iteration():
     step = work.step
     work.step = lambda iteration: (seen.append(rates(work)), step(iteration))[1]
     work.run()
-    peaks = (SHORT.lr_grid, SHORT.lr_mlp, 0)
+    peaks = (SHORT.lr_grid, SHORT.lr_mlp, SHORT.lr_exposure)
     expected = [[rate * SHORT.final_lr_fraction ** (i / 6) for rate in peaks] for i in range(6)]
     parity.assert_close(seen, expected, rtol=1e-6)
 
@@ -203,12 +204,13 @@ def test_gradient_of_the_distillation_loss_by_hand():
     loss = work.distillation_loss(work.draw_denoised(SHORT.bootstrap))
     loss.backward()
     x, silhouette, n = seen.detach()[:, :3], seen.detach()[:, 3:], 3 * 32 * 32
-    weight = distillation.fusion_weight(model.noise_levels[0])
+    prior, weight = SHORT.weight_prior(len(work.inputs)), distillation.fusion_weight(model.noise_levels[0])
     expected = weight * torch.ones_like(x) / n + SHORT.weight_perceptual * 2 * (x - x / 2) / n  # sign(x - x / 2) = 1
+    expected = prior * expected
     parity.assert_close(seen.grad[:, :3], expected, rtol=1e-4, atol=1e-9)
     expected = SHORT.weight_opacity * silhouette / (silhouette**2 + 0.01).sqrt() / (32 * 32)
     parity.assert_close(seen.grad[:, 3:], expected, rtol=1e-4, atol=1e-9)
-    value = weight * (x / 2).mean() + SHORT.weight_perceptual * (x / 2).square().mean()
+    value = prior * (weight * (x / 2).mean() + SHORT.weight_perceptual * (x / 2).square().mean())
     value = value + SHORT.weight_opacity * (silhouette**2 + 0.01).sqrt().mean()
     parity.assert_close(loss, value, rtol=1e-5)
 
@@ -225,7 +227,15 @@ def test_bootstrap_target():
     seen = seen * torch.tensor([1, 1, 1, 0.0]).reshape(1, 4, 1, 1)  # empty where the mask is 1
     work = at_query(model, seen)
     loss = work.bootstrap_loss(work.draw_imagined(last))
-    parity.assert_close(loss, (math.sqrt(101) - 1) * 0.1 + SHORT.weight_opacity * 0.1, rtol=1e-4)
+    weight = SHORT.weight_prior(len(work.inputs))
+    parity.assert_close(loss, weight * (math.sqrt(101) - 1) * 0.1 + SHORT.weight_opacity * 0.1, rtol=1e-4)
+
+
+def test_weight_of_the_prior():
+    """All of it where the views are no more than it is worth."""
+    config = replace(SHORT, prior_views=1.5)
+    assert [config.weight_prior(views) for views in (1, 2, 6, 24)] == [1, 0.75, 0.25, 0.0625]
+    assert replace(SHORT, prior_views=0.0).weight_prior(24) == 1 == PRESETS["paper"].weight_prior(24)
 
 
 def test_no_gradient_through_the_denoiser():
@@ -235,7 +245,7 @@ def test_no_gradient_through_the_denoiser():
     features = torch.rand(1, 16, TINY.map_size, TINY.map_size, requires_grad=True)
     x_hat = model.denoise(image, features, 0.5, torch.Generator().manual_seed(0), SHORT.sampler)
     assert not x_hat.requires_grad and 0 <= x_hat.min() and x_hat.max() <= 1 and x_hat.std() > 0
-    work = Distillation(ball(2, 32), SHORT, 7, guide)
+    work = Distillation(ball(2, 32), replace(SHORT, lr_exposure=0.0), 7, guide)
     work.run()  # the field's update must not need the prior's gradients either: it is the only thing that moves
     moved = {p for g in work.optimization.adam.param_groups for p in g["params"]}
     assert moved == {work.exposures.log_gains, *work.field.parameters()}
@@ -342,6 +352,24 @@ def test_the_exposure_of_every_input_view_is_found():
         found = (log_gains - log_gains.mean(0)).detach().exp()
         expected = gains / gains.log().mean(0).exp() if rate else torch.ones(6, 3)
         parity.assert_close(found, expected, atol=0.12 if rate else 0)
+
+
+def test_a_guess_of_exposures():
+    """One photograph that is 3.5 times darker is known at once; sides that differ by less are not taken for it."""
+    generator = torch.Generator().manual_seed(0)
+    masks = (torch.rand(5, 1, 16, 16, generator=generator) > 0.3).float()
+    images = torch.rand(5, 3, 16, 16, generator=generator) * masks
+    brightness = torch.tensor([1.0, 1.4, 0.7, 1.0, 1 / 3.5])
+    guess = distillation.guess_exposures(images * brightness[:, None, None, None], masks)
+    assert not guess[:4].any() and abs(guess[4] + math.log(3.5)) < 0.1
+    assert not distillation.guess_exposures(images[3:] * torch.tensor([1, 0.1])[:, None, None, None], masks[3:]).any()
+
+    # Where gains are learned, a prior is shown what the others show.
+    scene = ball(4, 32)
+    dark = replace(scene, images=scene.images * torch.tensor([1, 1, 0.25, 1])[:, None, None, None])
+    shown = replace(SHORT, lr_exposure=1e-2).exposed_alike(dark)
+    assert (shown - scene.images).abs().mean() < 0.05 * scene.images.mean()
+    assert torch.equal(replace(SHORT, lr_exposure=0.0).exposed_alike(dark), dark.images)
 
 
 def test_sides_of_different_color_do_not_pass_for_exposures():

@@ -46,9 +46,9 @@ def test_the_object_frame_is_the_scenes_first():
     scene = ball(6, 32)
     result = reconstruction.reconstruct(scene, [3, 1], config=SHORT)
     assert torch.equal(result.frame.R, scene.cameras.R[0])
-    inside = reconstruction.object_frame(scene.cameras, result.frame)
+    inside = result.turned(scene.cameras)
     parity.assert_close(inside.R[0], torch.eye(3), atol=1e-6)
-    parity.assert_close(inside.centers().norm(dim=-1), scene.cameras.centers().norm(dim=-1), rtol=1e-6)
+    parity.assert_close(result.unit * inside.centers().norm(dim=-1), scene.cameras.centers().norm(dim=-1), rtol=1e-6)
 
 
 def test_a_checkpoint_is_for_one_set_of_settings(tmp_path, capsys):
@@ -118,7 +118,7 @@ def test_the_turntable_has_the_object_in_the_middle(monkeypatch):
     monkeypatch.setattr(reconstruction.Reconstruction, "render", lambda self, path, size, *rest, **how: (
         seen.append(path), Views(torch.zeros(len(path), 3, size, size), None))[1])
     assert result.turntable(cameras, 8).shape == (5, 3, 8, 8)
-    middle = torch.tensor([1.0, 1.5, 0.5]) @ cameras.R[0].T
+    middle = result.unit * torch.tensor([1.0, 1.5, 0.5]) @ cameras.R[0].T
     xy, depth = seen[0].project(middle.expand(5, 1, 3))
     assert xy.abs().max() < 1e-5 and (depth > 0).all()
 

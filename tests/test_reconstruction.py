@@ -16,6 +16,7 @@ from distillation import Distillation
 from export import mesh
 from export.pictures import PREVIEWS, add_preview, to_image
 from presets import PRESETS
+from tests.support.fields import Analytic
 from tests.support.small import SHORT, ball, tiny_model
 
 
@@ -114,12 +115,8 @@ def test_a_broken_field_is_not_saved(tmp_path, monkeypatch, heard):
     assert not (tmp_path / "field.pt").exists()
 
 
-@pytest.mark.parametrize("owner, name, call, number", [
-    (Distillation, "step", 3, signal.SIGINT),       # of 6: the method
-    (Distillation, "step", 8, signal.SIGTERM),      # of 12: the field alone
-    (mesh, "largest_component", 0, signal.SIGINT)])
-def test_the_command_ends_in_one_line_and_goes_on(owner, name, call, number, tmp_path, monkeypatch, capsys, heard):
-    """The main command: exit code 130 or 143, and the same numbers as without."""
+def test_the_command_ends_in_one_line_and_goes_on(tmp_path, monkeypatch, capsys, heard):
+    """The main command, stopped three times on its way: exit code 130 or 143, and the same numbers as without."""
     monkeypatch.setitem(PRESETS, "nano", SHORT)
     monkeypatch.setattr(mesh, "largest_component", mesh.largest_component)
     monkeypatch.setattr(reconstruction, "largest_component", lambda surface: mesh.largest_component(surface))
@@ -129,16 +126,17 @@ def test_the_command_ends_in_one_line_and_goes_on(owner, name, call, number, tmp
         argv = ["--weights", tmp_path / "tiny.pt", "--targets", 1, "--device", "cpu", "--out", out]
         distill.main([str(x) for x in argv])
 
-    with monkeypatch.context() as m, pytest.raises(SystemExit) as e:
-        interrupt(m, owner, name, call, number)
-        command(tmp_path / "stopped")
-    assert e.value.code == 128 + number
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and "the same command goes on" in lines[0]
-    assert not (tmp_path / "stopped" / "metrics.json").exists()
-    if name == "step":
-        saved, iterations = ("field.pt", 4) if call == 3 else ("field_alone.pt", 3)
-        assert f"{tmp_path / 'stopped' / saved} has {iterations} of 6 iterations" in lines[0]
+    stops = [(Distillation, "step", 3, signal.SIGINT, "field.pt has 4 of 6 iterations"),          # the method
+             (Distillation, "step", 4, signal.SIGTERM, "field_alone.pt has 3 of 6 iterations"),  # the field alone
+             (mesh, "largest_component", 0, signal.SIGINT, "")]
+    for owner, name, call, number, saved in stops:
+        with monkeypatch.context() as m, pytest.raises(SystemExit) as e:
+            interrupt(m, owner, name, call, number)
+            command(tmp_path / "stopped")
+        assert e.value.code == 128 + number
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and "the same command goes on" in lines[0] and saved in lines[0]
+        assert not (tmp_path / "stopped" / "metrics.json").exists()
 
     # Once more, and beside it without a stop.
     for folder in ("stopped", "straight"):
@@ -251,3 +249,41 @@ def test_a_visual_hull_is_seen_wherever_the_object_is():
     hull = ours.hull(scene.cameras, 32)
     seen = scene.masks[:, 0] > 0.5
     assert hull.shape == (5, 32, 32) and not (seen & ~hull).any() and hull.sum() < 2 * seen.sum()
+
+
+@pytest.mark.parametrize("scale", [2.0**-7, 2.0**7])
+@pytest.mark.parametrize("with_model", [False, True])
+def test_a_scene_in_any_unit_is_the_same_scene(scale, with_model):
+    """By a power of two nothing is rounded: its pictures are the same, and its mesh is as large as the scene is. With
+    released weights units count.
+    """
+    model = None
+    if with_model:
+        model = tiny_model()
+        model.trained_distance = 9.8
+    scene = ball(3, 32)
+    small = scene.with_cameras(lambda cameras: cameras.scaled(scale))
+    first = reconstruction.reconstruct(scene, [0, 1], model, SHORT)
+    second = reconstruction.reconstruct(small, [0, 1], model, SHORT)
+    shown = first.render(scene.cameras, 32).images, second.render(small.cameras, 32).images
+    assert torch.equal(*shown) and shown[0].max() > 0.1
+    assert torch.equal(second.mesh().vertices, scale * first.mesh().vertices)
+
+    # Released weights were trained in CO3D's own unit.
+    if with_model:
+        model.trained_distance = None
+        assert reconstruction.reconstruct(scene, [0, 1], model, SHORT).unit == 1
+
+
+def test_the_turntable_shows_the_whole_box():
+    """It reaches as far as it may in the picture that shows the most of it."""
+    scene = ball(3, 32)
+    result = reconstruction.reconstruct(scene, [0, 1], config=replace(SHORT, turntable_frames=5))
+    opaque = Analytic(lambda x: x.new_full(x.shape[:-1], 50.0), torch.ones_like)
+    result = result._replace(field=opaque)
+    for factor in (1.0, 3.0):
+        cameras = replace(scene.cameras, focal=factor * scene.cameras.focal)
+        seen = result.turntable(cameras, 64).mean(1) > 0.5
+        rows, columns = seen.any(0).any(1).nonzero(), seen.any(0).any(0).nonzero()
+        reach = max(63 - min(rows[0], columns[0]), rows[-1], columns[-1]).item()
+        assert seen.any((1, 2)).all() and 0.85 < (reach - 31.5) / 32 < 0.95

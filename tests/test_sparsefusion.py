@@ -9,11 +9,12 @@ import torch
 
 import presets
 import sparsefusion
+from cameras import depth_range
 from checkpoints import convert
 from common import files
 from tests.support import parity
 from tests.support.helpers import Evil, one_line, same
-from tests.support.small import SHORT, TINY, tiny_model
+from tests.support.small import SHORT, TINY, ball, tiny_model
 from tests.support.thin import SMALL
 from training.packed import load_packed
 
@@ -85,8 +86,8 @@ def test_broken_checkpoints(tmp_path):
 def test_shapes_and_ranges():
     model, g = tiny_model(), torch.Generator().manual_seed(0)
     scene = load_packed([SAMPLE], "toys", ["toy_1000_00000"], 4, TINY.image_size, workers=1)[0]
-    depth_range = model.depth_range(scene.cameras)
-    features, images = model.condition(scene.images[:2], scene.cameras[:2], scene.cameras[2:], depth_range)
+    views = scene.cameras
+    features, images = model.condition(scene.images[:2], scene.cameras[:2], scene.cameras[2:], views)
     assert features.shape == (2, 16, 8, 8) and images.shape == (2, 3, 8, 8) and 0 <= images.min() and images.max() <= 1
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     sampled = model.sample_view(features, generators, replace(SHORT.sampler, sample_steps=3))
@@ -95,7 +96,7 @@ def test_shapes_and_ranges():
         shown = model.denoise(scene.images[2:], features, noise_level, g.manual_seed(1), SHORT.sampler)
         again = model.denoise(scene.images[2:], features, noise_level, g.manual_seed(1), SHORT.sampler)
         assert shown.shape == (2, 3, 32, 32) and torch.equal(shown, again)
-    one = model.condition(scene.images[:2], scene.cameras[:2], scene.cameras[3:], depth_range)
+    one = model.condition(scene.images[:2], scene.cameras[:2], scene.cameras[3:], views)
     parity.assert_close(one.features[0], features[1], std=1e-4)
 
 
@@ -128,45 +129,96 @@ def shaky_model():
     model = sparsefusion.ready(model, "cpu")
     scene = load_packed([SAMPLE], "toys", ["toy_1000_00000"], 4, TINY.image_size, workers=1)[0]
     given = (scene.images[:2], scene.cameras[:2])
-    return model, given, scene.cameras[2:], model.depth_range(scene.cameras)
+    return model, given, scene.cameras[2:], scene.cameras
+
+
+@pytest.mark.parametrize("scale", [0.01, 100.0])
+def test_the_eft_sees_the_same_scene_in_any_unit(scale):
+    """With weights that know a distance. The released ones take the units as they are."""
+    model, given, queries, views = shaky_model()
+
+    def features(factor):
+        images, inputs = given
+        return model.condition(images, inputs.scaled(factor), queries.scaled(factor), views.scaled(factor)).features
+
+    as_is = features(1.0)
+    assert (as_is - features(scale)).abs().max() > 0.1 * as_is.std()
+    model.trained_distance = 9.8
+    torch.testing.assert_close(features(1.0), features(scale), rtol=1e-3, atol=1e-3)
+
+
+def test_units_of_the_eft():
+    """Cameras are brought to the distance that the weights know; the points reach as far as in training."""
+    model = tiny_model()
+    cameras = ball(4, 32).cameras
+    near, far = depth_range(cameras)
+    assert model.eft_units(cameras) == (1.0, near, far)
+    model.trained_distance = 20.0
+    unit = model.eft_units(cameras)
+    assert unit.scale == pytest.approx(20 / cameras.centers().norm(dim=-1).mean().item())
+    assert (unit.near, unit.far) == (15.0, 25.0)
+
+
+def test_weights_name_the_distance_that_they_know(tmp_path):
+    """A file of ours without the entry has the toys'; a converted one has none."""
+    model = tiny_model()
+    path = tmp_path / "model.pt"
+    for distance in (None, 12.5):
+        model.trained_distance = distance
+        sparsefusion.save(model, path)
+        assert sparsefusion.load(path).trained_distance == distance
+    assert sparsefusion.load(sparsefusion.SHIPPED).trained_distance == 9.8
+
+    # What is no distance, and what older files are.
+    data = files.read_tensors(path)
+    for wrong in (0.0, -1.0, float("nan"), "far", 3):
+        files.save_tensors(data | {"trained_distance": wrong}, path)
+        with pytest.raises(ValueError, match="trained_distance .* is no distance"):
+            sparsefusion.load(path)
+    del data["trained_distance"]
+    for name, trained_on, distance in (("nano", [], 9.8), ("paper", [], None),
+                                       ("paper", [{"what": "prior", "category": "toys"}], 9.8)):
+        files.save_tensors(data | {"preset": data["preset"] | {"name": name}, "trained_on": trained_on}, path)
+        assert sparsefusion.trained_distance(path) == distance
 
 
 def test_training_mode_of_the_eft_leaves_no_trace():
     """Batch statistics are those of the inputs then; afterwards the model is what it was, and so is all else."""
-    model, given, queries, depth_range = shaky_model()
-    clean = model.condition(*given, queries, depth_range)
+    model, given, queries, views = shaky_model()
+    clean = model.condition(*given, queries, views)
     state, numbers = {k: x.clone() for k, x in model.state_dict().items()}, torch.get_rng_state()
     modules = {name: dict(vars(part)) for name, part in model.named_modules()}
-    shaken = model.condition(*given, queries, depth_range, train_mode=True)
+    shaken = model.condition(*given, queries, views, train_mode=True)
     assert not torch.allclose(shaken.features, clean.features)
     assert not any(part.training for part in model.modules())
     assert all(torch.equal(x, state[k]) for k, x in model.state_dict().items())
     assert all(vars(part).keys() == modules[name].keys() for name, part in model.named_modules())
     assert torch.equal(torch.get_rng_state(), numbers)
-    assert torch.equal(model.condition(*given, queries, depth_range).features, clean.features)
+    assert torch.equal(model.condition(*given, queries, views).features, clean.features)
     with pytest.raises(RuntimeError):  # even where it fails
-        model.condition(given[0][:, :2], given[1], queries, depth_range, train_mode=True)
+        model.condition(given[0][:, :2], given[1], queries, views, train_mode=True)
     assert not any(part.training for part in model.modules())
-    assert torch.equal(model.condition(*given, queries, depth_range).features, clean.features)
+    assert torch.equal(model.condition(*given, queries, views).features, clean.features)
 
 
 def test_training_mode_without_dropout_is_batch_statistics():
     model = tiny_model()
     scene = load_packed([SAMPLE], "toys", ["toy_1000_00000"], 4, TINY.image_size, workers=1)[0]
-    given = (scene.images[:2], scene.cameras[:2], scene.cameras[2:3], model.depth_range(scene.cameras))
+    given = (scene.images[:2], scene.cameras[:2], scene.cameras[2:3], scene.cameras)
     shaken = model.condition(*given, train_mode=True).features
     other = replace(TINY, eft=replace(TINY.eft, dropout=0.0))
     model.eft.train()
     assert other == TINY
-    view = model.eft.image(model.eft.encode(given[0]), given[0], given[1], given[2][0], TINY.map_size, *given[3])
+    view = model.eft.image(model.eft.encode(given[0]), given[0], given[1], given[2][0], TINY.map_size,
+                           *depth_range(scene.cameras))
     parity.assert_close(shaken[0], view.features, rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_follows_from_the_seed_and_the_view():
-    model, given, queries, depth_range = shaky_model()
+    model, given, queries, views = shaky_model()
 
     def features(queries, **numbers):
-        return model.condition(*given, queries, depth_range, train_mode=True, **numbers).features
+        return model.condition(*given, queries, views, train_mode=True, **numbers).features
 
     both = features(queries)
     torch.manual_seed(99)
@@ -174,36 +226,36 @@ def test_dropout_follows_from_the_seed_and_the_view():
     assert torch.equal(features(queries[:1])[0], both[0])  # however many others there are
     twice = features(queries[[0, 0]], seed=1)
     assert not torch.equal(twice[0], twice[1]) and not torch.equal(twice[0], both[0])
-    clean = model.condition(*given, queries, depth_range)
-    again = model.condition(*given, queries, depth_range, seed=5)
+    clean = model.condition(*given, queries, views)
+    again = model.condition(*given, queries, views, seed=5)
     assert torch.equal(clean.features, again.features)
 
 
 def test_fewer_rays_at_once_where_there_are_more_input_views(monkeypatch):
     """Memory grows with rays times views; the numbers stay the same."""
-    model, given, queries, depth_range = shaky_model()
-    whole = model.condition(*given, queries, depth_range)
+    model, given, queries, views = shaky_model()
+    whole = model.condition(*given, queries, views)
     chunks, image = [], model.eft.image
     monkeypatch.setattr(model.eft, "image", lambda *args: chunks.append((len(args[3]), args[7])) or image(*args))
     monkeypatch.setattr(sparsefusion, "EFT_BYTES", {"cpu": 40 * model.eft.ray_bytes(1)})
-    parts = model.condition(*given, queries, depth_range)
-    model.condition(given[0][[0] * 50], given[1][[0] * 50], queries, depth_range)
+    parts = model.condition(*given, queries, views)
+    model.condition(given[0][[0] * 50], given[1][[0] * 50], queries, views)
     assert chunks == [(1, 20), (1, 20), (1, 1), (1, 1)]
     parity.assert_close(parts.features, whole.features, std=1e-4)
 
 
 def test_viewpoints_in_batches_are_viewpoints_one_by_one(monkeypatch):
     """As many as the budget holds, the last batch smaller; in training mode one at a time, for its random numbers."""
-    model, given, queries, depth_range = shaky_model()
+    model, given, queries, views = shaky_model()
     queries = queries[[0, 1, 0, 1, 1]]
     batches, image = [], model.eft.image
     monkeypatch.setattr(model.eft, "image", lambda *args: batches.append(len(args[3])) or image(*args))
     monkeypatch.setattr(sparsefusion, "EFT_BYTES", {"cpu": 130 * model.eft.ray_bytes(2)})  # of 8 x 8 rays a view
-    together = model.condition(*given, queries, depth_range)
-    shaken = model.condition(*given, queries, depth_range, train_mode=True)
+    together = model.condition(*given, queries, views)
+    shaken = model.condition(*given, queries, views, train_mode=True)
     assert batches == [2, 2, 1, 1, 1, 1, 1, 1]
     for i in range(len(queries)):
-        alone = model.condition(*given, queries[i:i + 1], depth_range)
+        alone = model.condition(*given, queries[i:i + 1], views)
         parity.assert_close(together.features[i], alone.features[0], std=1e-5)
         parity.assert_close(together.images[i], alone.images[0], atol=1e-5)
     assert not torch.equal(shaken.features[0], shaken.features[2])
@@ -211,10 +263,10 @@ def test_viewpoints_in_batches_are_viewpoints_one_by_one(monkeypatch):
 
 def test_some_rays_of_every_viewpoint():
     """They get what they would get among all; the others get zeros."""
-    model, given, queries, depth_range = shaky_model()
+    model, given, queries, views = shaky_model()
     where = torch.rand(2, 11, 11, generator=torch.Generator().manual_seed(1)) < 0.4
-    whole = model.condition(*given, queries, depth_range, 11)
-    some = model.condition(*given, queries, depth_range, 11, where=where)
+    whole = model.condition(*given, queries, views, 11)
+    some = model.condition(*given, queries, views, 11, where=where)
     for part, all_of_it in zip(some, whole):
         parity.assert_close(part, all_of_it * where[:, None], atol=1e-5)
         assert part.movedim(1, -1)[~where].eq(0).all() and part.movedim(1, -1)[where].abs().sum(-1).gt(0).all()

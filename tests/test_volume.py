@@ -117,7 +117,7 @@ def test_gradient_of_the_renderer_is_that_of_finite_differences(skip):
         proxy = Analytic(lambda x: seen(x)[0], lambda x: seen(x)[1]).double()
         return tuple(volume.render(proxy, rays_o, rays_d, seeded(3), occupancy))
     parameters = tuple(p.detach().clone().requires_grad_() for p in field.parameters())
-    assert torch.autograd.gradcheck(f, parameters, rtol=1e-5)
+    assert torch.autograd.gradcheck(f, parameters, rtol=1e-5, fast_mode=True)  # along random directions
 
 
 @pytest.mark.parametrize("huge", [1e30, 3e38, float("inf")])

@@ -101,6 +101,23 @@ def test_carving_forgives_one_view_of_six():
     assert not more.occupied[inner].all()
 
 
+def test_what_no_photograph_shows_is_empty_where_there_are_many():
+    """Frames that all cut the ball leave the space beside them open where there are few, not where there are six."""
+    field = ball(occupancy_cells=32, samples_per_ray=128, bound=3.0)
+    distance = centers(field.config).norm(dim=-1)
+    open_cells = []
+    for count in (5, 6):
+        views = around(count)
+        views = dataclasses.replace(views, focal=3 * views.focal)
+        masks = images(field, views, 48).opacity.reshape(count, 1, 48, 48)
+        assert (masks[:, :, 0] > 0.5).any(2).all()
+        occupancy = Occupancy(field.config)
+        occupancy.carve(masks, views)
+        assert occupancy.occupied[distance < 0.5].all()
+        open_cells.append((distance[occupancy.occupied] > 2).sum())
+    assert open_cells[1] < 0.1 * open_cells[0]
+
+
 def test_carving_goes_by_the_mask_threshold():
     config = dataclasses.replace(TINY, occupancy_cells=16)
     masks = torch.zeros(1, 1, 16, 16)

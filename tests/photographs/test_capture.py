@@ -14,8 +14,9 @@ from PIL import Image
 from cameras import Cameras, pixel_grid
 from datasets.co3d import load_sequence
 from datasets.crop import PixelCamera, crop_and_resize
+from evaluation.baselines import put_back
 from metrics import psnr
-from photographs.capture import stamp
+from photographs.capture import load_pictures, stamp
 from photographs.reading import read_capture
 from tests.support import captures
 from tests.support.captures import (assert_same_cameras, balls, captured, field_psnr, turn, worst_picture, write_co3d,
@@ -50,7 +51,7 @@ def test_every_layout_gives_the_same_cameras_and_pictures(tmp_path, layout):
     assert_same_cameras(capture, shoot)
     assert worst_picture(capture) > 45
     assert capture.scene.valid.sum() == 8 * 48 * 36 and not capture.scene.valid[:, :, [0, 5, -6]].any()
-    assert field_psnr(capture.world.cameras(capture.scene.cameras), shoot.square_cameras()) > 50
+    assert field_psnr(capture.scene.world.cameras(capture.scene.cameras), shoot.square_cameras()) > 50
 
 
 LENSES = {
@@ -127,7 +128,7 @@ def test_photographs_of_several_sizes_upright_and_across(tmp_path):
     capture = captured(tmp_path, None)
     assert "2 sizes" in capture.source
     cameras = Cameras.cat([across.square_cameras(), upright.square_cameras()])
-    torch.testing.assert_close(capture.world.cameras(capture.scene.cameras).focal, cameras.focal, rtol=0, atol=1e-6)
+    torch.testing.assert_close(capture.scene.world.cameras(capture.scene.cameras).focal, cameras.focal, rtol=0, atol=1e-6)
     assert worst_picture(capture) > 21
 
 
@@ -243,14 +244,14 @@ def test_the_chair_directly_by_colmap_and_by_co3d(tmp_path, monkeypatch):
     torch.testing.assert_close(mine.scene.masks, rgba[:, 3:])
 
     wanted = shoot.square_cameras()
-    assert field_psnr(mine.world.cameras(mine.scene.cameras), wanted) > 50
+    assert field_psnr(mine.scene.world.cameras(mine.scene.cameras), wanted) > 50
     for name, model, binary in (("text", "PINHOLE", False), ("binary", "SIMPLE_PINHOLE", True),
                                 ("radial", "SIMPLE_RADIAL", True)):
         (tmp_path / name).mkdir()
         photographs = distorted(shoot, 0.15) if model == "SIMPLE_RADIAL" else shoot
         capture = captured(write_colmap(tmp_path / name, photographs, model, binary), None)
         assert_same_cameras(capture, shoot)
-        assert field_psnr(capture.world.cameras(capture.scene.cameras), wanted) > 50
+        assert field_psnr(capture.scene.world.cameras(capture.scene.cameras), wanted) > 50
         least = 30 if model == "SIMPLE_RADIAL" else 99
         assert psnr(capture.scene.images, mine.scene.images).clamp(max=100).min() > least
 
@@ -258,7 +259,7 @@ def test_the_chair_directly_by_colmap_and_by_co3d(tmp_path, monkeypatch):
     write_co3d(tmp_path, shoot)
     scene = load_sequence(tmp_path, "thing", "one", 128)
     photographs = read_capture(CHAIR)
-    user = mine.world.cameras(mine.scene.cameras)
+    user = mine.scene.world.cameras(mine.scene.cameras)
     cut = []
     for i, rgba in enumerate(shoot.rgba):
         lens = photographs.shots[index[i]].lens
@@ -296,7 +297,7 @@ def test_the_apple_through_transforms(tmp_path):
 
     capture = load(shoot, "a")
     focal = torch.tensor([record["viewpoint"]["focal_length"] for record in records], dtype=torch.float64)
-    found = capture.world.cameras(capture.scene.cameras)
+    found = capture.scene.world.cameras(capture.scene.cameras)
     scale = torch.tensor([72 / 71.96, 1.0])  # the shorter side of 71.96 pixels is rounded to 72
     torch.testing.assert_close(found.focal, focal * width / height * scale, rtol=1e-4, atol=0)
     torch.testing.assert_close(found.R, R, rtol=0, atol=1e-5)
@@ -313,3 +314,30 @@ def test_the_apple_through_transforms(tmp_path):
 
     turned = load(shoot.in_world(turn(math.pi / 2, 0.3, 0), 0.1, torch.tensor([1.0, 2.0, 3.0]).double()), "b")
     assert field_psnr(turned.scene.cameras, capture.scene.cameras, scale=6) > 50
+
+
+def test_photographs_are_cut_to_the_object_and_known_whole(tmp_path):
+    """A part of a photograph shows what the whole one shows there; one whose border cuts the object stays whole."""
+    shoot = balls(5, 120, 90, (100.0, 100.0))
+    cut = np.array(shoot.rgba[1])
+    middle = int(np.flatnonzero(cut[..., 3].any(0)).mean())
+    cut[:, :middle] = 0
+    shoot = replace(shoot, rgba=(shoot.rgba[0], np.roll(cut, -middle, 1), *shoot.rgba[2:]))
+    photographs = read_capture(write_transforms(tmp_path, shoot))
+    scene, whole = load_pictures(photographs, 64, cut=True), load_pictures(photographs, 64)
+    assert whole.whole is None
+    for part in ("images", "masks", "valid"):
+        assert torch.equal(getattr(scene.whole, part), getattr(whole, part))
+        assert torch.equal(getattr(scene, part)[1], getattr(whole, part)[1])
+
+    # As large as the square allows, with as much around it as CO3D has.
+    boxes = [mask[0].nonzero().aminmax(dim=0) for mask in scene.masks > 0.4]
+    sides = torch.stack([(box.max - box.min + 1).max() for box in boxes]) / 64
+    assert (sides[[0, 2, 3, 4]] - 1 / 1.3).abs().max() < 0.05
+
+    # Put back, it is the whole picture, but for what resizing blurs; a pixel beside it is not.
+    right = put_back(scene.images.double(), scene.cameras, scene.whole.cameras).float()
+    shifted = replace(scene.cameras, principal=scene.cameras.principal + 2 / 32)
+    wrong = put_back(scene.images.double(), shifted, scene.whole.cameras).float()
+    right, wrong = psnr(right, whole.images), psnr(wrong, whole.images)
+    assert right.min() > 27 and (right - wrong).min() > 3, (right, wrong)

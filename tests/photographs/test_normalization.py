@@ -40,8 +40,8 @@ def test_another_world_is_the_same_scene(tmp_path, world):
     assert torch.equal(a.scene.images, b.scene.images)
     assert field_psnr(a.scene.cameras, b.scene.cameras, scale=2.0) > 50
     x = torch.randn(2, 5, 3, dtype=torch.float64)
-    expected = scale * a.world.points(x) @ R.T + shift
-    torch.testing.assert_close(b.world.points(x), expected, rtol=1e-9, atol=2e-5 * scale)
+    expected = scale * a.scene.world.points(x) @ R.T + shift
+    torch.testing.assert_close(b.scene.world.points(x), expected, rtol=1e-9, atol=2e-5 * scale)
     assert_same_cameras(b, moved)
 
 
@@ -80,8 +80,8 @@ def test_the_object_sits_where_the_presets_expect_it(tmp_path):
     for count in (2, 3, 12):
         (tmp_path / str(count)).mkdir()
         capture = captured(write_transforms(tmp_path / str(count), balls(count, 96, 72, (120.0, 120.0))), 96)
-        low, high = box_of_balls(capture.world)
-        assert farthest_side(capture.world) < HALF_SIDE + 0.2
+        low, high = box_of_balls(capture.scene.world)
+        assert farthest_side(capture.scene.world) < HALF_SIDE + 0.2
         assert (high - low).max() / 2 > (2.1 if count == 12 else 1.2)
         assert torch.allclose(capture.scene.cameras.R[0], torch.eye(3), atol=1e-6)
 
@@ -140,7 +140,7 @@ def test_points_tell_how_far_away_the_object_is(tmp_path):
     worlds = []
     for name, cloud in (("a", points), ("b", points[:5])):
         (tmp_path / name).mkdir()
-        worlds.append(captured(write_colmap(tmp_path / name, shoot, points=cloud), 48).world)
+        worlds.append(captured(write_colmap(tmp_path / name, shoot, points=cloud), 48).scene.world)
     assert (worlds[0].shift - middle).norm() < 0.6 and not torch.equal(worlds[0].shift, worlds[1].shift)
 
 
@@ -155,8 +155,8 @@ def test_a_field_fits_a_capture_and_its_mesh_comes_back(tmp_path):
         (tmp_path / name).mkdir()
         capture = captured(write_transforms(tmp_path / name, photographs), 64)
         result = reconstruct(capture.scene, list(range(1, 12)), None, config)
-        views.append(result.render(capture.scene.cameras[:1], 64))
-        meshes.append(capture.world.points(result.mesh().vertices.double()))
+        views.append(result.render(capture.scene.user_cameras()[:1], 64))
+        meshes.append(result.mesh().vertices.double())
     assert psnr(views[0].images, views[1].images).min() > 40
     assert psnr(views[0].images, capture.scene.images[:1]).min() > 16  # the view that no fit has seen
 

@@ -238,7 +238,7 @@ def write_co3d(root, shoot):
 
 def assert_same_cameras(capture, shoot, tolerance=1e-5):
     """The scene's cameras, led back to the user's world, are the file's."""
-    found = capture.world.cameras(capture.scene.cameras)
+    found = capture.scene.world.cameras(capture.scene.cameras)
     wanted = shoot.square_cameras()
     unit = wanted.centers().norm(dim=-1).mean()
     for name in ("R", "focal", "principal"):
@@ -265,7 +265,7 @@ def worst_picture(capture):
     """The least PSNR between a picture with its mask and what its camera sees of the balls, in the pixels' middles."""
     scene = capture.scene
     size = scene.images.shape[-1]
-    cameras = capture.world.cameras(scene.cameras)
+    cameras = capture.scene.world.cameras(scene.cameras)
     values = []
     for i in range(len(scene)):
         rays_o, rays_d = cameras[i].rays(pixel_grid(size, size).double())
@@ -275,6 +275,6 @@ def worst_picture(capture):
     return torch.cat(values).min()
 
 
-def captured(folder, size=None):
+def captured(folder, size=None, cut=False):
     """The capture in a folder."""
-    return load_capture(read_capture(folder), size)
+    return load_capture(read_capture(folder), size, cut)
