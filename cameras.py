@@ -65,6 +65,10 @@ class Cameras:
         """The same cameras in a world `factor` times as large; a tensor is broadcast to T (*, 3)."""
         return replace(self, T=self.T * factor)
 
+    def zoomed(self, factor: float) -> Cameras:
+        """The same cameras, whose pictures show everything `factor` times as large about their middle."""
+        return replace(self, focal=self.focal * factor, principal=self.principal * factor)
+
     @staticmethod
     def cat(cameras: list[Cameras]) -> Cameras:
         """Concatenate along the first axis."""

@@ -34,6 +34,7 @@ from volume import Occupancy
 OUTPUT_FIELDS = ("mesh_resolution", "picture_side", "turntable_frames", "metrics_on_inputs")
 
 PREVIEW = 96  # pixels a side
+COARSE = 48   # pixels a side of a first look at where the object is
 TURNTABLE_FILL = 0.9  # of the half side of a picture
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # images (B, 3, S, S) twice, in [0, 1] -> (B,)
@@ -86,7 +87,8 @@ class Reconstruction(NamedTuple):
     def turntable(self, cameras: Cameras, size: int, title: str | None = None) -> Tensor:
         """Once around, on the circle that fits the scene's cameras (V,): pictures (frames, 3, size, size).
 
-        The box around the occupied cells fills the picture in all of them, whatever the photographs show beside it.
+        The middle of the box around the occupied cells is that of the picture, and what is opaque fills it, whatever the
+        photographs show beside the object.
         """
         frames = self.config.turntable_frames
         path = circle_path(cameras.to("cpu"), frames + 1)[:-1]
@@ -95,11 +97,15 @@ class Reconstruction(NamedTuple):
         corners = self.in_world(torch.cartesian_prod(*self.occupancy.box.T)).to(path.T)
         middle, _ = path.project(corners.mean(0).expand(frames, 1, 3))
         xy, _ = path.project(corners.expand(frames, -1, -1))
-        reach = (xy - middle).abs().max()
+        reach = (xy - middle).abs().max().item()
+        path = replace(path, principal=path.principal - middle[:, 0]).zoomed(1 / reach)
 
-        # Principal points and focal lengths bring it there.
-        principal = (path.principal - middle[:, 0]) * TURNTABLE_FILL / reach
-        path = replace(path, focal=path.focal * TURNTABLE_FILL / reach, principal=principal)
+        # Of that box, how much is opaque in a few small pictures.
+        coarse = self.render(path[::max(1, frames // 8)], COARSE, pixel_side=1).silhouettes[:, 0] > 0.5
+        seen = coarse.any(0) | coarse.any(0).T
+        pixels = seen.any(0).nonzero() + 0.5
+        if len(pixels):
+            path = path.zoomed(TURNTABLE_FILL / ((pixels / COARSE * 2 - 1).abs().max().item() + 1 / COARSE))
         return self.render(path, size, title, pixel_side=1).images
 
     def mesh(self) -> Mesh:

@@ -116,10 +116,10 @@ def test_the_turntable_has_the_object_in_the_middle(monkeypatch):
     result.occupancy.box.copy_(torch.tensor([[0.5, 1.0, 0.0], [1.5, 2.0, 1.0]]))
     seen = []
     monkeypatch.setattr(reconstruction.Reconstruction, "render", lambda self, path, size, *rest, **how: (
-        seen.append(path), Views(torch.zeros(len(path), 3, size, size), None))[1])
+        seen.append(path), Views(torch.zeros(len(path), 3, size, size), torch.ones(len(path), 1, size, size)))[1])
     assert result.turntable(cameras, 8).shape == (5, 3, 8, 8)
     middle = result.unit * torch.tensor([1.0, 1.5, 0.5]) @ cameras.R[0].T
-    xy, depth = seen[0].project(middle.expand(5, 1, 3))
+    xy, depth = seen[-1].project(middle.expand(5, 1, 3))
     assert xy.abs().max() < 1e-5 and (depth > 0).all()
 
 

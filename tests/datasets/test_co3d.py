@@ -196,12 +196,12 @@ def test_packed(tree):
         assert scene.names == expected.names and scene.sequence == name
     one = load_packed([tree], "thing", None, 4, 40, workers=1)
     assert one.names == ["a"] and len(one) == 1 and one.to("cpu").names == ["a"]
-    assert load_packed([tree, tree], "thing", None, 3, 40, workers=2).names == ["a", "b", "a", "b"]
+    assert load_packed([tree, tree], "thing", None, 3, 40, workers=1).names == ["a", "b", "a", "b"]
     with pytest.raises(ValueError, match="no sequence has 5 frames"):
         load_packed([tree], "thing", None, 5, 40)
     (tree / "thing/b/images/frame000006.png").write_bytes(b"\x89PNG broken")
     with pytest.raises(ValueError, match="frame000006.png: not a readable image"):
-        load_packed([tree], "thing", ["a", "b"], 3, 40, workers=2)
+        load_packed([tree], "thing", ["a", "b"], 3, 40, workers=1)
 
 
 # ---------------------------------------------------------------------------------------------- what can be wrong
