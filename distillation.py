@@ -171,7 +171,8 @@ class DistillConfig:
         return replace(fitted, pixel_side=2 * self.pixel_side, input_pixels=math.ceil(self.input_pixels / 2))
 
 
-_LEAST = {"half_side": 0, "prior_views": 0, "iterations": 1, "viewpoints": 1, "jitter": 0, "image_size": 1, "render_size": 2, "lr_grid": 0, "lr_mlp": 0,
+_LEAST = {"half_side": 0, "prior_views": 0, "iterations": 1, "viewpoints": 1, "jitter": 0, "image_size": 1,
+          "render_size": 2, "lr_grid": 0, "lr_mlp": 0,
           "eps": 0, "lr_exposure": 0, "weight_exposure": 0, "weight_background": 0, "weight_opacity": 0,
           "weight_perceptual": 0, "input_pixels": 0, "pixel_side": 1, "picture_side": 1, "reference_views": 0,
           "iterations_per_view": 0, "denoise_batch": 1, "occupancy_every": 1, "mesh_resolution": 1,
@@ -301,8 +302,8 @@ class Prior(NamedTuple):
 def guess_exposures(images: Tensor, masks: Tensor) -> Tensor:
     """Logarithmic gains (V,) of photographs (V, 3, S, S) with masks (V, 1, S, S) that were exposed otherwise than most.
 
-    The object in such a one is over `UNLIKE` times as bright or as dark as in the median photograph. Others have 0: that
-    much is their side of the object, and what exposures they had is learned. Of two nobody can say which it is.
+    The object in such a one is over `UNLIKE` times as bright or as dark as in the median photograph. Others have 0:
+    that much is their side of the object, and what exposures they had is learned. Of two nobody can say which it is.
     """
     if len(images) < 3:
         return images.new_zeros(len(images))

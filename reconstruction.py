@@ -78,8 +78,8 @@ class Reconstruction(NamedTuple):
         return object_frame(cameras, self.frame, self.unit)
 
     def hull(self, cameras: Cameras, size: int) -> Tensor:
-        """From which pixels cameras (T,) of the user's world see the visual hull of the input masks, (T, size, size) boolean;
-        wrong only by saying yes.
+        """From which pixels cameras (T,) of the user's world see the visual hull of the input masks, (T, size, size)
+        boolean; wrong only by saying yes.
         """
         cameras = self.turned(cameras)
         return torch.stack([self.occupancy.silhouette(camera, size) for camera in cameras])
@@ -87,8 +87,8 @@ class Reconstruction(NamedTuple):
     def turntable(self, cameras: Cameras, size: int, title: str | None = None) -> Tensor:
         """Once around, on the circle that fits the scene's cameras (V,): pictures (frames, 3, size, size).
 
-        The middle of the box around the occupied cells is that of the picture, and what is opaque fills it, whatever the
-        photographs show beside the object.
+        The middle of the box around the occupied cells is that of the picture, and what is opaque fills it, whatever
+        the photographs show beside the object.
         """
         frames = self.config.turntable_frames
         path = circle_path(cameras.to("cpu"), frames + 1)[:-1]
@@ -182,8 +182,8 @@ def reconstruct(scene: Scene, inputs: list[int], model: SparseFusion | None = No
             add_preview(previews, look(distillation, turned, inputs))
 
     optimize(distillation, title, checkpoint, save)
-    return Reconstruction(distillation.field, distillation.occupancy, scene.cameras[0], unit, scene.world, config, distillation.seconds,
-                          earlier, gone_on_from)
+    return Reconstruction(distillation.field, distillation.occupancy, scene.cameras[0], unit, scene.world, config,
+                          distillation.seconds, earlier, gone_on_from)
 
 
 def turn(scene: Scene, unit: float) -> Scene:

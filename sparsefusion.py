@@ -132,9 +132,10 @@ class SparseFusion(nn.Module):
         """Features and EFT images of Q query viewpoints.
 
         images (V, 3, S, S) in [0, 1] with black background, `inputs` (V,) their cameras, `queries` (Q,). `scene` (B,):
-        all cameras of the scene, whose object is at the origin; they decide on its units. `size` rays a side (default: the preset's `map_size`). `train_mode` turns dropout and batch statistics on; a view's dropout
-        follows from `seed`, its place among the queries and the rays asked about. `title` shows a progress bar. `where`
-        (Q, size, size): the rays to ask about, boolean; the others get zeros.
+        all cameras of the scene, whose object is at the origin; they decide on its units. `size` rays a side (default:
+        the preset's `map_size`). `train_mode` turns dropout and batch statistics on; a view's dropout follows from
+        `seed`, its place among the queries and the rays asked about. `title` shows a progress bar. `where` (Q, size,
+        size): the rays to ask about, boolean; the others get zeros.
         """
         # In the units that the weights know.
         scale, *depth_range = self.eft_units(scene)

@@ -14,8 +14,8 @@ How many samples are in occupied cells is known only when they are placed, and a
 need not, a `SampleBuffer` gives their number a fixed room.
 
 Shapes: `G` occupancy cells a side, `K` some of the cells, `V` views, `R` rays, `D` samples per ray, `I` importance
-samples per ray, `N` = R D, `H W` rows and columns. Rays are not normalized: `o + t d` lies at depth t of the camera, and density is per unit of t [released:
-nerf/renderer_df.py:414-418].
+samples per ray, `N` = R D, `H W` rows and columns. Rays are not normalized: `o + t d` lies at depth t of the camera,
+and density is per unit of t [released: nerf/renderer_df.py:414-418].
 """
 from __future__ import annotations
 

@@ -86,5 +86,5 @@ def _condition(scene: Scene, inputs: list[int], cameras: Cameras, model: SparseF
                seed: int, size: int | None = None, title: str | None = None, where: Tensor | None = None) -> Condition:
     """What the EFT says about the views of cameras (T,)."""
     given = scene[inputs]
-    return model.condition(config.exposed_alike(given), given.cameras, cameras, scene.cameras, size, config.eft_train_mode,
-                           title, seed, where)
+    return model.condition(config.exposed_alike(given), given.cameras, cameras, scene.cameras, size,
+                           config.eft_train_mode, title, seed, where)

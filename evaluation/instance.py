@@ -237,7 +237,8 @@ def _run_instance(instance: Instance, out: Path, overwrite: bool, extend: bool) 
     model = None if instance.weights is None else sparsefusion.load(instance.weights, instance.device)
     distances = load_distances(instance)
     scene = load_views(instance, model)
-    world = scene.world and {"R": scene.world.R.tolist(), "scale": scene.world.scale, "shift": scene.world.shift.tolist()}
+    world = scene.world and {"R": scene.world.R.tolist(), "scale": scene.world.scale,
+                             "shift": scene.world.shift.tolist()}
     instance.note_more_iterations()
     results.claim(out, settings, clear=bool(other))
 

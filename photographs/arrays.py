@@ -16,7 +16,7 @@ from datasets.crop import MASK_THRESHOLD
 from photographs.capture import Squares, normalized, object_box
 from photographs.reading import ROUNDING, Lens
 
-# What turns the view's axes into PyTorch3D's (+X left, +Y up, +Z ahead), and whether vectors are columns, as X' = R X + T.
+# What turns the view's axes into PyTorch3D's (+X left, +Y up, +Z ahead); whether vectors are columns: X' = R X + T.
 AXES = {
     "opencv": ((-1.0, -1.0, 1.0), True),     # +X right, +Y down, +Z ahead
     "opengl": ((-1.0, 1.0, -1.0), True),     # +X right, +Y up, +Z back

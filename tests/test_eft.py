@@ -12,8 +12,8 @@ from checkpoints.released import PARTS
 from eft import EFT, EFTConfig, EncoderLayer, SplitLinear, harmonic, sample_maps
 from tests.support import parity
 
-TINY = dataclasses.replace(presets.NANO.eft, stem=8, stages=(8, 12, 16), blocks=1, width=32, layers=1, feedforward=32, depths=8,
-                           harmonics=4)
+TINY = dataclasses.replace(presets.NANO.eft, stem=8, stages=(8, 12, 16), blocks=1, width=32, layers=1,
+                           feedforward=32, depths=8, harmonics=4)
 
 
 def paper_model():

@@ -112,7 +112,8 @@ def test_the_turntable_has_the_object_in_the_middle(monkeypatch):
     R, T = look_at(eyes, torch.zeros(3, 3), torch.tensor([[0.0, 1.0, 0.0]] * 3))
     cameras = Cameras(R, T, torch.full((3, 2), 2.0), torch.full((3, 2), 0.3))
     scene = replace(ball(3, 32), cameras=cameras, masks=torch.ones(3, 1, 32, 32))
-    result = reconstruction.reconstruct(scene, [1], config=replace(SHORT, iterations=1, bootstrap=0, turntable_frames=5))
+    config = replace(SHORT, iterations=1, bootstrap=0, turntable_frames=5)
+    result = reconstruction.reconstruct(scene, [1], config=config)
     result.occupancy.box.copy_(torch.tensor([[0.5, 1.0, 0.0], [1.5, 2.0, 1.0]]))
     seen = []
     monkeypatch.setattr(reconstruction.Reconstruction, "render", lambda self, path, size, *rest, **how: (

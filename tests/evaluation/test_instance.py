@@ -160,7 +160,8 @@ def test_any_number_of_views(flags, inputs, targets, fast, tiny_weights, tmp_pat
 
 def test_released_is_a_printed_list_of_settings(fast, tiny_weights, tmp_path, capsys):
     flags = ["--weights", tiny_weights, "--targets", 1]
-    result = command(tmp_path, *flags, "--released", "--set", "sampler.ancestral=false", "plms_steps=2", "sample_steps=3")
+    settings = ["sampler.ancestral=false", "plms_steps=2", "sample_steps=3"]
+    result = command(tmp_path, *flags, "--released", "--set", *settings)
     printed = capsys.readouterr().out
     assert all(setting in printed for setting in presets.RELEASED)
     config = result["settings"]["config"]
@@ -197,7 +198,8 @@ def test_no_prior_on_real_photographs(monkeypatch, tmp_path):
     if not REAL.is_dir():
         pytest.skip(f"the real sequence is not in {REAL}")
     field = replace(PRESETS["plain"].field, levels=4, finest_resolution=64, log2_hashmap_size=14, samples_per_ray=32)
-    short = replace(PRESETS["plain"], iterations=12, picture_side=1, image_size=128, bootstrap=0, turntable_frames=2, mesh_resolution=48, field=field)
+    short = replace(PRESETS["plain"], iterations=12, picture_side=1, image_size=128, bootstrap=0, turntable_frames=2,
+                    mesh_resolution=48, field=field)
     monkeypatch.setitem(PRESETS, "plain", short)
     result = command(tmp_path, "--root", REAL, "--category", "apple", "--views", 12, "--no-prior")
     check_outputs(tmp_path, result, ["nearest", "ngp"], 128, 2)
@@ -224,7 +226,8 @@ def test_a_rerun_goes_on(fast, tiny_weights, tmp_path, capsys):
 
 
 def test_another_sampler_does_not_go_on(fast, tiny_weights, tmp_path, capsys):
-    for flags in ([], *(["--set", f"{name}=true"] for name in ("sampler.ancestral", "unnoised_start", "eft_train_mode"))):
+    for setting in (None, "sampler.ancestral=true", "unnoised_start=true", "eft_train_mode=true"):
+        flags = ["--set", setting] if setting else []
         command(tmp_path, "--weights", tiny_weights, "--targets", 1, "--overwrite", *flags)
         assert "going on" not in capsys.readouterr().out
 

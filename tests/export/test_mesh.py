@@ -181,7 +181,8 @@ def test_one_scene_is_learned():
     target, target_new = images(truth, views, size), images(truth, new, size)
     rays = [view.rays(cameras.pixel_grid(size, size)) for view in views]
     def learn(iterations):
-        field, g = ngp.Field(dataclasses.replace(presets.NANO_FIELD, bound=1.5, finest_resolution=96), seeded()), seeded(1)
+        config = dataclasses.replace(presets.NANO_FIELD, bound=1.5, finest_resolution=96)
+        field, g = ngp.Field(config, seeded()), seeded(1)
         occupancy = Occupancy(field.config)
         occupancy.carve(target.opacity.reshape(8, 1, size, size), views)
         adam = torch.optim.Adam([{"params": field.encoding.parameters(), "lr": 2e-2},

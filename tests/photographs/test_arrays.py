@@ -83,7 +83,8 @@ def spoil(name, value, at=None):
     (spoil("K", -1.0, (0, 0)), "K: not [[fx, 0, cx]"),
     (spoil("axes", "blender"), "axes 'blender' are none of opencv, opengl, pytorch3d"),
     (spoil("T", arrays()["T"] * [1, 1, -1]), "the cameras do not look at one place"),
-    (spoil("masks", [np.pad(np.ones((9, 9)), ((0, 71), (87, 0)) if i % 2 else ((71, 0), (0, 87))) for i in range(6)]), "no part of space"),
+    (spoil("masks", [np.pad(np.ones((9, 9)), ((0, 71), (87, 0)) if i % 2 else ((71, 0), (0, 87))) for i in range(6)]),
+     "no part of space"),
 ])
 def test_what_is_wrong_is_said_in_one_line(given, message):
     with pytest.raises(ValueError, match=re.escape(message)) as e:

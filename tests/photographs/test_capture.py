@@ -128,7 +128,8 @@ def test_photographs_of_several_sizes_upright_and_across(tmp_path):
     capture = captured(tmp_path, None)
     assert "2 sizes" in capture.source
     cameras = Cameras.cat([across.square_cameras(), upright.square_cameras()])
-    torch.testing.assert_close(capture.scene.world.cameras(capture.scene.cameras).focal, cameras.focal, rtol=0, atol=1e-6)
+    found = capture.scene.world.cameras(capture.scene.cameras)
+    torch.testing.assert_close(found.focal, cameras.focal, rtol=0, atol=1e-6)
     assert worst_picture(capture) > 21
 
 

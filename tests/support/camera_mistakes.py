@@ -1,6 +1,6 @@
 """Mistakes on purpose: cameras as a file has them after one of the usual slips, and the table of what `check.py` says.
 
-    python -m tests.support.camera_mistakes DIR                 a folder of NeRF-synthetic, the second half of its photographs
+    python -m tests.support.camera_mistakes DIR      a folder of NeRF-synthetic, the second half of its photographs
     python -m tests.support.camera_mistakes DIR --category C    the first sequence of a CO3D tree
 
 Every mistake is made in the numbers of the file, not by the code that undoes it.
