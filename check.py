@@ -13,13 +13,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import sparsefusion
 from cameras import Scene, evenly_spaced
 from common import cli, files
+from common.progress import duration
 from datasets import co3d
+from evaluation.instance import Instance
+from evaluation.sources import ENOUGH, HELD_OUT, OwnPhotographs
 from photographs.capture import load_pictures
 from photographs.examine import CO3D, MOST, SIZE, examine
 from photographs.figure import draw
-from photographs.reading import CONVENTIONS, Convention, read_capture
+from photographs.reading import CONVENTIONS, Convention, Photographs, read_capture
+from presets import PRESETS
+
+DECODED_BYTES = 80    # of a pixel of a photograph while it is decoded, resized and cut
+WORKING_BYTES = 0.8e9  # of torch, networks and a field
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,6 +59,8 @@ def _command(args: argparse.Namespace) -> None:
     print(f"picture: {args.out}")
     if found.mistake:
         sys.exit(1)
+    if not args.category:
+        print(_forecast(read_capture(args.folder)))
 
 
 class Material(NamedTuple):
@@ -71,6 +81,26 @@ def _capture(args: argparse.Namespace) -> Material:
     shots = [photographs.shots[i] for i in chosen]
     few = replace(photographs, shots=shots, inputs=None, targets=None)
     return Material(load_pictures(few, SIZE), CONVENTIONS[photographs.axes], True, photographs.source)
+
+
+def _forecast(photographs: Photographs) -> str:
+    """One line: what `distill.py` does with them by default, and about how long and with how much memory."""
+    source = OwnPhotographs(photographs)
+    inputs = source.default_inputs(None)
+    alone = len(inputs) >= ENOUGH
+    config = PRESETS["plain" if alone else "nano"]
+    weights = None if alone else sparsefusion.SHIPPED
+    names = tuple(source.names[i] for i in inputs)
+    instance = Instance(source, config, weights, 0, names, HELD_OUT, 0, Path(), None, "cpu")
+    seconds = sum(instance.expected_costs().values())
+
+    # Torch and what it works with, every photograph in both of its squares, and the largest one while it is decoded.
+    kept = len(source.names) * 2 * 5 * 4 * config.image_size**2
+    decoded = max(shot.lens.width * shot.lens.height for shot in photographs.shots) * DECODED_BYTES
+    memory = (WORKING_BYTES + 2 * kept + decoded) / 1e9
+    way = "without a prior" if alone else "with the shipped prior"
+    return (f"distill.py --capture {photographs.folder}: {len(inputs)} inputs {way}, about {duration(seconds)} on two CPU "
+            f"cores, {memory:.1f} GB")
 
 
 def _co3d(args: argparse.Namespace) -> Material:

@@ -18,12 +18,11 @@ from evaluation import results
 from evaluation.flags import (add_instance_flags, config_from_flags, instance_from_flags, note_new_categories,
                               note_useless_flags, trained_categories)
 from evaluation.instance import Instance, run_instance
-from evaluation.sources import (CO3DSequence, OwnPhotographs, Source, check_inputs, find_sequence, find_views,
-                                random_views)
+from evaluation.sources import (ENOUGH, CO3DSequence, OwnPhotographs, Source, check_inputs, find_sequence,
+                                find_views, random_views)
 from evaluation.tables import table
 from photographs.reading import read_capture
 
-ENOUGH = 8   # own photographs as inputs, from which on the field alone is the default
 LISTED = 12  # input views that are named one by one
 
 

@@ -16,6 +16,7 @@ from datasets.protocol import PROTOCOLS, Entry, choose_views
 from photographs import capture, examine
 from photographs.reading import CONVENTIONS, Photographs
 
+ENOUGH = 8    # own photographs as inputs, from which on the field alone is the default
 HELD_OUT = 8  # own photographs that are held out to measure, at most; and one of so many
 
 

@@ -206,6 +206,8 @@ def test_the_command_on_a_capture(scene, tmp_path, capsys):
     check.main([str(tmp_path), "--out", str(picture)])
     printed = capsys.readouterr().out
     assert "masks and cameras fit\n" in printed and "6 photographs" in printed
+    assert f"distill.py --capture {tmp_path}: 6 inputs with the shipped prior, about " in printed
+    assert printed.rstrip().endswith(" GB")
     assert Image.open(picture).size == (figure.SHOWN * figure.TILE, 3 * (figure.TILE + figure.TEXT))
 
     # The same with a mistake: a line that names it, and another exit code.
