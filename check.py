@@ -99,8 +99,8 @@ def _forecast(photographs: Photographs) -> str:
     decoded = max(shot.lens.width * shot.lens.height for shot in photographs.shots) * DECODED_BYTES
     memory = (WORKING_BYTES + 2 * kept + decoded) / 1e9
     way = "without a prior" if alone else "with the shipped prior"
-    return (f"distill.py --capture {photographs.folder}: {len(inputs)} inputs {way}, about {duration(seconds)} on two CPU "
-            f"cores, {memory:.1f} GB")
+    return (f"distill.py --capture {photographs.folder}: {len(inputs)} inputs {way}, about {duration(seconds)} on two "
+            f"CPU cores, {memory:.1f} GB")
 
 
 def _co3d(args: argparse.Namespace) -> Material:

@@ -154,8 +154,7 @@ def reconstruct(scene: Scene, inputs: list[int], model: SparseFusion | None = No
     every mask.
     """
     # The numbers of the model's kind, unless others are given.
-    config = config or PRESETS["plain" if model is None else model.preset.name]
-    config = config.fitted(len(inputs))
+    config = (config or PRESETS["plain" if model is None else model.preset.name]).fitted(len(inputs))
 
     # The field lives in the object frame, and an earlier run in its checkpoint.
     unit = field_unit(scene.cameras, config, model)
@@ -175,9 +174,8 @@ def reconstruct(scene: Scene, inputs: list[int], model: SparseFusion | None = No
 
     def save() -> None:
         """Write the checkpoint, and one preview more."""
-        beside = {"settings": wanted, "frame": scene.cameras[0].R, "unit": unit,
-                  "gone_on_from": gone_on_from} | (notes or {})
-        files.save_tensors(distillation.state_dict() | beside, checkpoint)
+        beside = {"settings": wanted, "frame": scene.cameras[0].R, "unit": unit, "gone_on_from": gone_on_from}
+        files.save_tensors(distillation.state_dict() | beside | (notes or {}), checkpoint)
         if previews is not None:
             add_preview(previews, look(distillation, turned, inputs))
 
@@ -271,6 +269,8 @@ def reconstruction_settings(scene: Scene, inputs: list[int], model: SparseFusion
     given = scene[inputs]
     cameras = scene.cameras
     numbers = [given.images, given.masks, given.valid, cameras.R, cameras.T, cameras.focal, cameras.principal]
+    if given.whole is not None:
+        numbers += [given.whole.masks, given.whole.valid, given.whole.cameras.focal, given.whole.cameras.principal]
 
     # A model is known by its file, or by its weights if it has none.
     weights = None

@@ -33,23 +33,12 @@ def scene_from_arrays(images: Sequence, masks: Sequence, R, T, K, axes: str = "o
     the right. K (V, 3, 3) or (3, 3): pinhole intrinsics in pixels, whose first pixel has its center at (0.5, 0.5).
     `cut`: to the object. Raises `ValueError` with one line that says which of them is wrong.
     """
-    # Cameras: numbers of the right shapes that mean what they should.
     count = len(images)
     if count < 2:
         raise ValueError(f"images: {count} of them; a scene needs two or more")
-    if axes not in AXES:
-        raise ValueError(f"axes {axes!r} are none of {', '.join(AXES)}")
-    R = _numbers("R", R, (count, 3, 3))
-    T = _numbers("T", T, (count, 3))
+    cameras = _places(R, T, axes, count)
     K = _numbers("K", K, (count, 3, 3))
-    _check_rotations(R)
     _check_intrinsics(K)
-
-    # In PyTorch3D's axes, with row vectors.
-    signs, columns = AXES[axes]
-    flip = torch.tensor(signs, dtype=torch.float64)
-    rotation = R.transpose(1, 2) if columns else R
-    cameras = Cameras(rotation * flip, T * flip, torch.ones(count, 2), torch.zeros(count, 2))
 
     # Pictures: in squares, whole and cut.
     if len(masks) != count:
@@ -75,6 +64,19 @@ def scene_from_arrays(images: Sequence, masks: Sequence, R, T, K, axes: str = "o
     if cut:
         scene = replace(crops.scene(cameras, names, name), whole=scene)
     return normalized(scene)
+
+
+def _places(R, T, axes: str, count: int) -> Cameras:
+    """Where the cameras (V,) stand and look, in PyTorch3D's axes with row vectors; without a lens."""
+    if axes not in AXES:
+        raise ValueError(f"axes {axes!r} are none of {', '.join(AXES)}")
+    R = _numbers("R", R, (count, 3, 3))
+    T = _numbers("T", T, (count, 3))
+    _check_rotations(R)
+    signs, columns = AXES[axes]
+    flip = torch.tensor(signs, dtype=torch.float64)
+    rotation = R.transpose(1, 2) if columns else R
+    return Cameras(rotation * flip, T * flip, torch.ones(count, 2), torch.zeros(count, 2))
 
 
 def _numbers(what: str, x, shape: tuple[int, ...]) -> Tensor:
