@@ -192,29 +192,16 @@ class SparseFusion(nn.Module):
         return False
 
     @torch.no_grad()
-    def denoise(self, images: Tensor, features: Tensor, noise_levels: float | Sequence[float],
-                generator: torch.Generator | Sequence[torch.Generator], sampler: vldm.SamplerConfig) -> Tensor:
+    def denoise(self, images: Tensor, features: Tensor, noise_levels: Sequence[float], generator: torch.Generator,
+                sampler: vldm.SamplerConfig) -> Tensor:
         """What the VLDM makes of images (B, 3, S, S) in [0, 1] after noising them: multi-step denoising (Sec. 3.2).
 
-        features (B, C, s, s). Noise levels in [0, 1] and generators: one for all images, or one an image. With
-        generators of their own, an image's result does not depend on the others. The same shape, in [0, 1].
+        features (B, C, s, s); noise levels in [0, 1], one per image. The same shape, in [0, 1].
         """
-        count = len(images)
-        levels = [noise_levels] * count if isinstance(noise_levels, (int, float)) else [float(t) for t in noise_levels]
-
-        # The samplers want the highest level first. The noise is drawn in the images' order.
-        order = sorted(range(count), key=lambda image: -levels[image])
-        levels = [levels[image] for image in order]
-        order = torch.tensor(order, device=images.device)  # one copy, where every use of a list would be one
-
-        # Encode, noise and denoise, decode.
         latents = self.vae.encode(images)
-        draw = self._draws(generator, latents)
-        predict_noise = self.vldm.noise_predictor(features[order], sampler.guidance)
-        denoised = vldm.denoise(predict_noise, latents[order], levels, lambda: draw()[order], sampler)
-        restored = denoised.new_empty(denoised.shape)
-        restored[order] = denoised
-        return self.decode(restored)
+        denoiser = self.vldm.denoiser(features, sampler)
+        draw = partial(randn, *latents.shape, generator=generator, device=latents.device)
+        return self.decode(vldm.denoise(denoiser, latents, noise_levels, draw, sampler))
 
     @torch.no_grad()
     def sample_view(self, features: Tensor, generators: list[torch.Generator], sampler: vldm.SamplerConfig) -> Tensor:
@@ -223,21 +210,14 @@ class SparseFusion(nn.Module):
         Every view draws from a generator of its own.
         """
         side = self.preset.latent_size
-        like = features.new_empty(len(features), self.preset.vae.channels, side, side)
-        draw = self._draws(generators, like)
-        predict_noise = self.vldm.noise_predictor(features, sampler.guidance)
-        return self.decode(vldm.ancestral_sampling(predict_noise, draw, sampler))
-
-    @staticmethod
-    def _draws(generator: torch.Generator | Sequence[torch.Generator], like: Tensor) -> Callable[[], Tensor]:
-        """The function that draws noise like latents (B, 4, h, h), by one generator or by one an image."""
-        if isinstance(generator, torch.Generator):
-            return partial(randn, *like.shape, generator=generator, device=like.device)
+        shape = (self.preset.vae.channels, side, side)
+        denoiser = self.vldm.denoiser(features, sampler)
 
         def draw() -> Tensor:
-            """Standard normal noise like the latents, every image's by its own generator."""
-            return torch.stack([randn(*like.shape[1:], generator=one, device=like.device) for one in generator])
-        return draw
+            """Standard normal noise for all views, each view's by its own generator."""
+            return torch.stack([randn(*shape, generator=one, device=features.device) for one in generators])
+
+        return self.decode(vldm.ancestral_sampling(denoiser, draw, sampler))
 
     def decode(self, latent: Tensor) -> Tensor:
         """Latents (B, 4, h, h) -> images (B, 3, S, S), clamped to [0, 1]."""

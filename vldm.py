@@ -16,9 +16,8 @@ Shapes: `B` batch, `h w` rows and columns of the latent, `C` channels and `s` si
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,8 +26,6 @@ from torch import Tensor, nn
 
 from gpu.graphs import Graphed, half_copy
 from unet import UNet, UNetConfig
-
-NoisePredictor = Callable[[Tensor, Tensor], Tensor]  # noisy latent (B, ...), log-SNR (B,) -> predicted noise (B, ...)
 
 
 @dataclass(frozen=True)
@@ -178,37 +175,13 @@ class VLDM(nn.Module):
             self.fast = FastUNet(embed_features, predict)
         return self
 
-    def noise_predictor(self, cond: Tensor, guidance: float = 1.0) -> NoisePredictor:
-        """The function (z, log_snr) -> eps for features (B, C, s, s), for the samplers; z may be the first m of B."""
-        # In half precision, if there is such a copy, where nobody wants gradients.
+    def denoiser(self, cond: Tensor, sampler: SamplerConfig) -> Denoiser:
+        """The network for views with features cond (B, C, s, s), as the samplers use it."""
+        # In half precision, if there is such a copy, where no gradients are needed.
         network = self.unet
         if self.fast is not None and not torch.is_grad_enabled():
             network = self.fast
-
-        # What the network makes of the features is the same at every step.
-        embedded = network.embed_features(cond)
-        without = None if guidance == 1 else network.embed_features(torch.zeros_like(cond))
-        return partial(self.predict_noise, network=network, embedded=embedded, without=without, guidance=guidance)
-
-    def predict_noise(self, z: Tensor, log_snr: Tensor, network: UNet | FastUNet, embedded: Tensor,
-                      without: Tensor | None, guidance: float) -> Tensor:
-        """Noisy latents (m, 4, h, w), log-SNR (m,) -> noise (m, 4, h, w), by a network.
-
-        `embedded` is what it made of the features (B, C, s, s) of which the first m count, `without` of no features.
-        """
-        m = len(z)
-        prediction = network.predict(z, log_snr, embedded[:m])
-
-        # Classifier-free guidance (Ho and Salimans 2022): away from what is predicted without features.
-        if without is not None:
-            unconditional = network.predict(z, log_snr, without[:m])
-            prediction = unconditional + guidance * (prediction - unconditional)
-
-        # From v = alpha eps - sigma x0 and z = alpha x0 + sigma eps follows eps = alpha v + sigma z.
-        if self.config.prediction == "v":
-            alpha, sigma = alpha_sigma(as_factor(log_snr, z))
-            prediction = alpha * prediction + sigma * z
-        return prediction
+        return Denoiser(network, self.config.prediction, cond, sampler.guidance, sampler.clip)
 
     def loss(self, x0: Tensor, cond: Tensor, t: Tensor, eps: Tensor, mask: Tensor | None = None) -> Tensor:
         """Training loss (Sec. 3.1) of latents x0 and noise eps (B, 4, h, w) at times t (B,): a scalar.
@@ -234,247 +207,216 @@ class FastUNet(NamedTuple):
     predict: Graphed
 
 
-# ---------------------------------------------------------------------------------------------- steps from t to s
+# ---------------------------------------------------------------------------------------------- the network as denoiser
 
-def clean_estimate(z: Tensor, log_snr: Tensor, eps: Tensor, clip: float) -> Tensor:
-    """The clean latent that `eps` implies, clipped to [-clip, clip]; like z."""
+class Denoiser:
+    """The network as `denoiser(z, log_snr) -> x0` (Karras et al. 2022): the clean latents of B views, conditioned on
+    their features. Whether it was trained to predict noise or v ends here.
+    """
+
+    def __init__(self, network: UNet | FastUNet, prediction: str, cond: Tensor, guidance: float, clip: float):
+        """cond (B, C, s, s): features of the views; guidance and clip as in `SamplerConfig`."""
+        self.network = network
+        self.prediction = prediction
+        self.guidance = guidance
+        self.clip = clip
+
+        # What the network makes of the features is the same at every step.
+        self.embedded = network.embed_features(cond)
+        self.without = None if guidance == 1 else network.embed_features(torch.zeros_like(cond))
+
+    def __call__(self, z: Tensor, log_snr: Tensor, views: Tensor | None = None) -> Tensor:
+        """Noisy latents (m, 4, h, w) at log-SNR (m,) -> clean latents (m, 4, h, w) in [-clip, clip].
+
+        `views` (m,): whose they are of the B views; by default all of them in order.
+        """
+        x0, _ = self.estimate(z, log_snr, views)
+        return x0
+
+    def estimate(self, z: Tensor, log_snr: Tensor, views: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The clean latents and, for PLMS, the noises that the network predicts: (m, 4, h, w) each."""
+        output = self.predict(z, log_snr, views)
+        if self.prediction == "eps":
+            return clean_latent(z, log_snr, output, self.clip), output
+
+        # From v = alpha eps - sigma x0 and z = alpha x0 + sigma eps.
+        alpha, sigma = alpha_sigma(as_factor(log_snr, z))
+        x0 = alpha * z - sigma * output
+        eps = alpha * output + sigma * z
+        return x0.clamp(-self.clip, self.clip), eps
+
+    def predict(self, z: Tensor, log_snr: Tensor, views: Tensor | None) -> Tensor:
+        """The network's output (m, 4, h, w), with guidance."""
+        embedded = self.embedded if views is None else self.embedded[views]
+        output = self.network.predict(z, log_snr, embedded)
+        if self.without is None:
+            return output
+
+        # Classifier-free guidance (Ho and Salimans 2022): away from what is predicted without features.
+        unconditional = self.network.predict(z, log_snr, self.without[:len(z)])
+        return unconditional + self.guidance * (output - unconditional)
+
+
+def clean_latent(z: Tensor, log_snr: Tensor, eps: Tensor, clip: float) -> Tensor:
+    """The clean latent that `eps` implies, in [-clip, clip]; like z."""
     return x0_from_eps(z, log_snr, eps).clamp(-clip, clip)
-
-
-def ddim_step(z: Tensor, x0: Tensor, log_snr_t: Tensor, log_snr_s: Tensor) -> Tensor:
-    """Deterministic step (Song et al. 2021): the clean estimate, and the noise that it implies in z at s's level."""
-    alpha_t, sigma_t = alpha_sigma(as_factor(log_snr_t, z))
-    alpha_s, sigma_s = alpha_sigma(as_factor(log_snr_s, z))
-    return alpha_s * x0 + sigma_s * (z - alpha_t * x0) / sigma_t
-
-
-def ancestral_step(z: Tensor, x0: Tensor, log_snr_t: Tensor, log_snr_s: Tensor, draw: Tensor) -> Tensor:
-    """Random step: a sample of the posterior, from a standard normal draw."""
-    mean, variance = posterior(x0, z, log_snr_t, log_snr_s)
-    return mean + variance.clamp(min=1e-20).sqrt() * draw
-
-
-def last_step(z: Tensor, x0: Tensor, log_snr_t: Tensor, log_snr_s: Tensor, clip: float) -> Tensor:
-    """The step to time 0, where nothing is drawn any more: the posterior's mean, clipped."""
-    mean, _ = posterior(x0, z, log_snr_t, log_snr_s)
-    return mean.clamp(-clip, clip)
 
 
 # ---------------------------------------------------------------------------------------------- sampling from noise
 
-def ancestral_sampling(predict_noise: NoisePredictor, randn: Callable[[], Tensor], sampler: SamplerConfig) -> Tensor:
+def ancestral_sampling(denoiser: Denoiser, randn: Callable[[], Tensor], sampler: SamplerConfig) -> Tensor:
     """Sampling from pure noise (Ho et al. 2020, Alg. 2, in continuous time): a clean latent like `randn()`."""
-    # Evenly spaced times down to 0, and noise at the first of them. One copy to a GPU for all steps, as each waits.
-    steps = sampler.sample_steps
-    log_snrs = cosine_log_snr(torch.linspace(sampler.t_start, 0, steps + 1))
+    # Evenly spaced times down to 0. One copy to a GPU for all steps, as each waits.
+    log_snrs = cosine_log_snr(torch.linspace(sampler.t_start, 0, sampler.sample_steps + 1))
     z = randn()
     log_snr_batch = log_snrs.to(z.device)[:, None].expand(-1, len(z))
 
-    for k in range(steps):
-        # What the network takes for the clean latent.
-        eps = predict_noise(z, log_snr_batch[k])
-        x0 = clean_estimate(z, log_snrs[k], eps, sampler.clip)
+    # Every step draws from the posterior of the next latent but the last, which takes its mean.
+    last = sampler.sample_steps - 1
+    for k in range(last + 1):
+        x0 = denoiser(z, log_snr_batch[k])
+        z, variance = posterior(x0, z, log_snrs[k], log_snrs[k + 1])
+        if k < last:
+            z = z + variance.clamp(min=1e-20).sqrt() * randn()
+    return z.clamp(-sampler.clip, sampler.clip)
 
-        # A step through the posterior.
-        if k < steps - 1:
-            z = ancestral_step(z, x0, log_snrs[k], log_snrs[k + 1], randn())
-        else:
-            z = last_step(z, x0, log_snrs[k], log_snrs[k + 1], sampler.clip)
+
+# ---------------------------------------------------------------------------------------------- multi-step denoising
+
+def denoise(denoiser: Denoiser, x0: Tensor, noise_levels: Sequence[float], randn: Callable[[], Tensor],
+            sampler: SamplerConfig) -> Tensor:
+    """Noise latents (B, 4, h, w) to levels in [0, 1], one per image, and denoise them in several steps (Sec. 3.2): the
+    same shape.
+
+    With `plms_steps` = 1 it is one-step denoising, at every level: the network is called once, and what it takes for
+    the clean latent is the result. `randn()` is a standard normal draw like all latents.
+    """
+    # To each image's noise level, from where its way to time 0 leads over log-SNRs of its own.
+    log_snrs, steps = schedule(noise_levels, sampler)
+    log_snrs = log_snrs.to(x0.device)
+    z = noised(x0, log_snrs[0], noise_levels, randn, sampler)
+    if sampler.plms_steps == 1:
+        return denoiser(z, log_snrs[0])
+
+    # Images with more steps first, so that those still on their way are the first m.
+    order = torch.tensor(sorted(range(len(z)), key=lambda image: -steps[image]), device=z.device)
+    count = torch.tensor(steps, device=z.device)
+    history = []  # of what the solver remembers (m, 4, h, w), newest first
+
+    for k in range(max(steps)):
+        # From t to s, for some as the last step.
+        m = sum(n > k for n in steps)
+        going_on = sum(n > k + 1 for n in steps)
+        on = order[:m]
+        log_snr_t = log_snrs[k, on]
+        log_snr_s = log_snrs[k + 1, on]
+        last = count[on] == k + 1
+
+        def move(x0: Tensor) -> Tensor:
+            """Where clean latents x0 (m, 4, h, w) lead from t to s."""
+            draw = randn()[on] if sampler.ancestral and going_on else None
+            return step(z[on], x0, log_snr_t, log_snr_s, last, draw, sampler)
+
+        # The clean latent by the network, and by what it said before.
+        history = [before[:m] for before in history]
+        x0, eps = denoiser.estimate(z[on], log_snr_t, on)
+        if sampler.solver == "plms":
+            history = [eps, *history[:3]]
+            x0 = plms_estimate(denoiser, z[on], x0, log_snr_t, log_snr_s, on, history, move, sampler)
+        elif sampler.solver == "dpmpp":
+            history = [x0, *history[:1]]
+            x0 = dpmpp_estimate(history, log_snrs[max(k - 1, 0):k + 2, on])
+        z = z.index_copy(0, on, move(x0))
     return z
 
 
-# ---------------------------------------------------------------------------------------------- the way to time 0
+def schedule(noise_levels: Sequence[float], sampler: SamplerConfig) -> tuple[Tensor, list[int]]:
+    """Log-SNRs on the way from each image's noise level to time 0, (n + 1, B), and its number of steps, at most n.
 
-class Step(NamedTuple):
-    """A step of multi-step denoising. All images of the batch, or the m that took it."""
-    latent: Tensor  # where all are now (B, 4, h, w)
-    x0: Tensor      # the clean estimate that led there (m, 4, h, w)
-    eps: Tensor     # what the network had predicted before (m, 4, h, w)
+    The levels are lowered to `t_start`. From 0.99 on PLMS starts at 1 [released: plms.py:80-85]; the other solvers
+    start at 0.99, since at 1 log-SNR has no end. There are `plms_steps` steps from level 1/2 on, below so many that
+    they are no longer than the shortest of these [released: plms.py:87-93]; PLMS rounds down, and takes none below
+    1 / (2 plms_steps), the others round up. PLMS takes even steps in time, the others in log-SNR (Lu et al. 2022).
+    """
+    ways = []
+    for level in noise_levels:
+        # Where it starts, and how many steps lead to 0.
+        start = start_time(level, sampler)
+        wanted = 2 * sampler.plms_steps * start
+        whole = int(wanted) if sampler.solver == "plms" else math.ceil(wanted)
+        n = 1 if sampler.plms_steps == 1 else min(whole, sampler.plms_steps)
 
+        # Evenly.
+        if sampler.solver == "plms":
+            ways.append(cosine_log_snr(torch.linspace(start, 0, n + 1)))
+        else:
+            first, last = cosine_log_snr(torch.tensor([start, 0.0])).tolist()
+            ways.append(torch.linspace(first, last, n + 1))
 
-class Path(NamedTuple):
-    """The log-SNRs on the way from the noise level of every image to time 0."""
-    log_snrs: Tensor  # (n + 1, B) before the first step, after it, ..., after the last; then as it was
-    steps: list[int]  # number of steps of every image; falls
-
-    def active(self, k: int) -> int:
-        """m: how many images take step k, counted from 0."""
-        return sum(steps > k for steps in self.steps)
-
-    def on(self, device: torch.device) -> Path:
-        """The same with the log-SNRs on a device: one copy for all steps, as each waits for a GPU."""
-        return Path(self.log_snrs.to(device), self.steps)
+    # Side by side; an image with fewer steps stays at time 0 when it is done.
+    steps = [len(way) - 1 for way in ways]
+    log_snrs = cosine_log_snr(torch.zeros(max(steps) + 1, len(steps)))
+    for image, way in enumerate(ways):
+        log_snrs[:len(way), image] = way
+    return log_snrs, steps
 
 
 def start_time(noise_level: float, sampler: SamplerConfig) -> float:
-    """Where multi-step denoising starts: at the noise level, or at `t_start` if that is lower.
-
-    From 0.99 on PLMS starts at 1 [released: plms.py:80-85]. The other solvers start at 0.99, since at 1 log-SNR has no
-    end.
-    """
+    """Where multi-step denoising starts from a noise level, see `schedule`."""
     level = min(noise_level, sampler.t_start)
     if level < 0.99:
         return level
     return 1.0 if sampler.solver == "plms" else 0.99
 
 
-def step_count(noise_level: float, sampler: SamplerConfig) -> int:
-    """How many steps lead from a noise level to 0: `plms_steps` from 1/2 on, below so many that they are no longer than
-    the shortest of these [released: plms.py:87-93].
-
-    PLMS rounds down, and takes no step from a level below 1 / (2 plms_steps); the other solvers round up.
+def noised(x0: Tensor, log_snr: Tensor, noise_levels: Sequence[float], randn: Callable[[], Tensor],
+           sampler: SamplerConfig) -> Tensor:
+    """Latents x0 (B, 4, h, w) noised to log-SNR (B,). With `unnoised_start` those at the highest level stay as they
+    are, as in the released code.
     """
-    wanted = 2 * sampler.plms_steps * start_time(noise_level, sampler)
-    whole = int(wanted) if sampler.solver == "plms" else math.ceil(wanted)
-    return 1 if sampler.plms_steps == 1 else min(whole, sampler.plms_steps)
-
-
-def step_times(noise_level: float, sampler: SamplerConfig) -> Tensor:
-    """Times of multi-step denoising by PLMS, (steps + 1,), evenly spaced from the noise level to 0."""
-    return torch.linspace(start_time(noise_level, sampler), 0, step_count(noise_level, sampler) + 1)
-
-
-def step_log_snrs(noise_level: float, sampler: SamplerConfig) -> Tensor:
-    """Log-SNRs on the way from a noise level to 0, (steps + 1,).
-
-    Those of PLMS are at even times; those of the other solvers are even themselves (Lu et al. 2022).
-    """
-    if sampler.solver == "plms":
-        return cosine_log_snr(step_times(noise_level, sampler))
-    first, last = cosine_log_snr(torch.tensor([start_time(noise_level, sampler), 0.0])).tolist()
-    return torch.linspace(first, last, step_count(noise_level, sampler) + 1)
-
-
-def path_from(noise_levels: Sequence[float], sampler: SamplerConfig) -> Path:
-    """The way of a batch with these noise levels, which must not rise. Raises `ValueError` if they do."""
-    steps = [step_count(level, sampler) for level in noise_levels]
-    if steps != sorted(steps, reverse=True):
-        raise ValueError(f"noise levels {list(noise_levels)}: images with more steps must come first")
-
-    # Images with fewer steps stay at time 0 when they are done.
-    log_snrs = cosine_log_snr(torch.zeros(max(steps) + 1, len(steps)))
-    for image, level in enumerate(noise_levels):
-        log_snrs[:steps[image] + 1, image] = step_log_snrs(level, sampler)
-    return Path(log_snrs, steps)
-
-
-def start_latent(x0: Tensor, noise_levels: Sequence[float], randn: Callable[[], Tensor],
-                 sampler: SamplerConfig) -> Tensor:
-    """Where multi-step denoising starts: `x0` (B, 4, h, w) noised to the levels."""
-    # The released code leaves a latent as it is where its level is the highest.
-    starts = [start_time(level, sampler) for level in noise_levels]
-    kept = [start == 1 and sampler.unnoised_start for start in starts]
+    kept = [start_time(level, sampler) == 1 and sampler.unnoised_start for level in noise_levels]
     if all(kept):
         return x0
-    noised = q_sample(x0, cosine_log_snr(torch.tensor(starts)).to(x0.device), randn())
-    if not any(kept):
-        return noised
-    return torch.where(as_factor(torch.tensor(kept, device=x0.device), x0), x0, noised)
+    z = q_sample(x0, log_snr, randn())
+    return torch.where(as_factor(torch.tensor(kept, device=x0.device), x0), x0, z)
 
 
-def move(z: Tensor, x0: Tensor, path: Path, k: int, randn: Callable[[], Tensor], sampler: SamplerConfig) -> Tensor:
-    """Step k of all latents z (B, 4, h, w), with clean estimates x0 (m, 4, h, w): who is done stays where it is."""
-    m = len(x0)
-    goes_on = path.active(k + 1)
-    log_snr_t = path.log_snrs[k, :m]
-    log_snr_s = path.log_snrs[k + 1, :m]
+def step(z: Tensor, x0: Tensor, log_snr_t: Tensor, log_snr_s: Tensor, last: Tensor, draw: Tensor | None,
+         sampler: SamplerConfig) -> Tensor:
+    """From z at t to s, with clean latents x0, all (m, 4, h, w), and log-SNRs (m,).
 
-    # Most go on: deterministic, or random where the sampler says so.
-    on = slice(goes_on)
-    if sampler.ancestral and goes_on:
-        moved = ancestral_step(z[on], x0[on], log_snr_t[on], log_snr_s[on], randn()[on])
+    `last` (m,): for which it is the last step. `draw`: standard normal noise for an ancestral step, None if all are.
+    """
+    # DDIM (Song et al. 2021): the clean latent, and the noise that it implies in z, at s's level.
+    mean, variance = posterior(x0, z, log_snr_t, log_snr_s)
+    if not sampler.ancestral:
+        alpha_t, sigma_t = alpha_sigma(as_factor(log_snr_t, z))
+        alpha_s, sigma_s = alpha_sigma(as_factor(log_snr_s, z))
+        moved = alpha_s * x0 + sigma_s * (z - alpha_t * x0) / sigma_t
+    elif draw is not None:
+        moved = mean + variance.clamp(min=1e-20).sqrt() * draw
     else:
-        moved = ddim_step(z[on], x0[on], log_snr_t[on], log_snr_s[on])
+        moved = mean
 
-    # For some it is the last step, which is a mean where steps are random, and in PLMS.
-    end = slice(goes_on, m)
+    # The last step is the posterior's mean where steps are random, and in PLMS.
     if sampler.ancestral or sampler.solver == "plms":
-        ended = last_step(z[end], x0[end], log_snr_t[end], log_snr_s[end], sampler.clip)
-    else:
-        ended = ddim_step(z[end], x0[end], log_snr_t[end], log_snr_s[end])
-    return torch.cat([moved, ended, z[m:]])
+        moved = torch.where(as_factor(last, z), mean.clamp(-sampler.clip, sampler.clip), moved)
+    return moved
 
 
-# ---------------------------------------------------------------------------------------------- multi-step denoising
+def dpmpp_estimate(history: list[Tensor], log_snrs: Tensor) -> Tensor:
+    """The clean latent of a step by DPM-Solver++ 2M (Lu et al. 2022, Alg. 2): half a step ahead, as it changed last.
 
-def denoise(predict_noise: NoisePredictor, x0: Tensor, noise_levels: Sequence[float], randn: Callable[[], Tensor],
-            sampler: SamplerConfig) -> Tensor:
-    """Noise latents (B, 4, h, w) to levels in [0, 1] and denoise them in several steps (Sec. 3.2): the same shape.
-
-    The levels, one an image, must not rise. With `plms_steps` = 1 it is one-step denoising, at every level: the network
-    is called once, and what it takes for the clean latent is the result. `predict_noise` is asked about the first m
-    images, m falling. `randn()` is a standard normal draw like all latents.
+    history: the clean latents (m, 4, h, w) at t and, from the second step on, at the time before, whose log-SNRs come
+    with those of t and s: log_snrs (3, m).
     """
-    z = start_latent(x0, noise_levels, randn, sampler)
-    for step in denoising_steps(predict_noise, z, noise_levels, randn, sampler):
-        z = step.latent
-    return z
-
-
-def denoising_steps(predict_noise: NoisePredictor, z: Tensor, noise_levels: Sequence[float],
-                    randn: Callable[[], Tensor], sampler: SamplerConfig) -> Iterator[Step]:
-    """The steps of `denoise` from the start latents z (B, 4, h, w), by the sampler's solver."""
-    path = path_from(noise_levels, sampler).on(z.device)
-    if sampler.plms_steps == 1:
-        solver = one_step
-    else:
-        solver = {"plms": plms, "ddim": ddim, "dpmpp": dpmpp}[sampler.solver]
-    yield from solver(predict_noise, z, path, randn, sampler)
-
-
-def one_step(predict_noise: NoisePredictor, z: Tensor, path: Path, randn: Callable[[], Tensor],
-             sampler: SamplerConfig) -> Iterator[Step]:
-    """A single step needs no path: it ends at the clean estimate."""
-    eps = predict_noise(z, path.log_snrs[0])
-    x0 = clean_estimate(z, path.log_snrs[0], eps, sampler.clip)
-    yield Step(x0, x0, eps)
-
-
-def ddim(predict_noise: NoisePredictor, z: Tensor, path: Path, randn: Callable[[], Tensor],
-         sampler: SamplerConfig) -> Iterator[Step]:
-    """First order (Song et al. 2021): the clean estimate holds for a whole step."""
-    for k in range(max(path.steps)):
-        m = path.active(k)
-        eps = predict_noise(z[:m], path.log_snrs[k, :m])
-        x0 = clean_estimate(z[:m], path.log_snrs[k, :m], eps, sampler.clip)
-        z = move(z, x0, path, k, randn, sampler)
-        yield Step(z, x0, eps)
-
-
-# ---------------------------------------------------------------------------------------------- DPM-Solver++ 2M
-
-def dpmpp(predict_noise: NoisePredictor, z: Tensor, path: Path, randn: Callable[[], Tensor],
-          sampler: SamplerConfig) -> Iterator[Step]:
-    """Second order in log-SNR time (Lu et al. 2022, Alg. 2): the clean estimate goes on as it changed last."""
-    x0_before = None
-    for k in range(max(path.steps)):
-        # The clean estimate at t.
-        m = path.active(k)
-        eps = predict_noise(z[:m], path.log_snrs[k, :m])
-        x0 = clean_estimate(z[:m], path.log_snrs[k, :m], eps, sampler.clip)
-
-        # What it will be half a step further; the first step knows no change yet.
-        x0_ahead = x0
-        if k > 0:
-            x0_ahead = half_step_ahead(x0, x0_before[:m], path.log_snrs[k - 1:k + 2, :m])
-
-        # From t to s with it.
-        z = move(z, x0_ahead, path, k, randn, sampler)
-        x0_before = x0
-        yield Step(z, x0_ahead, eps)
-
-
-def half_step_ahead(x0: Tensor, x0_before: Tensor, log_snrs: Tensor) -> Tensor:
-    """The clean estimate in the middle of the step from t to s, linear in log-SNR: like x0 and the one before it.
-
-    log_snrs (3, m) before, at t and at s.
-    """
+    if len(history) == 1:
+        return history[0]
+    x0, x0_before = history
     before, log_snr_t, log_snr_s = log_snrs
     share = (log_snr_s - log_snr_t) / 2 / (log_snr_t - before)
     return x0 + as_factor(share, x0) * (x0 - x0_before)
 
-
-# ---------------------------------------------------------------------------------------------- PLMS
 
 # Adams-Bashforth: how much the latest prediction counts, and those before it, where there are 2, 3 or 4.
 ADAMS_BASHFORTH = {
@@ -484,52 +426,22 @@ ADAMS_BASHFORTH = {
 }
 
 
-def plms(predict_noise: NoisePredictor, z: Tensor, path: Path, randn: Callable[[], Tensor],
-         sampler: SamplerConfig) -> Iterator[Step]:
-    """Up to fourth order (Liu et al. 2022): the noise is extrapolated from the latest predictions."""
-    history = []  # of predictions, newest first
-    for k in range(max(path.steps)):
-        # Predict the noise at t.
-        m = path.active(k)
-        log_snr_t = path.log_snrs[k, :m]
-        eps = predict_noise(z[:m], log_snr_t)
-        history = [eps, *(older[:m] for older in history[:3])]
+def plms_estimate(denoiser: Denoiser, z: Tensor, x0: Tensor, log_snr_t: Tensor, log_snr_s: Tensor, views: Tensor,
+                  history: list[Tensor], move: Callable[[Tensor], Tensor], sampler: SamplerConfig) -> Tensor:
+    """The clean latent of a step by PLMS (Liu et al. 2022): the noise is extrapolated from the latest predictions.
 
-        # The first step tries where it would lead (improved Euler); later ones look back (Adams-Bashforth).
-        if k == 0:
-            eps_mixed = improved_euler(predict_noise, z, eps, path, randn, sampler)
-        else:
-            eps_mixed = adams_bashforth(history)
-
-        # From t to s with the mixed noise.
-        x0 = clean_estimate(z[:m], log_snr_t, eps_mixed, sampler.clip)
-        z = move(z, x0, path, k, randn, sampler)
-        yield Step(z, x0, eps)
-
-
-def improved_euler(predict_noise: NoisePredictor, z: Tensor, eps: Tensor, path: Path, randn: Callable[[], Tensor],
-                   sampler: SamplerConfig) -> Tensor:
-    """The first step's noise (m, 4, h, w): what the mean of the clean estimates at t and s implies in z.
-
-    The mean of the two noises [released: plms.py:137-143] is coarser near t = 1, where a small difference in noise is a
-    large one in the clean latent (sigma / alpha is 30 at t = 0.98).
+    z, x0 (m, 4, h, w) at t; `history`: up to four predicted noises, latest first. The first step is improved Euler: it
+    tries where x0 leads by `move`, and takes the mean. Of the two clean latents, for the mean of the two noises
+    [released: plms.py:137-143] is coarser near t = 1, where a small difference in noise is a large one in the clean
+    latent (sigma / alpha is 30 at t = 0.98).
     """
-    # Where the prediction at t would lead, and what the network says there.
-    m = len(eps)
-    log_snr_t = path.log_snrs[0, :m]
-    log_snr_s = path.log_snrs[1, :m]
-    x0 = clean_estimate(z[:m], log_snr_t, eps, sampler.clip)
-    z_ahead = move(z, x0, path, 0, randn, sampler)[:m]
-    eps_ahead = predict_noise(z_ahead, log_snr_s)
-    if sampler.ancestral:
-        return (eps + eps_ahead) / 2
-
-    # The mean of both clean estimates.
-    x0_ahead = clean_estimate(z_ahead, log_snr_s, eps_ahead, sampler.clip)
-    return eps_from_x0(z[:m], log_snr_t, (x0 + x0_ahead) / 2)
-
-
-def adams_bashforth(history: list[Tensor]) -> Tensor:
-    """The noise of a later step: the last two to four predictions, latest first, extrapolated."""
-    coefficients = ADAMS_BASHFORTH[len(history)]
-    return sum(coefficient * eps for coefficient, eps in zip(coefficients, history))
+    if len(history) == 1:
+        x0_ahead, eps_ahead = denoiser.estimate(move(x0), log_snr_s, views)
+        if sampler.ancestral:
+            eps = (history[0] + eps_ahead) / 2
+        else:
+            eps = eps_from_x0(z, log_snr_t, (x0 + x0_ahead) / 2)
+    else:
+        coefficients = ADAMS_BASHFORTH[len(history)]
+        eps = sum(coefficient * eps for coefficient, eps in zip(coefficients, history))
+    return clean_latent(z, log_snr_t, eps, sampler.clip)

@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from tests.support.denoisers import Analytic
 from unet import UNetConfig
 from vldm import alpha_sigma
 
@@ -17,12 +18,12 @@ def noise():
 
 @pytest.fixture
 def gaussian():
-    """`gaussian(mu, s)` predicts the noise of data N(mu, s^2) exactly: E[eps | z]."""
+    """`gaussian(mu, s)` is the best denoiser of data N(mu, s^2): E[x0 | z], by the noise E[eps | z]."""
     def gaussian(mu, s):
         def predict_noise(z, log_snr):
             alpha, sigma = alpha_sigma(log_snr.to(z.dtype).reshape(-1, *[1] * (z.ndim - 1)))
             return sigma * (z - alpha * mu) / (alpha**2 * s**2 + sigma**2)
-        return predict_noise
+        return Analytic(predict_noise)
     return gaussian
 
 

@@ -243,7 +243,7 @@ def test_no_gradient_through_the_denoiser():
     model = guide.model.requires_grad_(True)
     image = torch.rand(1, 3, 32, 32, requires_grad=True)
     features = torch.rand(1, 16, TINY.map_size, TINY.map_size, requires_grad=True)
-    x_hat = model.denoise(image, features, 0.5, torch.Generator().manual_seed(0), SHORT.sampler)
+    x_hat = model.denoise(image, features, [0.5], torch.Generator().manual_seed(0), SHORT.sampler)
     assert not x_hat.requires_grad and 0 <= x_hat.min() and x_hat.max() <= 1 and x_hat.std() > 0
     work = Distillation(ball(2, 32), replace(SHORT, lr_exposure=0.0), 7, guide)
     work.run()  # the field's update must not need the prior's gradients either: it is the only thing that moves

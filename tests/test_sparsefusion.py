@@ -9,6 +9,7 @@ import torch
 
 import presets
 import sparsefusion
+import vldm
 from cameras import depth_range
 from checkpoints import convert
 from common import files
@@ -93,8 +94,8 @@ def test_shapes_and_ranges():
     sampled = model.sample_view(features, generators, replace(SHORT.sampler, sample_steps=3))
     assert sampled.shape == (2, 3, 32, 32) and 0 <= sampled.min() and sampled.max() <= 1
     for noise_level in (0.0, 0.3, 1.0):
-        shown = model.denoise(scene.images[2:], features, noise_level, g.manual_seed(1), SHORT.sampler)
-        again = model.denoise(scene.images[2:], features, noise_level, g.manual_seed(1), SHORT.sampler)
+        shown = model.denoise(scene.images[2:], features, [noise_level] * 2, g.manual_seed(1), SHORT.sampler)
+        again = model.denoise(scene.images[2:], features, [noise_level] * 2, g.manual_seed(1), SHORT.sampler)
         assert shown.shape == (2, 3, 32, 32) and torch.equal(shown, again)
     one = model.condition(scene.images[:2], scene.cameras[:2], scene.cameras[3:], views)
     parity.assert_close(one.features[0], features[1], std=1e-4)
@@ -102,23 +103,27 @@ def test_shapes_and_ranges():
 
 @pytest.mark.parametrize("solver", ["plms", "dpmpp"])
 def test_images_denoised_together_are_as_denoised_alone(solver):
-    """In any order, each with its level and generator."""
+    """In any order, each with its level."""
     model, g = tiny_model(), torch.Generator().manual_seed(0)
     x, features = torch.rand(4, 3, 32, 32, generator=g), torch.rand(4, 16, 8, 8, generator=g)
-    sampler, levels = replace(SHORT.sampler, solver=solver, plms_steps=4), torch.tensor([0.1, 0.9, 0.02, 0.4])
-    own = lambda: [torch.Generator().manual_seed(7 + i) for i in range(4)]
-    together = model.denoise(x, features, levels, own(), sampler)
-    for i, generator in enumerate(own()):
+    sampler, levels = replace(SHORT.sampler, solver=solver, plms_steps=4), [0.1, 0.9, 0.02, 0.4]
+    together = model.denoise(x, features, levels, g.manual_seed(1), sampler)
+
+    # One generator draws for one image after the other.
+    noise = torch.randn(4, *model.vae.encode(x).shape[1:], generator=g.manual_seed(1))
+    for i in range(4):
         one = slice(i, i + 1)
-        alone = model.denoise(x[one], features[one], float(levels[i]), generator, sampler)
+        latent = model.vae.encode(x[one])
+        denoiser = model.vldm.denoiser(features[one], sampler)
+        alone = model.decode(vldm.denoise(denoiser, latent, [levels[i]], lambda: noise[one], sampler))
         parity.assert_close(together[one], alone, atol=1e-4)
 
 
 def test_guidance_reaches_the_sampler():
     model, g = tiny_model(), torch.Generator()
     x, features = torch.rand(1, 3, 32, 32, generator=g.manual_seed(2)), torch.rand(1, 16, 8, 8, generator=g)
-    plain = model.denoise(x, features, 0.5, g.manual_seed(1), SHORT.sampler)
-    guided = model.denoise(x, features, 0.5, g.manual_seed(1), replace(SHORT.sampler, guidance=3.0))
+    plain = model.denoise(x, features, [0.5], g.manual_seed(1), SHORT.sampler)
+    guided = model.denoise(x, features, [0.5], g.manual_seed(1), replace(SHORT.sampler, guidance=3.0))
     assert not torch.equal(plain, guided)
 
 

@@ -122,9 +122,11 @@ def test_numbers_that_do_not_fit(config, numbers, words):
 def test_predictor_parity(small):
     f = parity.load("unet_small")
     log_snr = cosine_log_snr(f["in_t"])
-    guided = small.noise_predictor(f["in_cond"], float(f["in_cond_scale"]))
-    parity.assert_close(guided(f["in_x"], log_snr), f["out_eps_cfg"], std=1e-4)
-    parity.assert_close(small.noise_predictor(f["in_cond"])(f["in_x"], log_snr), f["out_eps"], std=1e-4)
+    for guidance, name in ((float(f["in_cond_scale"]), "out_eps_cfg"), (1.0, "out_eps")):
+        denoiser = small.denoiser(f["in_cond"], SamplerConfig(guidance=guidance))
+        x0, eps = denoiser.estimate(f["in_x"], log_snr)
+        parity.assert_close(eps, f[name], std=1e-4)
+        parity.assert_close(x0, x0_from_eps(f["in_x"], log_snr, eps).clamp(-10, 10), atol=1e-5)
 
 
 @pytest.mark.parametrize("name, gamma, masked", [("plain", 0.0, False), ("p2", 0.5, False), ("p2_masked", 0.5, True)])
@@ -159,7 +161,7 @@ class Exact(torch.nn.Module):
 def exact_vldm(tiny_unet, gaussian):
     def exact_vldm(prediction, **config):
         model = VLDM(tiny_unet, DiffusionConfig(prediction=prediction, **config))
-        model.unet = Exact(prediction, gaussian(0.3, 0.8))
+        model.unet = Exact(prediction, gaussian(0.3, 0.8).predict_noise)
         return model
     return exact_vldm
 
@@ -168,10 +170,12 @@ def exact_vldm(tiny_unet, gaussian):
 def test_predictions_of_eps_and_v_agree(exact_vldm, gaussian, noise, guidance):
     z, log_snr = noise(3, 4, 2, 2)(), cosine_log_snr(torch.tensor([0.1, 0.6, 0.97]))
     cond = torch.full((3, 6, 2, 2), 0.2)
-    eps, v = (exact_vldm(p).noise_predictor(cond, guidance)(z, log_snr) for p in ("eps", "v"))
-    parity.assert_close(v, eps, atol=1e-5)
-    parity.assert_close(eps, gaussian(0.3, 0.8)(z, log_snr) + guidance * 0.2, atol=1e-5)
-    parity.assert_close(q_sample(x0_from_eps(z, log_snr, eps), log_snr, eps), z, atol=1e-5)
+    sampler = SamplerConfig(guidance=guidance, clip=100.0)
+    for prediction in ("eps", "v"):
+        x0, eps = exact_vldm(prediction).denoiser(cond, sampler).estimate(z, log_snr)
+        parity.assert_close(eps, gaussian(0.3, 0.8).predict_noise(z, log_snr) + guidance * 0.2, atol=1e-5)
+        parity.assert_close(x0, x0_from_eps(z, log_snr, eps), rtol=1e-4, atol=1e-4)
+        parity.assert_close(q_sample(x0, log_snr, eps), z, atol=1e-5)
 
 
 def test_perfect_predictions_have_no_loss_and_v_has_its_own_weight(exact_vldm, noise):
@@ -192,7 +196,7 @@ def test_perfect_predictions_have_no_loss_and_v_has_its_own_weight(exact_vldm, n
 
 def test_guidance_one_calls_the_network_once(exact_vldm):
     model = exact_vldm("eps")
-    plain, guided = (model.noise_predictor(torch.zeros(1, 6, 2, 2), g) for g in (1.0, 3.0))
+    plain, guided = (model.denoiser(torch.zeros(1, 6, 2, 2), SamplerConfig(guidance=g)) for g in (1.0, 3.0))
     z, log_snr = torch.zeros(1, 4, 2, 2), torch.zeros(1)
     plain(z, log_snr)
     assert model.unet.calls == 1
@@ -213,8 +217,8 @@ def tiny(tiny_unet):
 @torch.no_grad()
 def test_same_generator_same_latent(tiny, noise):
     cond, sampler = noise(1, 6, 8, 8)(), SamplerConfig(sample_steps=4)
-    predict_noise = tiny.eval().noise_predictor(cond)
-    sample = lambda seed: vldm.ancestral_sampling(predict_noise, noise(1, 4, 8, 8, seed=seed), sampler)
+    denoiser = tiny.eval().denoiser(cond, sampler)
+    sample = lambda seed: vldm.ancestral_sampling(denoiser, noise(1, 4, 8, 8, seed=seed), sampler)
     assert torch.equal(sample(0), sample(0)) and not torch.equal(sample(0), sample(1))
 
 
@@ -261,7 +265,7 @@ def test_nano_shapes(noise):
         latents = autoencoder.encode(torch.rand(1, 3, 128, 128))
         assert latents.shape == (1, 4, 16, 16) and autoencoder.decode(latents).shape == (1, 3, 128, 128)
         cond = torch.randn(1, presets.NANO.unet.cond_channels, 32, 32)
-        z = vldm.denoise(model.noise_predictor(cond), latents, [0.2], noise(1, 4, 16, 16), sampler)
+        z = vldm.denoise(model.denoiser(cond, sampler), latents, [0.2], noise(1, 4, 16, 16), sampler)
     assert z.shape == latents.shape and z.abs().max() <= sampler.clip
 
 
@@ -273,14 +277,14 @@ def test_acceleration_is_for_cuda(tiny):
 def test_acceleration_on_cuda(tiny, noise):
     model = tiny.eval().cuda().accelerate()
     z, cond = noise(1, 4, 8, 8)().cuda(), noise(1, 6, 8, 8)().cuda()
-    exact = model.noise_predictor(cond)
+    exact = model.denoiser(cond, SamplerConfig())
     with torch.no_grad():
-        fast = model.noise_predictor(cond)
+        fast = model.denoiser(cond, SamplerConfig())
     for log_snr in (5.0, 0.0, -8.0):
         log_snr = torch.tensor(log_snr, device="cuda").expand(1)
         with torch.no_grad():
-            noise_of_half = fast(z, log_snr)
-        parity.assert_close(noise_of_half, exact(z, log_snr).cpu(), std=0.03)
+            _, of_half = fast.estimate(z, log_snr)
+        parity.assert_close(of_half, exact.estimate(z, log_snr)[1].cpu(), std=0.03)
     assert model.fast.predict.half_serves and len(model.fast.predict.captures) == 1
     state = model.state_dict()
     assert not [k for k in state if "fast" in k] and all(v.dtype == torch.float32 for v in state.values())

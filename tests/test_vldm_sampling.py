@@ -7,15 +7,9 @@ import torch
 import vldm
 from checkpoints import released
 from tests.support import parity
+from tests.support.denoisers import Analytic, trajectory
 from unet import UNetConfig
-from vldm import VLDM, SamplerConfig, alpha_sigma, cosine_log_snr, q_sample, x0_from_eps
-
-
-def trajectory(predict_noise, x0, noise_level, randn, **numbers):
-    """Every step of `samplers.denoise`, all images from one noise level; from a draw where there is no x0."""
-    sampler = SamplerConfig(**numbers)
-    start = randn() if x0 is None else vldm.start_latent(x0, [noise_level] * len(x0), randn, sampler)
-    return list(vldm.denoising_steps(predict_noise, start, [noise_level] * len(start), randn, sampler))
+from vldm import VLDM, SamplerConfig, alpha_sigma, as_factor, cosine_log_snr, q_sample, x0_from_eps
 
 
 # --- released numbers ---
@@ -35,28 +29,29 @@ def replay(draws):
 
 def test_sampling_times_parity():
     expected = parity.load("diffusion")["out_sampling_times_500"]
-    seen = []
-    sampler = SamplerConfig(sample_steps=len(expected))
-    vldm.ancestral_sampling(lambda z, log_snr: seen.append(log_snr) or z, lambda: torch.zeros(1, 1, 1, 1), sampler)
-    parity.assert_close(torch.cat(seen), cosine_log_snr(expected[:, 0]), rtol=1e-4, atol=1e-3)
+    denoiser = Analytic(lambda z, log_snr: z)
+    vldm.ancestral_sampling(denoiser, lambda: torch.zeros(1, 1, 1, 1), SamplerConfig(sample_steps=len(expected)))
+    log_snrs = torch.cat([log_snr for _, log_snr, _ in denoiser.calls])
+    parity.assert_close(log_snrs, cosine_log_snr(expected[:, 0]), rtol=1e-4, atol=1e-3)
     parity.assert_close(expected[1:, 0], expected[:-1, 1], atol=1e-6)
 
 
-def released_plms(predict_noise, latents, level, draws):
+def released_plms(denoiser, latents, level, draws):
     """The released sampler: (noised start, latents, clean estimates, predictions, log-SNR of the calls).
 
     Of the recorded draws it uses number 0 for the start, 2 and 4 in the first step, 4 + 2k in step k. From level 0.99
     on it starts from the clean latent, and the noised one (draw 0) is computed for nothing.
     """
-    calls = []
+    calls, predict = [], denoiser.predict
 
-    def recorded(z, log_snr):
+    def recorded(z, log_snr, views):
         calls.append(log_snr[0])
-        return predict_noise(z, log_snr)
+        return predict(z, log_snr, views)
 
+    denoiser.predict = recorded
     start = q_sample(latents, cosine_log_snr(torch.tensor(level)), draws[0])
     randn = replay(draws[2 if level >= 0.99 else 0::2])
-    steps = trajectory(recorded, latents, level, randn, ancestral=True, unnoised_start=True)
+    steps = trajectory(denoiser, latents, level, randn, ancestral=True, unnoised_start=True)
     z, x0, e = (torch.stack(x) for x in zip(*steps)) if steps else (start[None],) * 3
     return start, z, x0, e, torch.stack(calls) if calls else torch.empty(0)
 
@@ -67,14 +62,15 @@ def test_plms_parity(draw):
     draws = f["in_plms_draws"] if draw == "rec" else torch.zeros_like(f["in_plms_draws"])
     for i, level in enumerate(f["in_plms_max_thres"].tolist()):
         std = 1e-3 if level >= 0.99 else 1e-4
-        start, z, x0, e, calls = released_plms(released_predictor, f["in_plms_latents"], level, draws)
+        start, z, x0, e, calls = released_plms(Analytic(released_predictor), f["in_plms_latents"], level, draws)
         parity.assert_close(start, f[f"out_plms{i}_{draw}_x_noisy"], std=std)
         parity.assert_close(z[-1], f[f"out_plms{i}_{draw}_final"], std=std)
-        times = vldm.step_times(level, SamplerConfig())
+        log_snrs, steps = vldm.schedule([level], SamplerConfig())
         taken = f[f"out_plms{i}_t"]
-        assert len(times) - 1 == len(taken)
-        parity.assert_close(times[:-1], taken, atol=1e-6)
-        parity.assert_close(times[1:], f[f"out_plms{i}_t_next"], atol=1e-6)
+        assert steps == [len(taken)]
+        if steps != [0]:
+            parity.assert_close(log_snrs[:-1, 0], cosine_log_snr(taken), rtol=1e-5, atol=1e-3)
+            parity.assert_close(log_snrs[1:, 0], cosine_log_snr(f[f"out_plms{i}_t_next"]), rtol=1e-5, atol=1e-3)
         parity.assert_close(calls, f[f"out_plms{i}_calls_log_snr"], rtol=1e-5, atol=1e-3)
         assert int(f[f"out_plms{i}_n_draws"]) == 1 + 2 * len(calls)
         alpha, _ = alpha_sigma(cosine_log_snr(torch.tensor([level])))
@@ -86,9 +82,9 @@ def test_plms_parity(draw):
 
 def test_plms_parity_where_the_estimate_is_clipped():
     f = parity.load("diffusion")
-    predictor = lambda z, log_snr: -3 * z + 0.4 * log_snr.sin().reshape(-1, 1, 1, 1)
+    denoiser = Analytic(lambda z, log_snr: -3 * z + 0.4 * log_snr.sin().reshape(-1, 1, 1, 1))
     level = f["in_plms_max_thres"][4].item()
-    _, z, x0, _, _ = released_plms(predictor, 6 * f["in_plms_latents"], level, f["in_plms_draws"])
+    _, z, x0, _, _ = released_plms(denoiser, 6 * f["in_plms_latents"], level, f["in_plms_draws"])
     parity.assert_close(z[-1], f["out_plms_clip_final"], std=1e-4)
     parity.assert_close(x0, f["out_plms_clip_x0"], std=1e-4)
     assert x0.abs().max() == SamplerConfig().clip
@@ -98,7 +94,7 @@ def test_plms_parity_from_noise():
     """No start latent: draw 0 is the start, draw 1 an unused noising, then as ever."""
     f = parity.load("diffusion")
     draws = f["in_plms_draws"]
-    steps = trajectory(released_predictor, None, 0.999, replay([draws[0], *draws[3::2]]), ancestral=True)
+    steps = trajectory(Analytic(released_predictor), None, 0.999, replay([draws[0], *draws[3::2]]), ancestral=True)
     parity.assert_close(steps[-1].latent, f["out_plms_noimage_final"], std=1e-3)
     assert int(f["out_plms_noimage_n_draws"]) == 2 + 2 * (len(steps) + 1)
 
@@ -109,8 +105,9 @@ def test_plms_parity_with_the_network(name):
     model = VLDM(UNetConfig(**parity.unet_settings("unet_small")))
     model.load_state_dict(parity.rename(parity.weights("unet_small"), released.PARTS["vldm"]))
     model.eval().requires_grad_(False)
-    predict_noise = model.noise_predictor(f["in_cond"], float(f["in_cond_scale"]) if name == "cfg" else 1.0)
-    start, z, _, e, calls = released_plms(predict_noise, f["in_latents"], f["in_max_thres"].item(), f["in_draws"])
+    guidance = float(f["in_cond_scale"]) if name == "cfg" else 1.0
+    denoiser = model.denoiser(f["in_cond"], SamplerConfig(guidance=guidance))
+    start, z, _, e, calls = released_plms(denoiser, f["in_latents"], f["in_max_thres"].item(), f["in_draws"])
     assert len(z) == len(f["out_t"]) and int(f["out_n_draws"]) == 1 + 2 * len(calls)
     for ours, what in ((start, "x_noisy"), (z[-1], "final"), (z, "img"), (e, "e")):
         parity.assert_close(ours, f[f"out_{name}_{what}"], std=1e-4)
@@ -119,7 +116,8 @@ def test_plms_parity_with_the_network(name):
 def test_ancestral_parity():
     f = parity.load("diffusion")
     randn = replay(f["in_ddpm_draws"])
-    z = vldm.ancestral_sampling(released_predictor, randn, SamplerConfig(sample_steps=len(f["in_ddpm_draws"]) - 1))
+    sampler = SamplerConfig(sample_steps=len(f["in_ddpm_draws"]) - 1)
+    z = vldm.ancestral_sampling(Analytic(released_predictor), randn, sampler)
     parity.assert_close(z, f["out_ddpm12_final"], std=1e-3)
     assert len(randn.left) == 1  # the released loop draws in its last step too
 
@@ -139,11 +137,11 @@ def test_plms_from_noise_samples_the_data(gaussian, noise, mu, s):
     assert abs(estimate.mean() - mu) < 0.03 * s
 
 
-def first_order(predict_noise, z, level, steps):
+def first_order(denoiser, z, level, steps):
     """DDIM without noise (Song et al. 2021, Eq. 12)."""
-    log_snrs = cosine_log_snr(vldm.step_times(level, SamplerConfig(plms_steps=steps))).double()
+    log_snrs = vldm.schedule([level], SamplerConfig(plms_steps=steps))[0][:, 0].double()
     for a, b in zip(log_snrs, log_snrs[1:]):
-        eps = predict_noise(z, a)
+        eps = denoiser.predict_noise(z, a)
         alpha, sigma = alpha_sigma(b)
         z = alpha * x0_from_eps(z, a, eps) + sigma * eps
     return z
@@ -176,9 +174,9 @@ def test_plms_draws_once_and_the_released_one_at_every_step(gaussian):
 def test_number_of_plms_steps(gaussian, noise, level, n):
     """Double precision, left to right: 0.29 gives 28. One step suffices; below 0.01 the start is the result."""
     x0, randn = torch.zeros(1, 4, 2, 2), noise(1, 4, 2, 2)
-    start = vldm.start_latent(x0, [level], noise(1, 4, 2, 2), SamplerConfig())
-    steps = list(vldm.denoising_steps(gaussian(0, 1), start, [level], randn, SamplerConfig()))
+    steps = trajectory(gaussian(0, 1), x0, level, randn)
     assert len(steps) == n and all(torch.isfinite(x).all() for step in steps for x in step)
+    start = q_sample(x0, cosine_log_snr(torch.tensor(level)), noise(1, 4, 2, 2)())
     last = steps[-1].latent if steps else start
     assert torch.equal(vldm.denoise(gaussian(0, 1), x0, [level], noise(1, 4, 2, 2), SamplerConfig()), last)
 
@@ -186,20 +184,17 @@ def test_number_of_plms_steps(gaussian, noise, level, n):
 @pytest.mark.parametrize("level", [0.0, 0.005, 0.2, 0.49, 0.5, 0.97, 0.98, 1.0])
 @pytest.mark.parametrize("ancestral", [False, True])
 def test_one_step_is_one_call_and_its_clean_estimate(gaussian, noise, level, ancestral):
-    sampler, calls = SamplerConfig(plms_steps=1, t_start=0.98, clip=5.0, ancestral=ancestral), []
+    sampler = SamplerConfig(plms_steps=1, t_start=0.98, ancestral=ancestral)
     best = gaussian(0.3, 0.7)
-
-    def predict_noise(z, log_snr):
-        calls.append((z, log_snr))
-        return best(z, log_snr)
-
+    best.clip = 5.0
     x0 = 0.3 + 0.7 * noise(3, 4, 2, 2, seed=1)()
     draws = replay([noise(3, 4, 2, 2)()])
-    result = vldm.denoise(predict_noise, x0, [level] * 3, draws, sampler)
+    result = vldm.denoise(best, x0, [level] * 3, draws, sampler)
     log_snr = cosine_log_snr(torch.tensor(min(level, 0.98)))
     z = q_sample(x0, log_snr, noise(3, 4, 2, 2)())
-    assert len(calls) == 1 and torch.equal(calls[0][0], z) and torch.equal(calls[0][1], log_snr.expand(3))
-    assert torch.equal(result, x0_from_eps(z, log_snr, best(z, log_snr)).clamp(-5, 5)) and not draws.left
+    (seen_z, seen_log_snr, eps), = best.calls
+    assert torch.equal(seen_z, z) and torch.equal(seen_log_snr, log_snr.expand(3))
+    assert torch.equal(result, x0_from_eps(z, log_snr, eps).clamp(-5, 5)) and not draws.left
     # Which is the mean of what is possible, and near t = 0 the latent itself.
     alpha, sigma = alpha_sigma(log_snr)
     mean = 0.3 + alpha * 0.7**2 / (alpha**2 * 0.7**2 + sigma**2) * (z - alpha * 0.3)
@@ -217,7 +212,11 @@ def test_higher_levels_are_lowered_to_where_sampling_starts(gaussian, noise):
 
 def test_high_levels_start_from_the_noised_latent_unless_told_otherwise(noise):
     x0 = torch.full((1, 4, 2, 2), 3.0)
-    start = lambda level, **numbers: vldm.start_latent(x0, [level], noise(1, 4, 2, 2), SamplerConfig(**numbers))
+
+    def start(level, **numbers):
+        sampler = SamplerConfig(**numbers)
+        return vldm.noised(x0, vldm.schedule([level], sampler)[0][0], [level], noise(1, 4, 2, 2), sampler)
+
     assert torch.equal(start(0.99), start(1.0))  # from t = 1
     parity.assert_close(start(1.0), noise(1, 4, 2, 2)(), atol=1e-4)
     assert start(0.99, unnoised_start=True) is x0
@@ -263,18 +262,16 @@ def test_solvers_sample_the_data_from_noise(gaussian, noise, solver, steps, mu, 
 
 @pytest.mark.parametrize("solver, calls", [("plms", 11), ("ddim", 10), ("dpmpp", 10)])
 def test_calls_of_a_solver(gaussian, noise, solver, calls):
-    seen = []
     best = gaussian(0, 1)
-    predict_noise = lambda z, log_snr: seen.append(len(z)) or best(z, log_snr)
     sampler = SamplerConfig(solver=solver, plms_steps=10)
-    vldm.denoise(predict_noise, torch.zeros(2, 4, 2, 2), [0.9, 0.9], noise(2, 4, 2, 2), sampler)
-    assert seen == [2] * calls
+    vldm.denoise(best, torch.zeros(2, 4, 2, 2), [0.9, 0.9], noise(2, 4, 2, 2), sampler)
+    assert [len(z) for z, _, _ in best.calls] == [2] * calls
 
 
 @pytest.mark.parametrize("level, plms, others", [(0.0, 0, 0), (0.04, 0, 1), (0.06, 1, 2), (0.3, 6, 6), (0.5, 10, 10)])
 def test_plms_rounds_its_steps_down_and_the_others_up(level, plms, others):
     for solver, steps in (("plms", plms), ("ddim", others), ("dpmpp", others)):
-        assert vldm.step_count(level, SamplerConfig(solver=solver, plms_steps=10)) == steps
+        assert vldm.schedule([level], SamplerConfig(solver=solver, plms_steps=10))[1] == [steps]
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp"])
@@ -283,14 +280,15 @@ def test_solvers_in_log_snr_start_where_it_ends(gaussian, noise, solver):
     below, at, highest = (vldm.denoise(gaussian(0, 1), x0, [level], noise(1, 4, 2, 2), sampler)
                           for level in (0.98, 0.99, 1.0))
     assert torch.equal(at, highest) and not torch.equal(at, below)
-    log_snrs = vldm.step_log_snrs(1.0, sampler)
+    log_snrs = vldm.schedule([1.0], sampler)[0][:, 0]
     parity.assert_close(log_snrs.diff(), log_snrs.diff()[:1].expand(4), rtol=1e-5)
 
 
-def test_the_clean_estimate_goes_on_linearly_in_log_snr():
+def test_dpmpp_extrapolates_linearly_in_log_snr():
     x0, before = torch.full((2, 4, 1, 1), 3.0), torch.full((2, 4, 1, 1), 1.0)
     log_snrs = torch.tensor([[-4.0, 0.0], [-2.0, 1.0], [2.0, 1.5]])
-    ahead = vldm.half_step_ahead(x0, before, log_snrs)
+    ahead = vldm.dpmpp_estimate([x0, before], log_snrs)
+    assert torch.equal(vldm.dpmpp_estimate([x0], log_snrs), x0)
     assert torch.equal(ahead[:, 0, 0, 0], torch.tensor([3 + 2 / 2 * 2, 3 + 2 / 1 * 0.25]))
 
 
@@ -313,22 +311,24 @@ def test_images_of_a_batch_do_not_mix(gaussian, noise, numbers):
 
 
 def test_an_image_that_is_done_leaves_the_batch(gaussian, noise):
-    seen = []
     best = gaussian(0, 1)
-    predict_noise = lambda z, log_snr: seen.append(len(z)) or best(z, log_snr)
-    x0 = noise(5, 4, 2, 2)()
-    steps = trajectory_of(predict_noise, x0, LEVELS, noise(5, 4, 2, 2), plms_steps=10)
-    assert seen == [4, 4, 4] + [3] * 4 + [2] * 4
-    assert all(torch.equal(step.latent[3], steps[1].latent[3]) for step in steps[1:])
+    vldm.denoise(best, noise(5, 4, 2, 2)(), LEVELS, noise(5, 4, 2, 2), SamplerConfig(plms_steps=10))
+    assert [len(z) for z, _, _ in best.calls] == [4, 4, 4] + [3] * 4 + [2] * 4
 
 
-def trajectory_of(predict_noise, x0, noise_levels, randn, **numbers):
-    """Every step of a batch whose images have levels of their own."""
-    sampler = SamplerConfig(**numbers)
-    start = vldm.start_latent(x0, noise_levels, randn, sampler)
-    return list(vldm.denoising_steps(predict_noise, start, noise_levels, randn, sampler))
+@pytest.mark.parametrize("solver", ["plms", "ddim", "dpmpp"])
+def test_images_come_in_any_order(gaussian, noise, solver):
+    """The network is told whose latents it sees."""
+    sampler = SamplerConfig(solver=solver, plms_steps=10)
+    x0, draw, order = noise(5, 4, 2, 2, seed=1)(), noise(5, 4, 2, 2)(), [3, 0, 4, 2, 1]
+    shift = torch.arange(5.0)
 
+    def denoiser(of):
+        best = gaussian(0.2, 0.7)
+        best.predict = lambda z, log_snr, views: best.predict_noise(z, log_snr) + 0.1 * as_factor(of[views], z)
+        return best
 
-def test_more_steps_must_come_first(gaussian, noise):
-    with pytest.raises(ValueError, match="more steps must come first"):
-        vldm.denoise(gaussian(0, 1), torch.zeros(2, 4, 2, 2), [0.1, 0.9], noise(2, 4, 2, 2), SamplerConfig())
+    result = vldm.denoise(denoiser(shift), x0, LEVELS, lambda: draw, sampler)
+    levels = [LEVELS[i] for i in order]
+    other = vldm.denoise(denoiser(shift[order]), x0[order], levels, lambda: draw[order], sampler)
+    parity.assert_close(other, result[order], atol=1e-5)
