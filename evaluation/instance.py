@@ -227,9 +227,8 @@ def _run_instance(instance: Instance, out: Path, overwrite: bool, extend: bool) 
     began = time.monotonic()
     begin("loading")
     settings = instance.settings()
-    other = results.conflict(out, settings, extend)
-    if other and not overwrite:
-        raise ValueError(f"{out}: results of other settings ({other}); choose another --out, or --overwrite")
+    if not overwrite:
+        results.require_free(out, settings, extend)
 
     # What is given.
     inputs = instance.inputs()
@@ -240,7 +239,7 @@ def _run_instance(instance: Instance, out: Path, overwrite: bool, extend: bool) 
     world = scene.world and {"R": scene.world.R.tolist(), "scale": scene.world.scale,
                              "shift": scene.world.shift.tolist()}
     instance.note_more_iterations()
-    results.claim(out, settings, clear=bool(other))
+    results.claim(out, settings, extend)
 
     # The method, and what it is compared with.
     title = "field fit" if model is None else "distillation"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from common import files
 from common.processes import Interrupted, whole
 from common.progress import Progress
+from common.settings import differences
 
 Numbers = dict[str, Tensor]  # what a step shows: name -> scalar
 
@@ -89,7 +90,7 @@ class Fit:
         if not self.state_file.exists():
             return
         state = files.read_tensors(self.state_file, "module")
-        other = files.differences(state.get("settings", {}), self.settings)
+        other = differences(state.get("settings", {}), self.settings)
         if other:
             raise ValueError(f"{self.state_file}: the state of another training ({other}); delete it or choose "
                              "another --out")
