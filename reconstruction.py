@@ -19,7 +19,7 @@ from torch import Tensor
 import volume
 from cameras import Cameras, Scene, Similarity, circle_path, object_half_side, relative_to
 from common import files
-from common.processes import Interrupted, whole
+from common.processes import Interrupted, uninterruptible
 from common.progress import Progress
 from common.settings import differences
 from distillation import Distillation, DistillConfig, Prior
@@ -227,7 +227,7 @@ def optimize(distillation: Distillation, title: str | None, checkpoint: Path | N
     """All iterations that are left, saved about once a minute, at the end and when somebody interrupts."""
     done = distillation.completed
     total = distillation.config.iterations
-    with whole():
+    with uninterruptible():
         try:
             distillation.run(title, save if checkpoint else None)
         except Interrupted as e:

@@ -61,10 +61,11 @@ def run(command: Callable, args: argparse.Namespace) -> None:
         print("error:", " ".join(str(e).splitlines()), file=sys.stderr)
         sys.exit(2)
     except Interrupted as e:
-        name = "Ctrl-C" if e.number == signal.SIGINT else signal.Signals(e.number).name
+        number = e.args[0]
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         saved = "".join(f"; {note}" for note in getattr(e, "__notes__", []))
         print(f"stopped by {name}{saved}; the same command goes on from what is saved", file=sys.stderr)
-        sys.exit(128 + e.number)
+        sys.exit(128 + number)
 
 
 def note_useless(args: argparse.Namespace, flags: list[str], why: str) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from common import files
 from common.machine import peak_gb, versions
-from common.progress import seconds_by_step
 from common.settings import differences
 from export.pictures import LABELS
 from reconstruction import OUTPUT_FIELDS, Reconstruction
@@ -67,7 +66,6 @@ def account(ours: Reconstruction, device: str, began: float) -> dict:
         "gone_on_from": ours.gone_on_from,
         "versions": versions(device),
         "seconds": round(time.monotonic() - began + ours.earlier_seconds, 1),
-        "seconds_by_step": seconds_by_step(),
         "distillation_seconds": round(ours.seconds, 1),
         "peak_gb": peak_gb(device),
     }

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from common import files
-from common.processes import Interrupted, whole
+from common.processes import Interrupted, uninterruptible
 from common.progress import Progress
 from common.settings import differences
 
@@ -141,7 +141,7 @@ class Fit:
 
     def run(self, title: str, minutes: float | None = None) -> None:
         """All steps that are left, or as many as fit into so many minutes. An interrupted run is saved."""
-        with whole():
+        with uninterruptible():
             try:
                 self._run(title, minutes)
             except Interrupted as e:
