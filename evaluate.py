@@ -22,8 +22,7 @@ from common.progress import Progress
 from datasets import co3d
 from datasets.protocol import PROTOCOLS, Entry, read_list, save_list
 from evaluation import results
-from evaluation.flags import (add_instance_flags, config_from_flags, instance_from_flags, note_new_categories,
-                              note_useless_flags)
+from evaluation.flags import add_instance_flags, config_from_flags, instance_from_flags, note_new_categories
 from evaluation.instance import Instance, run_instance
 from evaluation.sources import CO3DSequence
 from evaluation.tables import markdown, means, paired
@@ -105,9 +104,10 @@ def summarize(made: list[dict], jobs: int) -> dict:
     `jobs`.
     """
     # What all of them share.
-    shared = common([result["settings"] for result in made])
-    for name in ("entry", "pictures", "seed"):
-        shared.pop(name, None)
+    shared = {}
+    for name, value in made[0]["settings"].items():
+        if all(result["settings"].get(name) == value for result in made):
+            shared[name] = value
 
     # The method against each of the others, on the same sequences, and the numbers of each.
     rows = [result["methods"] for result in made]
@@ -123,23 +123,8 @@ def summarize(made: list[dict], jobs: int) -> dict:
     }
 
 
-def common(settings: list[dict]) -> dict:
-    """What is the same in all of them."""
-    same = {}
-    for name, first in settings[0].items():
-        values = [other.get(name) for other in settings]
-        if all(x == first for x in values):
-            same[name] = first
-        elif all(isinstance(x, dict) for x in values):
-            same[name] = common(values)
-    return same
-
-
 def command(args: argparse.Namespace) -> None:
     """Evaluate what was asked for."""
-    note_useless_flags(args)
-    if args.list:
-        cli.note_useless(args, ["--category", "--instances", "--protocol"], "with --list")
     jobs = choose_jobs(args)
     entries = [instance.source.entry for instance, _ in jobs]
     note_new_categories(args.weights, [entry.category for entry in entries])
@@ -180,7 +165,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--category", nargs="+", default=["toys"], metavar="C", help="categories, or all (default: toys)")
     p.add_argument("--instances", type=cli.views, default=10, metavar="N",
                    help="the first N sequences of every category; 0 for all (default: 10)")
-    p.add_argument("--list", type=Path, metavar="F", help="the sequences of a list.json instead")
+    p.add_argument("--list", type=Path, metavar="F", help="the sequences of a list.json instead of --category, --instances, --protocol")
     p.add_argument("--out", type=Path, default=Path("output/evaluation"), metavar="DIR",
                    help="results, a folder a sequence (default: output/evaluation)")
 

@@ -90,14 +90,13 @@ def choose_folder(parent: Path, name: str, settings: dict, overwrite: bool) -> P
     first = parent / files.safe_name(name)
     if first.name != name:
         print(f"{name!r} is no name for a folder; its results go to {first}")
-    other = conflict(first, settings, extend=True)
-    if overwrite or not other:
-        return first
-
     # Nothing is replaced.
-    number = 2
-    while conflict(first.with_name(f"{first.name}_{number}"), settings, extend=True):
+    folder = first
+    number = 1
+    while not overwrite and conflict(folder, settings, extend=True):
         number += 1
-    folder = first.with_name(f"{first.name}_{number}")
-    print(f"{first} has results of other settings ({other}); these go to {folder}")
+        folder = first.with_name(f"{first.name}_{number}")
+    if folder != first:
+        other = conflict(first, settings, extend=True)
+        print(f"{first} has results of other settings ({other}); these go to {folder}")
     return folder

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from common import files
 from common.processes import Interrupted, uninterruptible
@@ -170,10 +171,9 @@ class Fit:
             progress.note = ", ".join(f"{name} {x:.4f}" for name, x in shown.items())
             if step % 500 == 0 or last:
                 seconds = now - began
-                progress.say(f"step {self.completed} of {total}, {seconds:.0f} s: {progress.note}")
+                tqdm.write(f"step {self.completed} of {total}, {seconds:.0f} s: {progress.note}")
             if minutes and now - began > 60 * minutes:
-                progress.say(f"stopped after {minutes} minutes at step {self.completed}; "
-                             "the same command goes on from there")
+                tqdm.write(f"stopped after {minutes} minutes at step {self.completed}; the same command resumes")
                 break
             if now - saved > self.config.save_seconds:
                 self.save()

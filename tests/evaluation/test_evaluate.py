@@ -236,10 +236,3 @@ def test_markdown_and_text():
     assert table(rows((24.0, 22.0))[0]).splitlines()[1].split() == ["EFT", "22.00", "-", "1.000", "-"]
     field = markdown([{"ngp": {"psnr": 20.0}}], "a network")
     assert "SparseFusion" not in field
-
-
-def test_what_sequences_have_in_common():
-    one = {"weights": "a", "config": {"iterations": 5, "field": {"levels": 2, "width": 8}}, "seed": 1}
-    other = {"weights": "a", "config": {"iterations": 5, "field": {"levels": 3, "width": 8}}, "seed": 2}
-    assert evaluate.common([one]) == one
-    assert evaluate.common([one, other]) == {"weights": "a", "config": {"iterations": 5, "field": {"width": 8}}}

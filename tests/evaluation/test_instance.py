@@ -254,16 +254,6 @@ def test_without_out_nothing_is_replaced(fast, tmp_path, monkeypatch, capsys):
 
 # --- what one line says ---
 
-@pytest.mark.parametrize("flags, words", [
-    (["--no-prior", "--weights", sparsefusion.SHIPPED], ["note: --weights: no effect with --no-prior"]),
-    (["--no-prior", "--set", "viewpoints=3", "plms_steps=2"], ["--set viewpoints sampler.plms_steps: no effect"]),
-    (["--no-prior", "--views", 3, "--input-frames", "3,4"], ["note: --views: no effect with --input-frames"])])
-def test_flags_without_effect_are_named(flags, words, fast, tmp_path, capsys):
-    command(tmp_path, "--targets", 1, *flags)
-    printed = capsys.readouterr().out
-    assert all(word in printed for word in words)
-
-
 def test_data_that_a_prior_has_never_seen_are_named(tmp_path, capsys):
     sparsefusion.save(tiny_model(), tmp_path / "hydrant.pt", trained_on=[
         {"what": "vae", "category": "apple"}, {"what": "prior", "category": "hydrant"}])
