@@ -92,7 +92,7 @@ def _forecast(photographs: Photographs) -> str:
     weights = None if alone else sparsefusion.SHIPPED
     names = tuple(source.names[i] for i in inputs)
     instance = Instance(source, config, weights, 0, names, HELD_OUT, 0, Path(), None, "cpu")
-    seconds = sum(instance.expected_costs().values())
+    seconds = instance.expected_seconds()
 
     # Torch and what it works with, every photograph in both of its squares, and the largest one while it is decoded.
     kept = len(source.names) * 2 * 5 * 4 * config.image_size**2

@@ -16,7 +16,7 @@ import sparsefusion
 from common import cli
 from evaluation import results
 from evaluation.flags import (add_instance_flags, config_from_flags, instance_from_flags, note_new_categories,
-                              note_useless_flags, trained_categories)
+                              trained_categories)
 from evaluation.instance import Instance, run_instance
 from evaluation.sources import (ENOUGH, CO3DSequence, OwnPhotographs, Source, check_inputs, find_sequence,
                                 find_views, random_views)
@@ -103,8 +103,7 @@ def instance_of_command(args: argparse.Namespace) -> Instance:
         config = config_from_flags(args, no_prior)
         instance = instance_from_flags(args, source, config, input_frames, no_prior)
 
-    # What will not do what somebody may hope.
-    note_useless_flags(args)
+    # What takes longer than somebody may hope.
     if instance.weights and args.device == "cpu" and sparsefusion.read_preset(args.weights).name == "paper":
         print("note: the paper's size takes minutes an iteration on a CPU; it is meant for --device cuda")
     return instance

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,50 +21,42 @@ from common.processes import map_processes
 from common.progress import Progress
 from datasets import co3d
 from datasets.protocol import PROTOCOLS, Entry, read_list, save_list
-from evaluation.flags import (add_instance_flags, config_from_flags, instance_from_flags, note_new_categories,
-                              note_useless_flags)
+from evaluation import results
+from evaluation.flags import add_instance_flags, config_from_flags, instance_from_flags, note_new_categories
 from evaluation.instance import Instance, run_instance
 from evaluation.sources import CO3DSequence
 from evaluation.tables import markdown, means, paired
 
 
-@dataclass(frozen=True)
-class Job:
-    """One sequence of an evaluation, and where its results go."""
-    instance: Instance
-    out: Path
-    strict: bool     # an error ends everything
-    overwrite: bool  # results of other settings may be replaced
+Job = tuple[Instance, Path]  # one sequence of an evaluation, and the folder of its results
 
 
-# ---------------------------------------------------------------------------------------------- one sequence
-
-def finished(job: Job) -> dict | None:
-    """What `metrics.json` of a sequence holds, if it was made from the same settings and files.
+def finished(job: Job, overwrite: bool) -> dict | None:
+    """What `metrics.json` of a sequence holds, if everything is there and was made from the same settings and files.
 
     Raises `ValueError` for results of other settings, unless they may be replaced.
     """
-    earlier = job.out / "metrics.json"
-    if not earlier.exists():
+    instance, out = job
+    if not (out / "metrics.json").exists():
         return None
-    result = files.read_json(earlier)
-    other = files.differences(result.get("settings"), job.instance.settings())
-    if other and not job.overwrite:
-        raise ValueError(f"{earlier}: results of other settings ({other}); choose another --out, or --overwrite")
-    return None if other else result
+    settings = instance.settings()
+    if not overwrite:
+        results.require_free(out, settings)
+    return results.finished(out, settings)
 
 
-def evaluate_one(job: Job) -> str | None:
+def evaluate_one(job: Job, strict: bool, overwrite: bool) -> str | None:
     """Make the results of one sequence, unless they are there. Returns what was wrong with it, in one line, if
-    anything.
+    anything; raises it if `strict`. `overwrite`: results of other settings may be replaced.
     """
+    instance, out = job
     try:
-        if finished(job) is None:
-            run_instance(job.instance, job.out, job.overwrite)
+        if finished(job, overwrite) is None:
+            run_instance(instance, out, overwrite)
     except (OSError, ValueError, FloatingPointError) as e:
-        if job.strict:
+        if strict:
             raise
-        return f"{job.instance.source.name}: {e}"
+        return f"{instance.source.name}: {e}"
     return None
 
 
@@ -94,7 +86,7 @@ def choose_jobs(args: argparse.Namespace) -> list[Job]:
         folder = args.out / files.safe_name(entry.category) / files.safe_name(entry.sequence)
         if (folder.parent.name, folder.name) != (entry.category, entry.sequence):
             print(f"{entry.category!r}, {entry.sequence!r}: no names for folders; their results go to {folder}")
-        jobs.append(Job(instance, folder, args.strict, args.overwrite))
+        jobs.append((instance, folder))
     return jobs
 
 
@@ -107,82 +99,61 @@ def my_share(jobs: list[Job]) -> list[Job]:
     return jobs[rank::world]
 
 
-def summarize(results: list[dict], jobs: int) -> dict:
-    """Means with standard errors, and paired differences to every other method."""
-    rows = [result["methods"] for result in results]
-    mean = {}
-    for method, row in means(rows).items():
-        mean[method] = {metric: number._asdict() for metric, number in row.items()}
+def summarize(made: list[dict], jobs: int) -> dict:
+    """Means with standard errors, and paired differences to every other method, of the results `made` by so many
+    `jobs`.
+    """
+    # What all of them share.
+    shared = {}
+    for name, value in made[0]["settings"].items():
+        if all(result["settings"].get(name) == value for result in made):
+            shared[name] = value
 
-    # The method against each of the others, on the same sequences.
-    differences = {}
-    for method in rows[0]:
-        pairs = paired(rows, "sparsefusion", method)
-        differences[method] = {}
-        for metric, pair in pairs.items():
-            differences[method][metric] = pair.difference._asdict() | {"wins": pair.wins}
-
-    # What all of them share, and the numbers of each.
-    first = results[0]
-    shared = common([result["settings"] for result in results])
-    for name in ("entry", "pictures", "seed"):
-        shared.pop(name, None)
-    sequences = {result["sequence"]: result["methods"] for result in results}
+    # The method against each of the others, on the same sequences, and the numbers of each.
+    rows = [result["methods"] for result in made]
     return {
-        "instances": len(results),
-        "missing": jobs - len(results),
-        "mean": mean,
-        "sparsefusion_minus": differences,
-        "perceptual_name": first["perceptual_name"],
+        "instances": len(made),
+        "missing": jobs - len(made),
+        "mean": means(rows),
+        "sparsefusion_minus": {method: paired(rows, "sparsefusion", method) for method in rows[0]},
+        "perceptual_name": made[0]["perceptual_name"],
         "settings": shared,
-        "sequences": sequences,
-        "seconds": [result["seconds"] for result in results],
+        "sequences": {result["sequence"]: result["methods"] for result in made},
+        "seconds": [result["seconds"] for result in made],
     }
-
-
-def common(settings: list[dict]) -> dict:
-    """What is the same in all of them."""
-    same = {}
-    for name, first in settings[0].items():
-        values = [other.get(name) for other in settings]
-        if all(x == first for x in values):
-            same[name] = first
-        elif all(isinstance(x, dict) for x in values):
-            same[name] = common(values)
-    return same
 
 
 def command(args: argparse.Namespace) -> None:
     """Evaluate what was asked for."""
-    note_useless_flags(args)
-    if args.list:
-        cli.note_useless(args, ["--category", "--instances", "--protocol"], "with --list")
     jobs = choose_jobs(args)
-    note_new_categories(args.weights, [job.instance.source.entry.category for job in jobs])
-    save_list([job.instance.source.entry for job in jobs], args.out / "list.json")
+    entries = [instance.source.entry for instance, _ in jobs]
+    note_new_categories(args.weights, [entry.category for entry in entries])
+    save_list(entries, args.out / "list.json")
 
     # Results of other settings stop everything before anything is computed; those of the same are taken up.
     mine = my_share(jobs)
-    there = sum(finished(job) is not None for job in mine)
+    there = sum(finished(job, args.overwrite) is not None for job in mine)
     if there:
         print(f"{args.out}: {there} of {len(mine)} sequences are there already and taken up")
     problems = []
-    for problem in Progress(map_processes(evaluate_one, mine, args.workers), "sequences", total=len(mine)):
+    evaluate_job = partial(evaluate_one, strict=args.strict, overwrite=args.overwrite)
+    for problem in Progress(map_processes(evaluate_job, mine, args.workers), "sequences", total=len(mine)):
         if problem is not None:
             print(f"left out: {problem}")
             problems.append(problem)
 
     # Everything that is there by now; of several processes the last one sees it all.
-    results = [result for result in map(finished, jobs) if result is not None]
-    if not results:
+    made = [finished(job, args.overwrite) for job in jobs]
+    made = [result for result in made if result is not None]
+    if not made:
         first = f"; the first: {problems[0]}" if problems else ""
         raise ValueError(f"{args.out}: none of {len(jobs)} sequences is evaluated{first}")
-    rows = [result["methods"] for result in results]
-    text = markdown(rows, results[0]["perceptual_name"])
+    rows = [result["methods"] for result in made]
+    text = markdown(rows, made[0]["perceptual_name"])
     with files.write_atomically(args.out / "evaluation.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
-    files.save_json(summarize(results, len(jobs)) | {"left_out": problems}, args.out / "evaluation.json")
-    print(f"{len(results)} of {len(jobs)} sequences, {args.views} input views each; {len(problems)} left out\n\n{text}")
+    files.save_json(summarize(made, len(jobs)) | {"left_out": problems}, args.out / "evaluation.json")
+    print(f"{len(made)} of {len(jobs)} sequences, {args.views} input views each; {len(problems)} left out\n\n{text}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -194,7 +165,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--category", nargs="+", default=["toys"], metavar="C", help="categories, or all (default: toys)")
     p.add_argument("--instances", type=cli.views, default=10, metavar="N",
                    help="the first N sequences of every category; 0 for all (default: 10)")
-    p.add_argument("--list", type=Path, metavar="F", help="the sequences of a list.json instead")
+    p.add_argument("--list", type=Path, metavar="F", help="the sequences of a list.json instead of --category, --instances, --protocol")
     p.add_argument("--out", type=Path, default=Path("output/evaluation"), metavar="DIR",
                    help="results, a folder a sequence (default: output/evaluation)")
 

@@ -7,7 +7,6 @@ Shapes: `V` input views, `Q` query viewpoints, `T` cameras to look from, `B` cam
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,8 +19,9 @@ from torch import Tensor
 import volume
 from cameras import Cameras, Scene, Similarity, circle_path, object_half_side, relative_to
 from common import files
-from common.processes import Interrupted, whole
+from common.processes import Interrupted, uninterruptible
 from common.progress import Progress
+from common.settings import differences
 from distillation import Distillation, DistillConfig, Prior
 from export.mesh import Mesh, extract_mesh, largest_component
 from export.pictures import Views, add_preview
@@ -227,7 +227,7 @@ def optimize(distillation: Distillation, title: str | None, checkpoint: Path | N
     """All iterations that are left, saved about once a minute, at the end and when somebody interrupts."""
     done = distillation.completed
     total = distillation.config.iterations
-    with whole():
+    with uninterruptible():
         try:
             distillation.run(title, save if checkpoint else None)
         except Interrupted as e:
@@ -314,20 +314,7 @@ def read_state(checkpoint: Path | None, wanted: dict | None, extend: bool = Fals
     state = files.read_tensors(checkpoint, "field")
     if not isinstance(state.get("completed"), int):
         raise ValueError(f"{checkpoint}: not a whole state of a field (no iterations); delete it to start again")
-    found = state.get("settings", {})
-    other = files.differences(found, wanted)
-    if other and not (extend and goes_further(found, wanted)):
+    other = differences(state.get("settings", {}), wanted, extend=extend)
+    if other:
         raise ValueError(f"{checkpoint}: a field of other settings ({other}); choose another --out, or --overwrite")
     return state
-
-
-def goes_further(found: dict, wanted: dict) -> bool:
-    """Whether settings with a "config" want what others did, for more iterations."""
-    before = found.get("config")
-    if not isinstance(before, dict) or not before.get("iterations", math.inf) < wanted["config"]["iterations"]:
-        return False
-
-    # The length of the bootstrap depends on them, and how many rays a pixel has.
-    names = ("iterations", "bootstrap", "input_pixels", "pixel_side")
-    longer = {name: wanted["config"][name] for name in names}
-    return not files.differences(found | {"config": before | longer}, wanted)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import hashlib
 import json
 import random
 from collections.abc import Sequence
@@ -128,14 +127,9 @@ def vae_loss(vae: VAE, images: Tensor, generator: torch.Generator) -> Tensor:
     return error.abs().mean() + (error**2).mean() + gradients + 1e-6 * kl
 
 
-class PriorLoss(NamedTuple):
-    """The two terms of the prior's training, scalars."""
-    diffusion: Tensor
-    color: Tensor
-
-
-def prior_loss(model: SparseFusion, batch: Batch, near: Tensor, far: Tensor, generator: torch.Generator) -> PriorLoss:
-    """One training step of EFT and UNet: the diffusion loss of the query latents and the EFT's color loss.
+def prior_loss(model: SparseFusion, batch: Batch, near: Tensor, far: Tensor,
+               generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One training step of EFT and UNet: the diffusion loss of the query latents and the EFT's color loss, scalars.
 
     near, far (B,): the depth range of each sequence.
     """
@@ -166,7 +160,7 @@ def prior_loss(model: SparseFusion, batch: Batch, near: Tensor, far: Tensor, gen
     keep = (rand(n, generator=generator, device=device) >= config.drop).to(x0.dtype)[:, None, None, None]
     eps = randn(*x0.shape, generator=generator, device=device)
     features = seen.features.transpose(1, 2).unflatten(-1, (side, side)).repeat_interleave(config.noisings, 0)
-    return PriorLoss(model.vldm.loss(x0, features * keep, t, eps, mask), color_loss)
+    return model.vldm.loss(x0, features * keep, t, eps, mask), color_loss
 
 
 # ---------------------------------------------------------------------------------------------- the three trainings
@@ -248,8 +242,10 @@ class PriorTraining:
         """What a step minimizes, and what it shows."""
         views = (self.config.min_views, self.config.max_views)
         batch = draw_batch(self.data, self.config.batch, views, generator)
-        loss = prior_loss(self.model, batch, self.near[batch.scene], self.far[batch.scene], generator)
-        return loss.diffusion + loss.color, loss._asdict()
+        near = self.near[batch.scene]
+        far = self.far[batch.scene]
+        diffusion, color = prior_loss(self.model, batch, near, far, generator)
+        return diffusion + color, {"diffusion": diffusion, "color": color}
 
     def finish(self, average: dict[str, Tensor], out: Path) -> None:
         """Write a weights file: the averaged EFT and UNet, and the autoencoder as it was."""
@@ -295,13 +291,11 @@ def attributes(roots: list[Path], category: str, names: list[str]) -> Tensor:
 
 def training_data(args: argparse.Namespace, config: TrainConfig, data: PackedScenes) -> dict:
     """What a weights file says about one of its trainings: which network, which category, how much of it."""
-    names = "\n".join(sorted(data.names))
     return {
         "what": args.what,
         "category": args.category,
         "sequences": len(data),
         "frames": config.frames,
-        "names": hashlib.sha256(names.encode()).hexdigest()[:16],
         "steps": config.fit.steps,
     }
 
@@ -319,11 +313,8 @@ def config_from_flags(args: argparse.Namespace) -> TrainConfig:
         preset = sparsefusion.read_preset(args.vae)
 
     # Flags of their own are settings, too; --set has the last word.
-    settings = []
-    for name in ("steps", "frames", "min_views", "max_views"):
-        value = getattr(args, name)
-        if value is not None:
-            settings.append(f"{name}={value}")
+    flags = ("steps", "frames", "min_views", "max_views")
+    settings = [f"{name}={getattr(args, name)}" for name in flags if getattr(args, name)]
     config = cli.apply_settings(TrainConfig(model=preset), settings + args.settings)
 
     # What a prior's file fixes, and what a sequence must have.
@@ -336,12 +327,6 @@ def config_from_flags(args: argparse.Namespace) -> TrainConfig:
 
 def command(args: argparse.Namespace) -> None:
     """Train what was asked for."""
-    # Flags of other trainings.
-    if args.what == "prior":
-        cli.note_useless(args, ["--preset"], "on a prior, whose numbers come with --vae")
-    else:
-        cli.note_useless(args, ["--vae", "--min-views", "--max-views"], f"on `train.py {args.what}`")
-
     # The pictures of all sequences of the training split, in memory.
     config = config_from_flags(args)
     for root in args.root:

@@ -61,17 +61,11 @@ def run(command: Callable, args: argparse.Namespace) -> None:
         print("error:", " ".join(str(e).splitlines()), file=sys.stderr)
         sys.exit(2)
     except Interrupted as e:
-        name = "Ctrl-C" if e.number == signal.SIGINT else signal.Signals(e.number).name
+        number = e.args[0]
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         saved = "".join(f"; {note}" for note in getattr(e, "__notes__", []))
         print(f"stopped by {name}{saved}; the same command goes on from what is saved", file=sys.stderr)
-        sys.exit(128 + e.number)
-
-
-def note_useless(args: argparse.Namespace, flags: list[str], why: str) -> None:
-    """One line on those of some flags that were given, though they have no effect."""
-    useless = [flag for flag in flags if flag in args.given]
-    if useless:
-        print(f"note: {', '.join(useless)}: no effect {why}")
+        sys.exit(128 + number)
 
 
 # ---------------------------------------------------------------------------------------------- types of arguments
@@ -83,25 +77,19 @@ def positive(text: str) -> float:
     return float(text)
 
 
-def count(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+def whole_number(least: int) -> Callable[[str], int]:
+    """A whole number of at least `least` and below 2^31, for argparse."""
+    def parse(text: str) -> int:
+        """What stands behind a flag."""
+        if not text.isdecimal() or not least <= int(text) < 2**31:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {2**31 - 1}")
+        return int(text)
+    return parse
 
 
-def seed(text: str) -> int:
-    """A seed, for argparse: small enough that numbers of iterations can be mixed in."""
-    if not text.isdecimal() or int(text) >= 2**31:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**31 - 1}")
-    return int(text)
-
-
-def views(text: str) -> int:
-    """A number of views, 0 for all, for argparse."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of views, or 0 for all")
-    return int(text)
+count = whole_number(1)
+views = whole_number(0)  # 0 for all
+seed = whole_number(0)   # small enough that numbers of iterations can be mixed in
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -130,7 +118,7 @@ BOOLS = {"true": True, "false": False, "1": True, "0": False}
 def add_settings(parser: argparse.ArgumentParser, config: type) -> None:
     """The flag --set, for the fields of a config."""
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="settings",
-                        help=f"any field of {config.__name__}, nested ones by a dot, such as {_example(config)}")
+                        help=f"any field of {config.__name__}, nested ones by a dot: a.b=8")
 
 
 def apply_settings(config, settings: list[str], fixed=None):
@@ -167,19 +155,6 @@ def field_types(config: type, prefix: str = "") -> dict[str, type]:
         else:
             types[prefix + name] = kind
     return types
-
-
-def note_useless_settings(config, settings: list[str], useless: tuple[str, ...], why: str) -> None:
-    """One line on those of some settings that have no effect: fields by their paths, or all fields of a nested one."""
-    types = field_types(type(config))
-    found = []
-    for setting in settings:
-        name = setting.partition("=")[0]
-        path = name if name in types else next((path for path in types if path.endswith(f".{name}")), "")
-        if path.partition(".")[0] in useless:
-            found.append(path)
-    if found:
-        print(f"note: --set {' '.join(found)}: no effect {why}")
 
 
 def _find(name: str, types: dict[str, type], fixed) -> str:
@@ -241,9 +216,3 @@ def _replaced(config, values: dict):
         elif field.name in values:
             changes[field.name] = values[field.name]
     return replace(config, **changes)
-
-
-def _example(config: type) -> str:
-    """A nested field and its default, for the help text."""
-    nested = [path for path in field_types(config) if "." in path]
-    return f"{nested[0]}=8" if nested else f"{fields(config)[0].name}=8"

@@ -11,15 +11,11 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import torch
-
-PIECE = 2**26  # bytes of a file that have a digest of their own
-READ = 2**20   # of them, that are read at once
 
 
 @contextmanager
@@ -92,9 +88,7 @@ def read_tensors(path: str | Path, entry: str = "weights") -> dict:
 
 
 def fingerprint(path: str | Path) -> str:
-    """Sixteen hexadecimal digits that tell this file's content from any other's: SHA-256, of a file above 64 MiB that
-    of its pieces' digests.
-    """
+    """Sixteen hexadecimal digits that tell this file's content from any other's (SHA-256)."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
     status = os.stat(path)
@@ -103,22 +97,9 @@ def fingerprint(path: str | Path) -> str:
 
 @lru_cache
 def _fingerprint(path: str, date: int, size: int) -> str:
-    """Gigabytes are read once, as long as date and size stay, and by several threads."""
-    with ThreadPoolExecutor() as threads:
-        digests = list(threads.map(partial(_digest_of_piece, path), range(0, max(size, 1), PIECE)))
-    if len(digests) == 1:
-        return digests[0].hex()[:16]
-    return hashlib.sha256(b"pieces" + b"".join(digests)).hexdigest()[:16]
-
-
-def _digest_of_piece(path: str, first: int) -> bytes:
-    """SHA-256 of a file's bytes from the first one on."""
-    total = hashlib.sha256()
+    """Gigabytes are read once, as long as date and size stay."""
     with open(path, "rb") as file:
-        file.seek(first)
-        for _ in range(PIECE // READ):
-            total.update(file.read(READ))
-    return total.digest()
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def digest(*tensors: torch.Tensor) -> str:
@@ -129,7 +110,7 @@ def digest(*tensors: torch.Tensor) -> str:
     return total.hexdigest()[:16]
 
 
-# ---------------------------------------------------------------------------------------------- names and settings
+# ---------------------------------------------------------------------------------------------- names
 
 DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}  # of Windows
 LONGEST_NAME = 70  # characters
@@ -151,45 +132,3 @@ def safe_name(name: str) -> str:
     digits = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
     spelled = spelled.replace(".", "_")
     return f"{spelled}_{digits}"
-
-
-def differences(found, wanted, most: int = 3) -> str:
-    """What differs between two settings, plain data, in words: "seed differ: 0 there, 1 here"; "" for nothing."""
-    # By name, as JSON has them, which knows no tuples.
-    found = _flat(json.loads(json.dumps(found, default=str)))
-    wanted = _flat(json.loads(json.dumps(wanted, default=str)))
-    paths = list(dict.fromkeys([*wanted, *found]))
-    paths = [path for path in paths if found.get(path) != wanted.get(path)]
-    if not paths:
-        return ""
-
-    # The names of the parts first.
-    parts = dict.fromkeys(path.partition(".")[0] for path in paths)
-    names = ", ".join(parts)
-
-    # Then some of the values.
-    values = []
-    for path in paths[:most]:
-        there = _short(found.get(path))
-        here = _short(wanted.get(path))
-        values.append(f"{path} is {there} there, {here} here")
-    if len(paths) > most:
-        values.append("...")
-    return f"{names} differ: {', '.join(values)}"
-
-
-def _flat(data, path: str = "") -> dict:
-    """Nested dictionaries as one: dotted path -> value."""
-    # Whatever is no dictionary is a value.
-    if not isinstance(data, dict):
-        return {path: data}
-    flat = {}
-    for name, value in data.items():
-        flat.update(_flat(value, f"{path}.{name}" if path else name))
-    return flat
-
-
-def _short(value) -> str:
-    """A value for one line."""
-    text = json.dumps(value)
-    return text if len(text) <= 24 else f"{text[:20]}..."

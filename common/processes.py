@@ -21,72 +21,68 @@ from common.machine import spare_the_cpu
 # ---------------------------------------------------------------------------------------------- stopping
 
 class Interrupted(BaseException):
-    """Somebody asked this process to stop, by the signal `number`: Ctrl-C or SIGTERM.
+    """This process was asked to stop, by Ctrl-C or SIGTERM: `args` has the signal's number, the notes what is saved.
 
-    Its notes say what is saved. Not an `Exception`: whoever expects errors does not mean this.
+    Not an `Exception`: a handler of errors does not mean this.
     """
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
 
 
 class _Stop:
     """What this process was asked, and whether it is in the middle of something."""
-    asked: int | None = None  # number of the signal
-    whole: int = 0            # pieces of work, one within another, that are not to be cut
-    again = signal.SIG_DFL    # what the next signal does: what signals do without us
+    number: int | None = None  # of the signal
+    uninterruptible: int = 0   # pieces of work, one within another
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Within, Ctrl-C and SIGTERM raise `Interrupted`: at once, or where `whole` or a step of `Progress` ends. A second
-    signal kills.
+    """Within, Ctrl-C and SIGTERM raise `Interrupted`: at once, or where `uninterruptible` or a step of `Progress` ends.
+    A second signal kills.
     """
-    # Only the main thread hears signals. A signal that the parent process ignores stays ignored.
-    numbers = [] if threading.current_thread() is not threading.main_thread() else [signal.SIGINT, signal.SIGTERM]
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
-        if before[number] != signal.SIG_IGN:
-            signal.signal(number, _ask)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _stop)
 
     try:
         yield
     finally:
-        _Stop.asked = None
+        _Stop.number = None
         for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+            signal.signal(number, handler)
 
 
-def _ask(number: int, frame) -> None:
-    """A signal has come."""
-    signal.signal(signal.SIGINT, _Stop.again)
-    signal.signal(signal.SIGTERM, _Stop.again)
-    _Stop.asked = number
-
-    # Other processes end their steps, too.
-    for process in multiprocessing.active_children():
-        process.terminate()
-    if not _Stop.whole:
-        heed()
+def _stop(number: int, frame) -> None:
+    """A signal has come; the next one kills."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _note(number, frame)
+    if not _Stop.uninterruptible:
+        check_interrupt()
 
 
-def heed() -> None:
-    """Raises `Interrupted` if somebody asked."""
-    if _Stop.asked is not None:
-        raise Interrupted(_Stop.asked)
+def _note(number: int, frame) -> None:
+    """A signal has come, for `check_interrupt`."""
+    _Stop.number = number
+
+
+def check_interrupt() -> None:
+    """Raises `Interrupted` if a signal has come; other processes end their steps, too."""
+    if _Stop.number is not None:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise Interrupted(_Stop.number)
 
 
 @contextmanager
-def whole() -> Iterator[None]:
+def uninterruptible() -> Iterator[None]:
     """A piece of work that is not to be cut: a signal waits for its end, or for that of a step of `Progress` within."""
-    _Stop.whole += 1
+    _Stop.uninterruptible += 1
     try:
         yield
     finally:
-        _Stop.whole -= 1
-    if not _Stop.whole:
-        heed()
+        _Stop.uninterruptible -= 1
+    if not _Stop.uninterruptible:
+        check_interrupt()
 
 
 # ---------------------------------------------------------------------------------------------- processes
@@ -109,31 +105,18 @@ def map_processes(function: Callable, jobs: list, workers: int) -> Iterator:
     strangers = multiprocessing.active_children()
     with ProcessPoolExecutor(workers, context, _begin_process, (threads,)) as pool:
         try:
-            # All of them begin now. A pool watches none that it has begun since something last came back.
-            with _deaf_children():
-                begun = pool.map(abs, range(workers))  # any job
-            list(begun)
+            # All of them begin before the first job: a pool watches none that it has begun since something last came
+            # back, and a signal would kill one that does not know yet what to do about it.
+            with uninterruptible():
+                list(pool.map(abs, range(workers)))
             yield from pool.map(partial(_do_job, function), jobs)
         except BrokenProcessPool:
             # The pool asks the others to end and waits for them, but they wait for a job before they heed it.
             for process in multiprocessing.active_children():
                 if process not in strangers:
                     process.kill()
-            heed()  # or it died because it was asked to
+            check_interrupt()  # or it died because it was asked to
             raise
-
-
-@contextmanager
-def _deaf_children() -> Iterator[None]:
-    """Processes that begin within hear no SIGTERM until they know what to do about it."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin_process(threads: int) -> None:
@@ -141,14 +124,8 @@ def _begin_process(threads: int) -> None:
     torch.set_num_threads(threads)
     spare_the_cpu()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-
-    # A signal to all processes comes twice: the parent passes it on.
-    _Stop.again = signal.SIG_IGN
-    _Stop.whole = 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _ask)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    signal.signal(signal.SIGTERM, _note)
 
 
 def _end_with_parent() -> None:
@@ -158,5 +135,6 @@ def _end_with_parent() -> None:
 
 
 def _do_job(function: Callable, job):
-    heed()
+    """`function(job)`, unless this process was asked to end."""
+    check_interrupt()
     return function(job)

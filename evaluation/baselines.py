@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cameras import Cameras, Scene, pixel_grid
+from common.progress import Progress
 from distillation import DistillConfig
 from export.pictures import Views
 from sparsefusion import Condition, SparseFusion
@@ -47,7 +48,7 @@ def eft_images(scene: Scene, inputs: list[int], targets: list[int], model: Spars
 
 
 def vldm_samples(scene: Scene, inputs: list[int], targets: list[int], model: SparseFusion, config: DistillConfig,
-                 seed: int) -> Views:
+                 seed: int, title: str | None = None) -> Views:
     """One ancestral sample a view (Sec. 3.1): sharp, but every view imagines for itself.
 
     A view's random numbers follow from the seed and its frame alone, whichever other views there are.
@@ -62,7 +63,7 @@ def vldm_samples(scene: Scene, inputs: list[int], targets: list[int], model: Spa
 
     # A few views at a time: the decoder takes much memory at full size.
     images = []
-    for start in range(0, len(targets), VIEWS_AT_ONCE):
+    for start in Progress(range(0, len(targets), VIEWS_AT_ONCE), title):
         part = slice(start, start + VIEWS_AT_ONCE)
         images.append(model.sample_view(condition.features[part], generators[part], config.sampler))
     images = torch.cat(images)

@@ -18,10 +18,6 @@ SAMPLE = sparsefusion.ROOT / "sample" / "co3d"
 SHIPPED_FEATURE_NET = sparsefusion.ROOT / "sample" / "perceptual.pt"
 
 
-# Fields of the config that mean nothing without a prior.
-PRIORS_OWN = ("viewpoints", "jitter", "bootstrap", "min_noise_level", "weight_perceptual", "eft_train_mode", "sampler")
-
-
 def add_instance_flags(p: argparse.ArgumentParser, targets: int) -> None:
     """The flags that `distill.py` and `evaluate.py` share. `targets` is the default of --targets."""
     # What is given.
@@ -48,7 +44,7 @@ def add_instance_flags(p: argparse.ArgumentParser, targets: int) -> None:
     p.add_argument("--feature-net", type=Path, default=SHIPPED_FEATURE_NET, metavar="F",
                    help="network of the perceptual metric")
     p.add_argument("--lpips", type=Path, nargs=2, metavar=("VGG16", "LINEAR"),
-                   help="vgg16-397923af.pth and LPIPS' vgg.pth: use LPIPS as loss and as metric")
+                   help="vgg16-397923af.pth and LPIPS' vgg.pth: LPIPS as loss, and as metric instead of --feature-net")
     p.add_argument("--overwrite", action="store_true", help="replace results of other settings in --out")
 
 
@@ -70,24 +66,12 @@ def config_from_flags(args: argparse.Namespace, no_prior: bool = False) -> Disti
     if args.released:
         print(f"--released stands for --set {' '.join(RELEASED)}")
         settings = [*RELEASED, *settings]
-    useless = PRIORS_OWN if model is None else ("image_size",)
-    cli.note_useless_settings(config, args.settings, useless, "without a prior" if model is None else "with a prior")
     config = cli.apply_settings(config, settings, fixed=model)
 
     # A number that somebody asks for is not added to.
     if any(setting.partition("=")[0] == "iterations" for setting in settings):
         config = replace(config, iterations_per_view=0)
     return config
-
-
-def note_useless_flags(args: argparse.Namespace) -> None:
-    """One line on flags that have no effect beside others."""
-    if args.lpips:
-        cli.note_useless(args, ["--feature-net"], "with --lpips")
-    if getattr(args, "input_frames", ()):
-        cli.note_useless(args, ["--views"], "with --input-frames")
-    if getattr(args, "no_prior", False):
-        cli.note_useless(args, ["--weights"], "with --no-prior")
 
 
 def trained_categories(weights: Path) -> list[str]:

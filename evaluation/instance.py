@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +18,9 @@ import sparsefusion
 from cameras import Scene
 from checkpoints import released
 from common import files
-from common.progress import begin, planned
 from distillation import DistillConfig
 from evaluation import baselines, results
-from evaluation.sources import OwnPhotographs, Source, choose_targets, find_views, random_views
+from evaluation.sources import Source, choose_targets, find_views, random_views
 from evaluation.tables import Rows
 from export.mesh import write_ply
 from export.pictures import Views, comparison, save_animation, save_picture, save_views
@@ -83,53 +81,35 @@ class Instance:
             return find_views(self.source, self.input_frames)
         return random_views(self.source, self.views, self.seed)
 
-    def expected_costs(self) -> dict[str, float]:
-        """The steps of a run, and about how many seconds each takes for the shipped sample on two CPU cores."""
-        # What there is to do for a field.
+    def expected_seconds(self) -> float:
+        """About how long a run takes on two CPU cores, at the shipped sample's size."""
+        # Reading; pictures, turntable and mesh.
         count = len(self.source.names)
         config = self.fitted_config()
-        iterations = config.iterations
         targets = self.targets or count
-        shown = {"pictures": 0.2 * targets, "turntable": 0.06 * config.turntable_frames, "mesh": 2.0}
-        reading = {"loading": 3.0}
-        if isinstance(self.source, OwnPhotographs):
-            reading["reading photographs"] = 0.03 * count
+        seconds = 5 + 0.03 * count + 0.2 * targets + 0.06 * config.turntable_frames
+
+        # The field alone; or the EFT's views, two fields, and the EFT and the VLDM to compare with.
         if self.weights is None:
             rays = (config.input_pixels or config.render_size**2) * config.pixel_side**2
-            return {**reading, "field fit": 3e-5 * rays * iterations, **shown}
-
-        # With a prior there is more to do, and more to compare with.
-        return {
-            **reading,
-            "distillation: EFT": 0.17 * (config.viewpoints + count),
-            "distillation": 0.16 * iterations,
-            "field without prior": 0.03 * iterations,
-            "EFT, a ray a pixel": 1.4 * targets,
-            "VLDM samples": 0.8 * targets,
-            **shown,
-        }
+            return seconds + 3e-5 * rays * config.iterations
+        return seconds + 0.17 * (config.viewpoints + count) + 0.19 * config.iterations + 2.2 * targets
 
 
 # ---------------------------------------------------------------------------------------------- against the baselines
 
-class Distances(NamedTuple):
-    """How far apart pictures look: what the loss asks and what the tables show."""
-    loss: Distance | None   # None: the model's own
-    metric: Distance
-    metric_name: str
+def load_distances(instance: Instance) -> tuple[Distance | None, Distance, str]:
+    """How far apart pictures look: for the loss (None: the model's own) and for the tables, and the latter's name.
 
-
-def load_distances(instance: Instance) -> Distances:
-    """LPIPS for both if its files are given; else the VAE's features for the loss, the shipped network for the
-    tables.
+    LPIPS for both if its files are given; else the VAE's features for the loss, the shipped network for the tables.
     """
     if instance.lpips:
         lpips = released.load_lpips(*instance.lpips).to(instance.device)
-        return Distances(lpips, lpips, "LPIPS (VGG16, v0.1)")
+        return lpips, lpips, "LPIPS (VGG16, v0.1)"
     if instance.weights:
         print("perceptual term: the VAE encoder's features (no --lpips files given; this is not LPIPS)")
     network = metrics.load_attribute_net(instance.feature_net).to(instance.device)
-    return Distances(None, partial(metrics.perceptual_distance, network.layers), "attribute network (not LPIPS)")
+    return None, partial(metrics.perceptual_distance, network.layers), "attribute network (not LPIPS)"
 
 
 def load_views(instance: Instance, model: SparseFusion | None) -> Scene:
@@ -152,22 +132,20 @@ def show_all(scene: Scene, inputs: list[int], targets: list[int], model: SparseF
     size = scene.images.shape[-1]
     pictures = {"nearest": baselines.nearest_input(scene, inputs, targets)}
     if model is None:
-        begin("pictures")
-        pictures["ngp"] = ours.render(cameras, size)
+        pictures["ngp"] = ours.render(cameras, size, "step 2 of 2, pictures")
         return pictures
 
     # The field alone is the same fit without a prior: as many updates from input views.
     alone = reconstruct(scene, inputs, None, config, instance.seed, checkpoint=out / "field_alone.pt",
-                        title="field without prior", extend=bool(ours.gone_on_from))
+                        title="step 2 of 5, field without prior", extend=bool(ours.gone_on_from))
     pictures["ngp"] = alone.render(cameras, size)
 
     # The parts of the prior, each for itself.
     pictures["eft"] = baselines.eft_images(scene, inputs, targets, model, config, instance.seed,
-                                           ours.hull(cameras, size), "EFT, a ray a pixel")
-    begin("VLDM samples")
-    pictures["vldm"] = baselines.vldm_samples(scene, inputs, targets, model, config, instance.seed)
-    begin("pictures")
-    pictures["sparsefusion"] = ours.render(cameras, size)
+                                           ours.hull(cameras, size), "step 3 of 5, EFT, a ray per pixel")
+    pictures["vldm"] = baselines.vldm_samples(scene, inputs, targets, model, config, instance.seed,
+                                              "step 4 of 5, VLDM samples")
+    pictures["sparsefusion"] = ours.render(cameras, size, "step 5 of 5, pictures")
     return pictures
 
 
@@ -206,10 +184,8 @@ def write_outputs(scene: Scene, inputs: list[int], targets: list[int], pictures:
     names = [scene.names[i] for i in targets]
     save_picture(comparison(shown, inputs, targets, pictures), out / "comparison.png")
     save_views(pictures, shown.images[targets], names, out / "views")
-    turntable = ours.turntable(scene.user_cameras(), scene.images.shape[-1], "turntable")
+    turntable = ours.turntable(scene.user_cameras(), scene.images.shape[-1], "last step, turntable")
     save_animation(turntable, out / "turntable.gif")
-
-    begin("mesh")
     write_ply(out / "mesh.ply", ours.mesh())
 
 
@@ -219,37 +195,29 @@ def run_instance(instance: Instance, out: Path, overwrite: bool = False, extend:
     An earlier run of the same settings is taken up; with `extend` one of fewer iterations, too. Raises `ValueError`
     for one of other settings, unless told to `overwrite` it, and for input that is missing or broken.
     """
-    with planned(instance.expected_costs()):
-        return _run_instance(instance, out, overwrite, extend)
-
-
-def _run_instance(instance: Instance, out: Path, overwrite: bool, extend: bool) -> dict:
     began = time.monotonic()
-    begin("loading")
     settings = instance.settings()
-    other = results.conflict(out, settings, extend)
-    if other and not overwrite:
-        raise ValueError(f"{out}: results of other settings ({other}); choose another --out, or --overwrite")
+    if not overwrite:
+        results.require_free(out, settings, extend)
 
     # What is given.
     inputs = instance.inputs()
     targets = choose_targets(instance.source, inputs, instance.targets, instance.config.metrics_on_inputs)
     model = None if instance.weights is None else sparsefusion.load(instance.weights, instance.device)
-    distances = load_distances(instance)
+    loss_distance, distance, distance_name = load_distances(instance)
     scene = load_views(instance, model)
     world = scene.world and {"R": scene.world.R.tolist(), "scale": scene.world.scale,
                              "shift": scene.world.shift.tolist()}
     instance.note_more_iterations()
-    results.claim(out, settings, clear=bool(other))
+    results.claim(out, settings, extend)
 
     # The method, and what it is compared with.
-    title = "field fit" if model is None else "distillation"
-    ours = reconstruct(scene, inputs, model, instance.config, instance.seed, distances.loss, out / "field.pt", title,
+    title = "step 1 of 2, field fit" if model is None else "step 1 of 5, distillation"
+    ours = reconstruct(scene, inputs, model, instance.config, instance.seed, loss_distance, out / "field.pt", title,
                        out / "previews.png", extend, {"world": world})
     pictures = show_all(scene, inputs, targets, model, instance, ours, out)
     truth = (scene.whole or scene)[targets]
-    per_view = {method: measure(views, truth.images, truth.masks, distances.metric)
-                for method, views in pictures.items()}
+    per_view = {method: measure(views, truth.images, truth.masks, distance) for method, views in pictures.items()}
 
     # Pictures, mesh, numbers.
     write_outputs(scene, inputs, targets, pictures, ours, out)
@@ -259,7 +227,7 @@ def _run_instance(instance: Instance, out: Path, overwrite: bool, extend: bool) 
         "target_frames": [scene.names[i] for i in targets],
         "methods": mean_rows(per_view),
         "per_view": per_view,
-        "perceptual_name": distances.metric_name,
+        "perceptual_name": distance_name,
         "world": world,
         "settings": settings,
     } | results.account(ours, instance.device, began)

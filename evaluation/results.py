@@ -14,51 +14,47 @@ from pathlib import Path
 
 from common import files
 from common.machine import peak_gb, versions
-from common.progress import seconds_by_step
+from common.settings import differences
 from export.pictures import LABELS
-from reconstruction import OUTPUT_FIELDS, Reconstruction, goes_further
+from reconstruction import OUTPUT_FIELDS, Reconstruction
 
 # What is shown, and what else a run leaves.
 PICTURES = ("comparison.png", "turntable.gif", "mesh.ply")
 LEFT_BESIDE = ("settings.json", "metrics.json", "field.pt", "field_alone.pt", "previews.png")
 
+# Settings that change no field, only what is shown of it and measured.
+MEASURED = ("targets", "feature_net") + tuple(f"config.{name}" for name in OUTPUT_FIELDS)
+
 
 def conflict(folder: Path, settings: dict, extend: bool) -> str:
-    """What differs between these settings and those of the field in a folder, in words; "" where nothing would be
+    """What differs between these settings and those of the results in a folder, in words; "" where nothing would be
     lost.
 
     What only shows and measures may differ; with `extend`, the number of iterations, if there are more to come.
     """
-    # Results from before there was this file have the same in another.
-    found = {}
+    # Numbers without settings are those of some other run.
     if (folder / "settings.json").exists():
         found = files.read_json(folder / "settings.json")
     elif (folder / "metrics.json").exists():
-        found = files.read_json(folder / "metrics.json").get("settings", {})
-    if not found or not isinstance(found, dict):
+        found = {}
+    else:
         return ""
-
-    found = _of_the_field(found)
-    wanted = _of_the_field(settings)
-    if extend and goes_further(found, wanted):
-        return ""
-    return files.differences(found, wanted)
+    return differences(found, settings, MEASURED, extend)
 
 
-def _of_the_field(settings: dict) -> dict:
-    """Settings without those that change no field."""
-    kept = {name: x for name, x in settings.items() if name not in ("targets", "feature_net")}
-    if isinstance(kept.get("config"), dict):
-        kept["config"] = {name: x for name, x in kept["config"].items() if name not in OUTPUT_FIELDS}
-    return kept
+def require_free(folder: Path, settings: dict, extend: bool = False) -> None:
+    """Raises `ValueError` with one line where a folder has results of other settings. See `conflict`."""
+    other = conflict(folder, settings, extend)
+    if other:
+        raise ValueError(f"{folder}: results of other settings ({other}); choose another --out, or --overwrite")
 
 
-def claim(folder: Path, settings: dict, clear: bool) -> None:
-    """From here on a folder is that of a run of these settings; with `clear`, what an earlier run wrote there goes, and
-    nothing else.
+def claim(folder: Path, settings: dict, extend: bool = False) -> None:
+    """From here on a folder is that of a run of these settings; what a run of others wrote there goes, and nothing
+    else.
     """
-    if clear:
-        for name in (*LEFT_BESIDE, *PICTURES):
+    if conflict(folder, settings, extend):
+        for name in LEFT_BESIDE + PICTURES:
             (folder / name).unlink(missing_ok=True)
     files.save_json(settings, folder / "settings.json")
 
@@ -70,7 +66,6 @@ def account(ours: Reconstruction, device: str, began: float) -> dict:
         "gone_on_from": ours.gone_on_from,
         "versions": versions(device),
         "seconds": round(time.monotonic() - began + ours.earlier_seconds, 1),
-        "seconds_by_step": seconds_by_step(),
         "distillation_seconds": round(ours.seconds, 1),
         "peak_gb": peak_gb(device),
     }
@@ -83,7 +78,7 @@ def finished(folder: Path, settings: dict) -> dict | None:
     result = files.read_json(folder / "metrics.json")
     methods = result.get("methods")
     whole = isinstance(methods, dict) and methods.keys() <= LABELS.keys()
-    return result if whole and not files.differences(result.get("settings"), settings) else None
+    return result if whole and not differences(result.get("settings"), settings) else None
 
 
 def choose_folder(parent: Path, name: str, settings: dict, overwrite: bool) -> Path:
@@ -95,14 +90,13 @@ def choose_folder(parent: Path, name: str, settings: dict, overwrite: bool) -> P
     first = parent / files.safe_name(name)
     if first.name != name:
         print(f"{name!r} is no name for a folder; its results go to {first}")
-    other = conflict(first, settings, extend=True)
-    if overwrite or not other:
-        return first
-
     # Nothing is replaced.
-    number = 2
-    while conflict(first.with_name(f"{first.name}_{number}"), settings, extend=True):
+    folder = first
+    number = 1
+    while not overwrite and conflict(folder, settings, extend=True):
         number += 1
-    folder = first.with_name(f"{first.name}_{number}")
-    print(f"{first} has results of other settings ({other}); these go to {folder}")
+        folder = first.with_name(f"{first.name}_{number}")
+    if folder != first:
+        other = conflict(first, settings, extend=True)
+        print(f"{first} has results of other settings ({other}); these go to {folder}")
     return folder

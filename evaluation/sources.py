@@ -7,7 +7,7 @@ Views are told by their positions in the source, which are those in the scene th
 """
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from cameras import Scene, evenly_spaced
@@ -20,33 +20,17 @@ ENOUGH = 8    # own photographs as inputs, from which on the field alone is the 
 HELD_OUT = 8  # own photographs that are held out to measure, at most; and one of so many
 
 
-@dataclass(frozen=True)
 class CO3DSequence:
     """A sequence of a CO3D tree."""
-    root: Path
-    entry: Entry
 
-    @property
-    def name(self) -> str:
-        """What its results are called."""
-        return self.entry.sequence
-
-    @property
-    def names(self) -> list[str]:
-        """What its views are called: the numbers of the frames."""
-        return [str(number) for number in self.entry.frames]
-
-    @property
-    def index(self) -> int:
-        """Its place in a list, which seeds it."""
-        return self.entry.index
-
-    @property
-    def possible_inputs(self) -> list[int]:
-        """All of them, and so the targets."""
-        return list(range(len(self.names)))
-
-    possible_targets = possible_inputs
+    def __init__(self, root: Path, entry: Entry):
+        self.root = root
+        self.entry = entry
+        self.name = entry.sequence                             # what its results are called
+        self.names = [str(number) for number in entry.frames]  # what its views are called
+        self.index = entry.index                               # its place in a list, which seeds it
+        self.possible_inputs = list(range(len(self.names)))
+        self.possible_targets = self.possible_inputs
 
     def settings(self) -> dict:
         """What it is, as plain data: pictures by their dates."""
@@ -80,31 +64,19 @@ def find_sequence(root: Path, protocol: str, category: str, name: str | None) ->
                      "all lists every sequence")
 
 
-@dataclass(frozen=True)
 class OwnPhotographs:
     """A folder of photographs (docs/photographs.md)."""
-    photographs: Photographs
-    index = 0  # it stands in no list
 
-    @property
-    def name(self) -> str:
-        """What its results are called."""
-        return self.photographs.folder.resolve().name
+    def __init__(self, photographs: Photographs):
+        self.photographs = photographs
+        self.name = photographs.folder.resolve().name           # what its results are called
+        self.names = [shot.name for shot in photographs.shots]  # what its views are called: their files
+        self.index = 0                                          # it stands in no list
 
-    @property
-    def names(self) -> list[str]:
-        """What its views are called: their files."""
-        return [shot.name for shot in self.photographs.shots]
-
-    @property
-    def possible_inputs(self) -> list[int]:
-        """Those that the files name as inputs, or all."""
-        return self.photographs.inputs or list(range(len(self.names)))
-
-    @property
-    def possible_targets(self) -> list[int]:
-        """Those that the files name as targets, or all."""
-        return self.photographs.targets or list(range(len(self.names)))
+        # Those that the files name as inputs and targets, or all.
+        everything = list(range(len(self.names)))
+        self.possible_inputs = photographs.inputs or everything
+        self.possible_targets = photographs.targets or everything
 
     def settings(self) -> dict:
         """What it is, as plain data: pictures by their dates."""

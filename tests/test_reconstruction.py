@@ -12,6 +12,7 @@ import distillation
 import reconstruction
 import sparsefusion
 from common import files, processes
+from common.settings import differences
 from distillation import Distillation
 from export import mesh
 from export.pictures import PREVIEWS, add_preview, to_image
@@ -231,9 +232,9 @@ def test_a_longer_run_may_have_more_rays_a_pixel():
     plain = PRESETS["plain"]
     short, long = (asdict(config.fitted(100)) for config in (plain.with_iterations(900), plain))
     assert short["pixel_side"] != long["pixel_side"]
-    assert reconstruction.goes_further({"config": short}, {"config": long})
-    assert not reconstruction.goes_further({"config": long}, {"config": short})
-    assert not reconstruction.goes_further({"config": short | {"blur": 7}}, {"config": long})
+    assert differences({"config": short}, {"config": long}, extend=True) == ""
+    assert differences({"config": long}, {"config": short}, extend=True)
+    assert differences({"config": short | {"blur": 7}}, {"config": long}, extend=True)
 
 
 def test_a_visual_hull_is_seen_wherever_the_object_is():

@@ -15,10 +15,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from common import files
-from common.processes import Interrupted, whole
+from common.processes import Interrupted, uninterruptible
 from common.progress import Progress
+from common.settings import differences
 
 Numbers = dict[str, Tensor]  # what a step shows: name -> scalar
 
@@ -89,7 +91,7 @@ class Fit:
         if not self.state_file.exists():
             return
         state = files.read_tensors(self.state_file, "module")
-        other = files.differences(state.get("settings", {}), self.settings)
+        other = differences(state.get("settings", {}), self.settings)
         if other:
             raise ValueError(f"{self.state_file}: the state of another training ({other}); delete it or choose "
                              "another --out")
@@ -140,7 +142,7 @@ class Fit:
 
     def run(self, title: str, minutes: float | None = None) -> None:
         """All steps that are left, or as many as fit into so many minutes. An interrupted run is saved."""
-        with whole():
+        with uninterruptible():
             try:
                 self._run(title, minutes)
             except Interrupted as e:
@@ -169,10 +171,9 @@ class Fit:
             progress.note = ", ".join(f"{name} {x:.4f}" for name, x in shown.items())
             if step % 500 == 0 or last:
                 seconds = now - began
-                progress.say(f"step {self.completed} of {total}, {seconds:.0f} s: {progress.note}")
+                tqdm.write(f"step {self.completed} of {total}, {seconds:.0f} s: {progress.note}")
             if minutes and now - began > 60 * minutes:
-                progress.say(f"stopped after {minutes} minutes at step {self.completed}; "
-                             "the same command goes on from there")
+                tqdm.write(f"stopped after {minutes} minutes at step {self.completed}; the same command resumes")
                 break
             if now - saved > self.config.save_seconds:
                 self.save()

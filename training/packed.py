@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -67,46 +66,33 @@ def load_packed(roots: list, category: str, names: list[str] | None, views: int,
     cameras = []
     decoded = map_processes(_decode_sequence, jobs, workers or os.cpu_count() or 1)
     for n, part in enumerate(Progress(decoded, f"reading {category}", total=len(jobs))):
-        rgba[n] = part.rgba
-        valid[n] = part.valid
-        cameras.append(part.cameras.map(torch.from_numpy))
+        rgba[n], valid[n], views_of_one = part
+        cameras.append(views_of_one.map(torch.from_numpy))
 
-    names = [job.sequence for job in jobs]
-    frames = [[str(number) for number in job.frames] for job in jobs]
-    cameras = Cameras.stack(cameras)
-    return PackedScenes(torch.from_numpy(rgba), torch.from_numpy(valid), cameras, names, frames)
-
-
-class _Job(NamedTuple):
-    """A sequence that `load_packed` wants."""
-    root: str | Path
-    category: str
-    sequence: str
-    frames: list[int]
-    size: int
-
-
-class _Decoded(NamedTuple):
-    """The sequence of a job in NumPy arrays: they travel between processes as bytes, where tensors hold files open."""
-    rgba: np.ndarray   # (V, 4, S, S) uint8
-    valid: np.ndarray  # (V, 1, S, S) uint8
-    cameras: Cameras   # (V,), of arrays
+    names = [name for _, _, name, _, _ in jobs]
+    frames = [[str(number) for number in numbers] for _, _, _, _, numbers in jobs]
+    return PackedScenes(torch.from_numpy(rgba), torch.from_numpy(valid), Cameras.stack(cameras), names, frames)
 
 
 def _jobs(root: str | Path, category: str, names: list[str] | None, views: int, size: int,
-          split: str | None) -> list[_Job]:
-    """The sequences under one root that have `views` frames, and which of their frames to take."""
+          split: str | None) -> list[tuple]:
+    """Of the sequences under one root that have `views` frames, what `co3d.load_sequence` takes: root, category, name,
+    size, and which of their frames.
+    """
     jobs = []
     for name in co3d.sequences(root, category, split) if names is None else names:
         numbers = co3d.frame_numbers(root, category, name, split)
         if len(numbers) >= views:
             frames = [numbers[i] for i in evenly_spaced(len(numbers), views)]
-            jobs.append(_Job(root, category, name, frames, size))
+            jobs.append((root, category, name, size, frames))
     return jobs
 
 
-def _decode_sequence(job: _Job) -> _Decoded:
-    scene = co3d.load_sequence(job.root, job.category, job.sequence, job.size, job.frames)
-    rgba = torch.cat([scene.images, scene.masks], 1)
-    rgba = rgba.mul(255).round().byte()
-    return _Decoded(rgba.numpy(), scene.valid.byte().numpy(), scene.cameras.map(Tensor.numpy))
+def _decode_sequence(job: tuple) -> tuple[np.ndarray, np.ndarray, Cameras]:
+    """Colors and mask (V, 4, S, S) uint8, validity (V, 1, S, S) uint8 and cameras (V,) of the sequence of a job.
+
+    In NumPy arrays, which travel between processes as bytes, where tensors hold files open.
+    """
+    scene = co3d.load_sequence(*job)
+    rgba = torch.cat([scene.images, scene.masks], 1).mul(255).round().byte()
+    return rgba.numpy(), scene.valid.byte().numpy(), scene.cameras.map(Tensor.numpy)

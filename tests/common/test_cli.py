@@ -58,29 +58,18 @@ def refused(settings, *words, fixed=None):
 
 # --- flags ---
 
-def test_flags_that_stood_there(capsys):
+def test_flags_that_stood_there():
     parser = cli.Parser()
     parser.add_argument("--views", default=2)
     parser.add_argument("--weights")
     args = parser.parse_args(["--weights=x"])
     assert args.given == {"--weights"} and parser.parse_args([]).given == set()
-    cli.note_useless(args, ["--views"], "here")
-    assert capsys.readouterr().out == ""
-    cli.note_useless(args, ["--views", "--weights"], "here")
-    assert capsys.readouterr().out == "note: --weights: no effect here\n"
 
 
 def test_flags_are_not_guessed(capsys):
     parser = cli.Parser()
     parser.add_argument("--iterations")
     one_line(capsys, parser.parse_args, ["--iteration", "3"], "--iteration")
-
-
-def test_settings_without_effect_are_named(capsys):
-    cli.note_useless_settings(Config(), ["levels=8", "iterations=5", "unknown=1"], ("field", "mode"), "here")
-    assert capsys.readouterr().out == "note: --set field.levels: no effect here\n"
-    cli.note_useless_settings(Config(), ["iterations=5"], ("field", "mode"), "here")
-    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("text", ["-1", "x", "1.5", "", str(2**31), "9" * 30])
@@ -241,9 +230,3 @@ def test_bugs_keep_their_traceback():
         raise KeyError("bug")
     with pytest.raises(KeyError):
         cli.run(command, argparse.Namespace())
-
-
-def test_help_names_a_setting(capsys):
-    with pytest.raises(SystemExit):
-        main(["go", "--help"])
-    assert "field.levels=8" in " ".join(capsys.readouterr().out.split())

@@ -51,10 +51,9 @@ def test_more_iterations_go_on(folder):
         assert results.conflict(folder, changed(**other), True)
 
 
-def test_results_from_before_there_were_settings(tmp_path):
+def test_numbers_without_settings_are_another_runs(tmp_path):
     files.save_json({"settings": SETTINGS}, tmp_path / "metrics.json")
-    assert results.conflict(tmp_path, SETTINGS, False) == ""
-    assert "seed differ" in results.conflict(tmp_path, changed(seed=1), False)
+    assert "seed is null there, 0 here" in results.conflict(tmp_path, {"seed": 0}, False)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100000, "\x80"])
@@ -67,11 +66,12 @@ def test_settings_that_cannot_be_read(text, tmp_path):
 def test_only_a_runs_own_files_go(folder):
     for name in (*results.LEFT_BESIDE, *results.PICTURES, "mine.txt"):
         (folder / name).write_text("")
-    results.claim(folder, {"seed": 7}, clear=True)
+    files.save_json(SETTINGS, folder / "settings.json")
+    results.claim(folder, {"seed": 7})
     assert {path.name for path in folder.iterdir()} == {"mine.txt", "settings.json"}
     assert json.loads((folder / "settings.json").read_text()) == {"seed": 7}
     (folder / "field.pt").write_text("kept")
-    results.claim(folder, {"seed": 8}, clear=False)
+    results.claim(folder, {"seed": 7, "targets": 3})
     assert (folder / "field.pt").read_text() == "kept"
 
 

@@ -198,13 +198,6 @@ def test_converted_weights_know_their_category(tmp_path, monkeypatch):
     assert sparsefusion.read_trained_on(tmp_path / "out.pt") == [{"what": "prior", "category": "hydrant"}]
 
 
-def test_flags_of_other_trainings_are_named(training, capsys):
-    vae = training("vae", "vae.pt", "--max-views", 2)
-    assert "note: --max-views: no effect on `train.py vae`" in capsys.readouterr().out
-    training("prior", "prior.pt", "--vae", vae, "--preset", "nano")
-    assert "note: --preset: no effect" in capsys.readouterr().out
-
-
 def test_another_seed_trains_another_model(training):
     assert not same(load(training("vae", "a.pt")), load(training("vae", "b.pt", "--seed", 1)))
 

@@ -1,0 +1,55 @@
+"""Are these the same settings? What a run is known by is plain data beside its results; what differs decides whether
+another run may resume them.
+
+A setting's path is its names with dots between them, `config.field.levels`.
+"""
+from __future__ import annotations
+
+import json
+import math
+
+# What follows from the number of iterations, in a run that resumes a shorter one.
+LENGTH = ("config.iterations", "config.bootstrap", "config.input_pixels", "config.pixel_side")
+MOST = 3  # differences that are told with their values
+
+
+def differences(found, wanted, ignore: tuple[str, ...] = (), extend: bool = False) -> str:
+    """What differs between the settings of an earlier run and ours, in words: "seed differ: seed is 0 there, 1 here";
+    "" for nothing.
+
+    `ignore`: paths that do not count. With `extend`, the number of iterations may be larger here, and with it what
+    follows from it.
+    """
+    found = _flat(found)
+    wanted = _flat(wanted)
+    if extend and found.get("config.iterations", math.inf) < wanted["config.iterations"]:
+        ignore += LENGTH
+    paths = [path for path in wanted | found if path not in ignore and found.get(path) != wanted.get(path)]
+    if not paths:
+        return ""
+
+    # The names of the parts, then some of the values.
+    parts = dict.fromkeys(path.partition(".")[0] for path in paths)
+    values = []
+    for path in paths[:MOST]:
+        there = json.dumps(found.get(path))[:24]
+        here = json.dumps(wanted.get(path))[:24]
+        values.append(f"{path} is {there} there, {here} here")
+    more = ", ..." if len(paths) > MOST else ""
+    return f"{', '.join(parts)} differ: {', '.join(values)}{more}"
+
+
+def _flat(settings) -> dict:
+    """Nested settings as one dictionary, path -> value; as JSON has them, which knows no tuples."""
+    flat = {}
+
+    def add(path: str, value) -> None:
+        """What is no dictionary is a value."""
+        if not isinstance(value, dict):
+            flat[path] = value
+            return
+        for name, inner in value.items():
+            add(f"{path}.{name}" if path else name, inner)
+
+    add("", json.loads(json.dumps(settings, default=str)))
+    return flat
