@@ -61,6 +61,11 @@ class Box(NamedTuple):
     width: int
     height: int
 
+    def corners(self) -> Tensor:
+        """Top left and bottom right corner (column, row), (2, 2), float64."""
+        corners = [[self.x, self.y], [self.x + self.width, self.y + self.height]]
+        return torch.tensor(corners, dtype=torch.float64)
+
 
 class Crop(NamedTuple):
     """One photograph cut to its object, with the camera of the result."""
@@ -157,8 +162,11 @@ def box_of_mask(probability: Tensor) -> Box:
         if threshold < -0.01:
             raise ValueError("the mask is empty")
 
-    # The first and last rows and columns with such a pixel.
-    inside = probability > threshold
+    return tight_box(probability > threshold)
+
+
+def tight_box(inside: Tensor) -> Box:
+    """Tight box of the True of (H, W), of which there must be one."""
     rows = inside.any(1).nonzero()[:, 0].tolist()
     columns = inside.any(0).nonzero()[:, 0].tolist()
     width = columns[-1] - columns[0] + 1

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -26,9 +27,9 @@ from common import files
 from common.progress import Progress
 from datasets.crop import MASK_THRESHOLD, Box, box_of_crop, box_of_mask, open_picture
 from photographs.normalization import normalization
-from photographs.reading import Lens, Photograph, Photographs
-
-BORDER = 2  # pixels: an object whose mask comes so near to the border of a photograph is cut by it
+from photographs.reading import Photographs
+from photographs.shots import Shot
+from volume import MASK_GAP
 
 
 # ---------------------------------------------------------------------------------------------- what others call
@@ -54,14 +55,12 @@ def load_capture(photographs: Photographs, size: int | None = None, cut: bool = 
     return Capture(scene, photographs.inputs, photographs.targets, photographs.source)
 
 
-def normalized(scene: Scene, points: Tensor | None = None) -> Scene:
+def normalized(scene: Scene, points: Tensor) -> Scene:
     """A scene of the user's world, with float64 cameras, in the normalized one: numbers of moderate size.
 
-    points (P, 3): where the user's world has something, if known. Raises `ValueError` where cameras and masks do not
+    points (P, 3): where the user's world has something; P may be 0. Raises `ValueError` where cameras and masks do not
     determine it.
     """
-    if points is None:
-        points = torch.zeros(0, 3, dtype=torch.float64)
     world = normalization(scene.whole or scene, points)
     scene = scene.with_cameras(lambda cameras: world.normalized(cameras).to(torch.float32))
     return replace(scene, world=world)
@@ -75,10 +74,10 @@ def stamp(photographs: Photographs) -> str:
     numbers = [photographs.points]
     rows = [photographs.inputs, photographs.targets]
     for shot in photographs.shots:
-        numbers += [shot.matrix, shot.lens.focal, shot.lens.principal, shot.lens.distortion]
+        numbers += [shot.matrix, shot.focal, shot.principal, shot.distortion]
 
         # Pictures by dates and sizes: there may be gigabytes of them.
-        for file in (shot.file, shot.mask or shot.file):
+        for file in (shot.file, shot.mask):
             status = file.stat()
             rows.append([file.name, status.st_mtime_ns, status.st_size])
     text = json.dumps(rows) + files.digest(*numbers)
@@ -93,20 +92,24 @@ def load_pictures(photographs: Photographs, size: int | None = None, cut: bool =
 
     The cameras are float64. Raises `ValueError` for a picture that cannot be decoded, and for an empty mask.
     """
+    # One at a time: decoded, they may be a hundred times as large as what is kept of them.
+    layers = map(_decode, Progress(photographs.shots, "reading photographs"))
+    return scene_of_layers(photographs, layers, size, cut)
+
+
+def scene_of_layers(photographs: Photographs, layers: Iterable[Tensor], size: int | None, cut: bool) -> Scene:
+    """The same of decoded photographs: masked colors, mask, and ones, (5, H, W) in [0, 1] each."""
     shots = photographs.shots
     if size is None:
-        size = max(max(shot.lens.width, shot.lens.height) for shot in shots)
-
-    # One at a time: decoded, they may be a hundred times as large as what is kept of them.
+        size = max(max(shot.width, shot.height) for shot in shots)
     whole = Squares(len(shots), size)
     crops = Squares(len(shots), size)
-    for i, shot in enumerate(Progress(shots, "reading photographs")):
-        layers = _decode(shot)
-        if shot.lens.distortion.any():
-            layers = _undistort(layers, shot.lens)
-        whole.place(i, layers, shot.lens)
+    for i, (shot, decoded) in enumerate(zip(shots, layers)):
+        if shot.distortion.any():
+            decoded = _undistort(decoded, shot)
+        whole.place(i, decoded, shot, Box(0, 0, shot.width, shot.height))
         if cut:
-            crops.place(i, layers, shot.lens, object_box(layers[3]))
+            crops.place(i, decoded, shot, object_box(decoded[3]))
 
     # As scenes.
     names = [shot.name for shot in shots]
@@ -122,10 +125,10 @@ def object_box(mask: Tensor) -> Box:
     Then the object may go on there, and what is beside it in the photograph is worth as much.
     """
     height, width = mask.shape
-    inner = mask[BORDER:height - BORDER, BORDER:width - BORDER]
-    if (mask > MASK_THRESHOLD).sum() > (inner > MASK_THRESHOLD).sum():
+    box = box_of_mask(mask)
+    if min(box.x, box.y, width - box.x - box.width, height - box.y - box.height) < MASK_GAP:
         return Box(0, 0, width, height)
-    return box_of_crop(box_of_mask(mask), height, width)
+    return box_of_crop(box, height, width)
 
 
 class Squares:
@@ -137,9 +140,8 @@ class Squares:
         self.focal = torch.ones(count, 2, dtype=torch.float64)       # NDC of the square
         self.principal = torch.zeros(count, 2, dtype=torch.float64)  # NDC of the square
 
-    def place(self, i: int, layers: Tensor, lens: Lens, box: Box | None = None) -> None:
-        """Layers (5, H, W) of photograph `i`, or a part of it, resized and padded to a square about the middle."""
-        box = box or Box(0, 0, lens.width, lens.height)
+    def place(self, i: int, layers: Tensor, shot: Shot, box: Box) -> None:
+        """A part of the layers (5, H, W) of photograph `i`, resized and padded to a square about the middle."""
         layers = layers[:, box.y:box.y + box.height, box.x:box.x + box.width]
 
         # The longer side fills the square. Averaging over what a small pixel covers keeps fine texture from aliasing.
@@ -159,8 +161,8 @@ class Squares:
         scale = torch.tensor([columns / box.width, rows / box.height], dtype=torch.float64)
         corner = torch.tensor([left, top], dtype=torch.float64)
         half = size / 2
-        principal = lens.principal - torch.tensor([box.x, box.y])
-        self.focal[i] = lens.focal * scale / half
+        principal = shot.principal - torch.tensor([box.x, box.y])
+        self.focal[i] = shot.focal * scale / half
         self.principal[i] = (half - (principal * scale + corner)) / half
 
     def scene(self, cameras: Cameras, names: list[str], sequence: str) -> Scene:
@@ -172,18 +174,18 @@ class Squares:
         return Scene(images, masks, valid, cameras, names, sequence)
 
 
-def _undistort(layers: Tensor, lens: Lens) -> Tensor:
+def _undistort(layers: Tensor, shot: Shot) -> Tensor:
     """What a pinhole camera with the same focal length and principal point sees, (C, H, W); 0 where nothing is known.
 
     OpenCV's model with the coefficients k1, k2 (radial) and p1, p2 (tangential).
     """
-    k1, k2, p1, p2 = lens.distortion.tolist()
-    focal_x, focal_y = lens.focal.tolist()
-    center_x, center_y = lens.principal.tolist()
+    k1, k2, p1, p2 = shot.distortion.tolist()
+    focal_x, focal_y = shot.focal.tolist()
+    center_x, center_y = shot.principal.tolist()
 
     # The direction of every pixel of the result.
-    column = (torch.arange(lens.width) + 0.5 - center_x) / focal_x
-    row = (torch.arange(lens.height) + 0.5 - center_y) / focal_y
+    column = (torch.arange(shot.width) + 0.5 - center_x) / focal_x
+    row = (torch.arange(shot.height) + 0.5 - center_y) / focal_y
     y, x = torch.meshgrid(row, column, indexing="ij")  # (H, W) each
 
     # Where the lens put it.
@@ -191,8 +193,8 @@ def _undistort(layers: Tensor, lens: Lens) -> Tensor:
     radial = 1 + r2 * (k1 + r2 * k2)
     distorted_x = x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x)
     distorted_y = y * radial + p1 * (r2 + 2 * y * y) + 2 * p2 * x * y
-    grid_x = 2 * (distorted_x * focal_x + center_x) / lens.width - 1
-    grid_y = 2 * (distorted_y * focal_y + center_y) / lens.height - 1
+    grid_x = 2 * (distorted_x * focal_x + center_x) / shot.width - 1
+    grid_y = 2 * (distorted_y * focal_y + center_y) / shot.height - 1
 
     # Far out the polynomial may turn back, and would show the picture a second time.
     folded = 1 + r2 * (3 * k1 + r2 * 5 * k2) <= 0
@@ -200,24 +202,20 @@ def _undistort(layers: Tensor, lens: Lens) -> Tensor:
     return F.grid_sample(layers[None], grid[None], align_corners=False)[0]
 
 
-def _decode(shot: Photograph) -> Tensor:
+def _decode(shot: Shot) -> Tensor:
     """Masked colors, mask, and ones: (5, H, W) in [0, 1]."""
     with open_picture(shot.file) as picture:
-        alpha = _alpha(picture, shot.file)
+        mask = _alpha(picture, shot.file)
         colors = _pixels(picture, "RGB", shot.file)
-    if shot.mask is None:
-        mask = alpha
-        source = shot.file
-    else:
+    if shot.mask != shot.file:
         mask = _read_mask(shot.mask)
-        source = shot.mask
     if mask is None:
-        raise ValueError(f"{source}: no mask: its alpha channel is opaque everywhere, and masks/ has no file for it")
+        raise ValueError(f"{shot.mask}: no mask: its alpha channel is opaque everywhere, and masks/ has no file for it")
 
     # An object is more than one pixel.
     probability = torch.from_numpy(mask).float() / 255
     if (probability > MASK_THRESHOLD).sum() <= 1:
-        raise ValueError(f"{source}: the mask is empty")
+        raise ValueError(f"{shot.mask}: the mask is empty")
     colors = torch.from_numpy(colors).permute(2, 0, 1).float() / 255
     return torch.cat([colors * probability, probability[None], torch.ones_like(probability)[None]])
 

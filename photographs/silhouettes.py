@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cameras import Cameras, Scene, evenly_spaced
+from cameras import Cameras, Scene, Similarity, evenly_spaced
+from datasets.crop import tight_box
+from volume import MASK_GAP, dilate
 
 GRID = 128       # cells a side of the grid that holds a mask and its surroundings
 MARGIN = 6       # cells of it around the mask's box
 REACH = 4        # cells: distances to an outline are known up to here
-BORDER = 3       # cells that a mask may end before the picture's border and still count as touching it
+BORDER = MASK_GAP + 1  # cells from a mask's last one to the first outside of a picture that it touches
 RAYS = 96        # rays through a mask, and as many along its outline
 GLANCE = 4       # one of them in so many is enough for a glance
 DEPTHS = 64      # points along a ray
@@ -64,7 +66,7 @@ def _silhouette(mask: Tensor, valid: Tensor) -> Silhouette:
     """The silhouette of a soft mask (S, S), where `valid` (S, S) is 1."""
     # A grid as fine as the picture, or coarser.
     size = len(mask)
-    box = _box(mask > 0.5)
+    box = tight_box(mask > 0.5).corners().float()
     cell = max(1.0, (box[1] - box[0]).max().item() / (GRID - 2 * MARGIN))  # pixels
     first = box[0] - MARGIN * cell
     corner = 1 - 2 * first / size
@@ -73,7 +75,7 @@ def _silhouette(mask: Tensor, valid: Tensor) -> Silhouette:
     # The object may go on outside the picture where its mask touches the border.
     inside = _resample(mask, first, cell) > 0.5
     unknown = _resample(valid, first, cell) < 0.5
-    touching = inside & _grow(unknown, BORDER)
+    touching = inside & dilate(unknown[None], BORDER)[0]
     possible = inside | unknown if touching.any() else inside
 
     # The outline runs between two cells, half a cell from the center of each.
@@ -81,18 +83,16 @@ def _silhouette(mask: Tensor, valid: Tensor) -> Silhouette:
     distance = distance - distance.sign() / 2
 
     # No rectangle's edge on a side where the object may go on. NDC point left and up, so the last cell is the least.
-    edges = _box(inside) + torch.tensor([[-2.0], [2.0]])
-    for axis in range(2):
-        line = touching.any(axis)
-        first_cell, last_cell = edges[:, axis].int().clamp(0, GRID).tolist()
-        if line[:first_cell + 2 + BORDER].any():
-            edges[0, axis] = -BIG
-        if line[last_cell - 2 - BORDER:].any():
-            edges[1, axis] = BIG
+    box = tight_box(inside).corners().float()
+    edges = box + torch.tensor([[-2.0], [2.0]])
+    if touching.any():
+        touched = tight_box(touching).corners().float()
+        edges[0, touched[0] < box[0] + BORDER] = -BIG
+        edges[1, touched[1] > box[1] - BORDER] = BIG
     greatest, least = corner - side * edges / GRID
 
     # Where the picture's border cuts the object is no outline.
-    outline = inside & _grow(~inside, 1) & ~_grow(unknown, BORDER)
+    outline = inside & dilate(~inside[None], 1)[0] & ~dilate(unknown[None], BORDER)[0]
     points = corner - side * _some_cells(inside) / GRID
     on_outline = corner - side * _some_cells(outline if outline.any() else inside) / GRID
     return Silhouette(distance, corner, side, least, greatest, points, on_outline)
@@ -172,12 +172,10 @@ def centered(cameras: Cameras) -> Cameras:
     """The same cameras, float32, in a world whose origin is their mean center and whose unit is the radius of their
     cloud."""
     # In double precision: georeferenced coordinates are large.
-    cameras = cameras.to(torch.float64)
-    centers = cameras.centers()
+    centers = cameras.to(torch.float64).centers()
     mean = centers.mean(0)
     radius = (centers - mean).norm(dim=1).square().mean().sqrt().clamp(min=1e-12)
-    T = (cameras.T + mean @ cameras.R) / radius
-    return Cameras(cameras.R, T, cameras.focal, cameras.principal).to(torch.float32)
+    return Similarity(torch.eye(3, dtype=torch.float64), radius, mean).normalized(cameras).to(torch.float32)
 
 
 class Misfit(NamedTuple):
@@ -218,12 +216,6 @@ def glance(views: list[Silhouette], cameras: Cameras, most: float) -> float:
 
 # ---------------------------------------------------------------------------------------------- masks
 
-def _box(mask: Tensor) -> Tensor:
-    """Corners (2, 2) of the box round a mask's pixels: least and greatest (column, row)."""
-    places = mask.nonzero().flip(1)
-    return torch.stack([places.amin(0), places.amax(0) + 1]).float()
-
-
 def _resample(image: Tensor, first: Tensor, cell: float) -> Tensor:
     """An image (S, S) averaged over the cells of a grid, (G, G); 0 outside.
 
@@ -235,11 +227,6 @@ def _resample(image: Tensor, first: Tensor, cell: float) -> Tensor:
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     sampled = F.grid_sample(image[None, None], torch.stack([x, y], -1)[None], align_corners=False)
     return F.avg_pool2d(sampled, 3)[0, 0]
-
-
-def _grow(mask: Tensor, cells: int) -> Tensor:
-    """A mask (G, G), boolean, grown to all sides."""
-    return F.max_pool2d(mask[None].float(), 2 * cells + 1, stride=1, padding=cells)[0] > 0
 
 
 def _distance_to(mask: Tensor) -> Tensor:

@@ -263,8 +263,8 @@ def test_the_chair_directly_by_colmap_and_by_co3d(tmp_path, monkeypatch):
     user = mine.scene.world.cameras(mine.scene.cameras)
     cut = []
     for i, rgba in enumerate(shoot.rgba):
-        lens = photographs.shots[index[i]].lens
-        camera = PixelCamera(user.R[i], user.T[i], lens.focal, lens.principal)
+        shot = photographs.shots[index[i]]
+        camera = PixelCamera(user.R[i], user.T[i], shot.focal, shot.principal)
         cut.append(crop_and_resize(rgba[..., :3], rgba[..., 3], camera, 128).camera)
     cut = Cameras.stack(cut)
     for part in ("R", "T", "focal", "principal"):

@@ -13,7 +13,7 @@ import check
 from cameras import Cameras, Scene, look_at, pixel_grid
 from tests.support import camera_mistakes
 from photographs import examine, figure, mistakes, silhouettes
-from photographs.reading import CONVENTIONS
+from photographs.shots import CONVENTIONS
 from tests.support import small
 from tests.support.helpers import one_line
 
@@ -113,7 +113,7 @@ def test_every_mistake_made_is_undone_by_its_name(scene):
             if mistake.words.startswith(examine.FOCAL):
                 continue
             corner = torch.ones(len(scene), 2)
-            found = dict(mistakes.alternatives(mistake.cameras, convention, corner))
+            found = mistakes.alternatives(mistake.cameras, convention, corner)
             undone = found[mistake.words]
             for part in ("R", "T", "focal", "principal"):
                 torch.testing.assert_close(getattr(undone, part), getattr(scene.cameras, part).double(),
@@ -123,7 +123,7 @@ def test_every_mistake_made_is_undone_by_its_name(scene):
 def test_right_cameras_are_not_accused(scene):
     found = examine.examine(scene, OPENGL, True)
     assert found.fits and found.mistake is None and found.can_tell
-    assert found.focal.least <= 1 <= found.focal.most
+    assert found.focal[0] <= 1 <= found.focal[1]
     assert found.lines[-1] == "masks and cameras fit"
 
 
