@@ -10,7 +10,6 @@ Shapes: `V` views, `S` side of their square pictures in pixels.
 """
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +19,7 @@ from cameras import Cameras, Scene, evenly_spaced
 from photographs.figure import Stand, stand
 from photographs.mistakes import alternatives
 from photographs.shots import AXES, Convention
-from photographs.silhouettes import REACH, Misfit, Silhouette, glance, misfit, silhouettes
+from photographs.silhouettes import REACH, Misfit, Silhouettes, misfit, silhouettes
 
 CO3D = Convention(AXES["PyTorch3D"], False)  # for row vectors, but so is `Cameras.R`
 MOST = 12          # views that are compared; of more an even choice
@@ -77,15 +76,15 @@ def examine(scene: Scene, convention: Convention = CO3D, whole: bool = False) ->
     views = silhouettes(scene)
     given = misfit(views, scene.cameras)
 
-    # Everything else that the cameras could be: a glance at each, a closer look at those that might be it.
+    # Everything else that the cameras could be, unless it is clearly worse.
     corner = _corners(scene.valid) if whole else None
     tried = {}
     least = given.total()
     for name, cameras in alternatives(scene.cameras, convention, corner).items():
-        seen = glance(views, cameras, 2 * least + 10 * LIKE)
-        least = min(least, seen)
-        if seen < math.inf:
-            tried[name] = misfit(views, cameras)
+        other = misfit(views, cameras, 2 * least + 4 * LIKE)
+        if other:
+            tried[name] = other
+            least = min(least, other.total())
     focal, factor, refocused = _search_focal(views, scene.cameras)
     vague = focal[1] / focal[0] > VAGUE
     if vague:
@@ -117,19 +116,18 @@ def _corners(valid: Tensor) -> Tensor:
     return 1 - 2 * torch.stack([columns, rows], 1).double() / valid.shape[-1]
 
 
-def _search_focal(views: list[Silhouette], cameras: Cameras) -> tuple[tuple[float, float], float, Misfit]:
+def _search_focal(views: Silhouettes, cameras: Cameras) -> tuple[tuple[float, float], float, Misfit]:
     """The focal length by which the masks fit best, by trying factors: the least and the greatest of those that fit
     about as well as the best one, their middle, and the misfit of that.
     """
-    # A glance at each, from 1 outwards, then a closer look at the best.
-    steps = range(-FOCAL_STEPS, FOCAL_STEPS + 1)
-    glances = {}
+    # From 1 outwards, unless it is clearly worse.
+    found = {}
     least = REACH
-    for step in sorted(steps, key=abs):
-        glances[step] = glance(views, _refocused(cameras, step), 2 * least + 4 * LIKE)
-        least = min(least, glances[step])
-    near = [step for step in steps if glances[step] <= 2 * least + 4 * LIKE]
-    found = {step: misfit(views, _refocused(cameras, step)) for step in near}
+    for step in sorted(range(-FOCAL_STEPS, FOCAL_STEPS + 1), key=abs):
+        other = misfit(views, _refocused(cameras, step), 2 * least + 4 * LIKE)
+        if other:
+            found[step] = other
+            least = min(least, other.total())
     best = min(found.values(), key=Misfit.total)
 
     # Where many fit about equally well, their middle.

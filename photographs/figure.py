@@ -90,14 +90,14 @@ def draw(scene: Scene) -> Image.Image:
     cameras = centered(scene.cameras)
     chosen = evenly_spaced(len(scene), SHOWN)
     for column, view in enumerate(chosen):
-        inside = clearance(views, cameras, view, pixel_grid(CELLS, CELLS))
-        inside = _resized(inside.reshape(1, CELLS, CELLS))
+        rows = [clearance(views, cameras, view, rays) for rays in pixel_grid(CELLS, CELLS).split(16 * CELLS)]
+        inside = _resized(torch.cat(rows).reshape(1, CELLS, CELLS))
         tile = _outlines(scene, view, inside[0] > -0.5)
         _paste(sheet, tile, column, 1, f"frame {scene.names[view]}: what the others allow")
 
     # The leftmost, rightmost, lowest and highest point of the first one's outline, and their lines in the others.
     first = chosen[0]
-    outline = views[first].outline
+    outline = views.outline[first]
     points = outline[outline.argmax(0).tolist() + outline.argmin(0).tolist()]
     for column, view in enumerate(chosen):
         tile = _lines(scene, cameras, first, view, points)

@@ -68,7 +68,7 @@ def test_rays_through_a_ball_meet_what_the_others_allow():
     cameras = silhouettes.centered(ball.cameras)
     middle, _ = ball.cameras[0].project(torch.zeros(1, 3))
     edge = 2.0 * 0.8 / (3**2 - 0.8**2) ** 0.5  # NDC from the middle
-    cell = found[0].side / silhouettes.GRID
+    cell = found.side[0] / silhouettes.GRID
     points = torch.stack([middle[0], middle[0] + torch.tensor([edge - 3 * cell, 0]),
                           middle[0] + torch.tensor([edge + 6 * cell, 0])])
     clearance = silhouettes.clearance(found, cameras, 0, points)
