@@ -80,13 +80,15 @@ def _sources(folder: Path) -> list[Path]:
 
 
 def _stamp(folder: Path) -> bytes:
-    """Names, dates and sizes of a category's sources: what a cached file was made from."""
+    """Names, dates and sizes of a category's sources: what a cached file was made from. Raises `OSError`."""
     # Not their content: reading that is what the cache saves.
-    stamp = [FORMAT]
-    for source in _sources(folder):
-        status = source.stat()
-        stamp.append((source.name, status.st_mtime_ns, status.st_size))
-    return json.dumps(stamp).encode()
+    return json.dumps([FORMAT, *map(date_and_size, _sources(folder))]).encode()
+
+
+def date_and_size(path: Path) -> list:
+    """Name, date and size of a file: equal ones say that nothing has changed."""
+    status = path.stat()
+    return [path.name, status.st_mtime_ns, status.st_size]
 
 
 @lru_cache(maxsize=8)

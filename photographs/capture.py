@@ -21,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import default_collate
 
-from cameras import Cameras, Scene
-from common import files
+from cameras import Scene
 from common.progress import Progress
-from datasets.crop import MASK_THRESHOLD, Box, box_of_crop, box_of_mask, open_picture
+from datasets.annotations import date_and_size
+from datasets.crop import MASK_THRESHOLD, Box, box_of_crop, box_of_mask, open_picture, pixels
 from photographs.normalization import normalization
 from photographs.reading import Photographs
 from photographs.shots import Shot
@@ -71,17 +72,13 @@ def stamp(photographs: Photographs) -> str:
 
     Equal stamps: nothing has changed since. Opens nothing.
     """
-    numbers = [photographs.points]
-    rows = [photographs.inputs, photographs.targets]
+    rows = [photographs.points.tolist(), photographs.inputs, photographs.targets]
     for shot in photographs.shots:
-        numbers += [shot.matrix, shot.focal, shot.principal, shot.distortion]
+        numbers = torch.cat([shot.matrix.flatten(), shot.focal, shot.principal, shot.distortion])
 
         # Pictures by dates and sizes: there may be gigabytes of them.
-        for file in (shot.file, shot.mask):
-            status = file.stat()
-            rows.append([file.name, status.st_mtime_ns, status.st_size])
-    text = json.dumps(rows) + files.digest(*numbers)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+        rows += [numbers.tolist(), date_and_size(shot.file), date_and_size(shot.mask)]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -99,24 +96,26 @@ def load_pictures(photographs: Photographs, size: int | None = None, cut: bool =
 
 def scene_of_layers(photographs: Photographs, layers: Iterable[Tensor], size: int | None, cut: bool) -> Scene:
     """The same of decoded photographs: masked colors, mask, and ones, (5, H, W) in [0, 1] each."""
-    shots = photographs.shots
     if size is None:
-        size = max(max(shot.width, shot.height) for shot in shots)
-    whole = Squares(len(shots), size)
-    crops = Squares(len(shots), size)
-    for i, (shot, decoded) in enumerate(zip(shots, layers)):
+        size = max(max(shot.width, shot.height) for shot in photographs.shots)
+    whole = []
+    crops = []
+    for shot, decoded in zip(photographs.shots, layers):
         if shot.distortion.any():
             decoded = _undistort(decoded, shot)
-        whole.place(i, decoded, shot, Box(0, 0, shot.width, shot.height))
+        whole.append(_square(decoded, shot, Box(0, 0, shot.width, shot.height), size))
         if cut:
-            crops.place(i, decoded, shot, object_box(decoded[3]))
+            crops.append(_square(decoded, shot, object_box(decoded[3]), size))
+    scene = _scene_of_squares(photographs, whole)
+    return replace(_scene_of_squares(photographs, crops), whole=scene) if cut else scene
 
-    # As scenes.
-    names = [shot.name for shot in shots]
-    sequence = photographs.folder.resolve().name
-    cameras = photographs.cameras()
-    scene = whole.scene(cameras, names, sequence)
-    return replace(crops.scene(cameras, names, sequence), whole=scene) if cut else scene
+
+def _scene_of_squares(photographs: Photographs, squares: list[tuple[Tensor, ...]]) -> Scene:
+    """The scene of what `_square` gives for each photograph."""
+    images, masks, valid, focal, principal = default_collate(squares)
+    cameras = replace(photographs.cameras(), focal=focal, principal=principal)
+    names = [shot.name for shot in photographs.shots]
+    return Scene(images, masks, valid, cameras, names, photographs.folder.resolve().name)
 
 
 def object_box(mask: Tensor) -> Box:
@@ -131,47 +130,33 @@ def object_box(mask: Tensor) -> Box:
     return box_of_crop(box, height, width)
 
 
-class Squares:
-    """V photographs in squares of `size` pixels a side, with the intrinsics of these."""
+def _square(layers: Tensor, shot: Shot, box: Box, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A part of the layers (5, H, W) of a photograph, resized and padded to a square of `size` pixels about the middle.
 
-    def __init__(self, count: int, size: int):
-        self.size = size
-        self.layers = torch.zeros(count, 5, size, size)  # masked colors, mask, and where the photograph is, in [0, 1]
-        self.focal = torch.ones(count, 2, dtype=torch.float64)       # NDC of the square
-        self.principal = torch.zeros(count, 2, dtype=torch.float64)  # NDC of the square
+    Returns image (3, S, S), mask and valid (1, S, S), and in NDC of the square focal length and principal point (2,).
+    """
+    layers = layers[:, box.y:box.y + box.height, box.x:box.x + box.width]
 
-    def place(self, i: int, layers: Tensor, shot: Shot, box: Box) -> None:
-        """A part of the layers (5, H, W) of photograph `i`, resized and padded to a square about the middle."""
-        layers = layers[:, box.y:box.y + box.height, box.x:box.x + box.width]
+    # The longer side fills the square. Averaging over what a small pixel covers keeps fine texture from aliasing.
+    longer = max(box.width, box.height)
+    rows = max(round(box.height * size / longer), 1)
+    columns = max(round(box.width * size / longer), 1)
+    if (rows, columns) != (box.height, box.width):
+        layers = F.interpolate(layers[None], (rows, columns), mode="bilinear", antialias=True)[0]
 
-        # The longer side fills the square. Averaging over what a small pixel covers keeps fine texture from aliasing.
-        size = self.size
-        longer = max(box.width, box.height)
-        rows = max(round(box.height * size / longer), 1)
-        columns = max(round(box.width * size / longer), 1)
-        if (rows, columns) != (box.height, box.width):
-            layers = F.interpolate(layers[None], (rows, columns), mode="bilinear", antialias=True)[0]
+    # As much on both sides; an odd pixel goes right and below.
+    top = (size - rows) // 2
+    left = (size - columns) // 2
+    layers = F.pad(layers, (left, size - columns - left, top, size - rows - top))
 
-        # As much on both sides; an odd pixel goes right and below.
-        top = (size - rows) // 2
-        left = (size - columns) // 2
-        self.layers[i] = F.pad(layers, (left, size - columns - left, top, size - rows - top))
-
-        # The camera follows: pixels of the photograph, pixels of the square, NDC of the square.
-        scale = torch.tensor([columns / box.width, rows / box.height], dtype=torch.float64)
-        corner = torch.tensor([left, top], dtype=torch.float64)
-        half = size / 2
-        principal = shot.principal - torch.tensor([box.x, box.y])
-        self.focal[i] = shot.focal * scale / half
-        self.principal[i] = (half - (principal * scale + corner)) / half
-
-    def scene(self, cameras: Cameras, names: list[str], sequence: str) -> Scene:
-        """The same as a scene, at the places of some cameras (V,)."""
-        images = self.layers[:, :3].clamp(0, 1)
-        masks = self.layers[:, 3:4].clamp(0, 1)
-        valid = (self.layers[:, 4:] > 0.5).float()
-        cameras = Cameras(cameras.R, cameras.T, self.focal, self.principal)
-        return Scene(images, masks, valid, cameras, names, sequence)
+    # The camera follows: pixels of the photograph, pixels of the square, NDC of the square.
+    scale = torch.tensor([columns / box.width, rows / box.height], dtype=torch.float64)
+    corner = torch.tensor([left, top], dtype=torch.float64)
+    half = size / 2
+    pixel = (shot.principal - torch.tensor([box.x, box.y])) * scale + corner
+    focal = shot.focal * scale / half
+    colors_and_mask = layers[:4].clamp(0, 1)
+    return colors_and_mask[:3], colors_and_mask[3:], (layers[4:] > 0.5).float(), focal, (half - pixel) / half
 
 
 def _undistort(layers: Tensor, shot: Shot) -> Tensor:
@@ -206,7 +191,7 @@ def _decode(shot: Shot) -> Tensor:
     """Masked colors, mask, and ones: (5, H, W) in [0, 1]."""
     with open_picture(shot.file) as picture:
         mask = _alpha(picture, shot.file)
-        colors = _pixels(picture, "RGB", shot.file)
+        colors = pixels(picture, "RGB", shot.file)
     if shot.mask != shot.file:
         mask = _read_mask(shot.mask)
     if mask is None:
@@ -226,7 +211,7 @@ def _read_mask(file: Path) -> np.ndarray:
         alpha = _alpha(picture, file)
         if alpha is not None:
             return alpha
-        gray = _pixels(picture, "L", file)
+        gray = pixels(picture, "L", file)
 
     # Some programs write 1 for the object.
     return gray * np.uint8(255) if gray.max() == 1 else gray
@@ -234,17 +219,5 @@ def _read_mask(file: Path) -> np.ndarray:
 
 def _alpha(picture: Image.Image, file: Path) -> np.ndarray | None:
     """The alpha channel, (H, W) uint8, unless there is none or it is opaque everywhere."""
-    alpha = _pixels(picture, "RGBA", file)[..., 3] if picture.has_transparency_data else None
+    alpha = pixels(picture, "RGBA", file)[..., 3] if picture.has_transparency_data else None
     return None if alpha is None or alpha.min() == 255 else alpha
-
-
-def _pixels(picture: Image.Image, mode: str, file: Path) -> np.ndarray:
-    """Decoded pixels of an open picture, uint8: (H, W) for mode "L", else (H, W, channels)."""
-    try:
-        # Pillow would clip 16 bits to 8.
-        if picture.mode.startswith("I;16"):
-            picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
-        return np.array(picture.convert(mode))
-    # On broken bytes the decoders raise nearly anything.
-    except Exception as e:
-        raise ValueError(f"{file}: not a readable picture ({e})") from None

@@ -18,6 +18,7 @@ from torch import Tensor
 from cameras import Cameras, Scene, evenly_spaced
 from photographs.figure import Stand, stand
 from photographs.mistakes import alternatives
+from photographs.normalization import mask_corners
 from photographs.shots import AXES, Convention
 from photographs.silhouettes import REACH, Misfit, Silhouettes, misfit, silhouettes
 
@@ -76,15 +77,9 @@ def examine(scene: Scene, convention: Convention = CO3D, whole: bool = False) ->
     views = silhouettes(scene)
     given = misfit(views, scene.cameras)
 
-    # Everything else that the cameras could be, unless it is clearly worse.
-    corner = _corners(scene.valid) if whole else None
-    tried = {}
-    least = given.total()
-    for name, cameras in alternatives(scene.cameras, convention, corner).items():
-        other = misfit(views, cameras, 2 * least + 4 * LIKE)
-        if other:
-            tried[name] = other
-            least = min(least, other.total())
+    # Everything else that the cameras could be.
+    corner = mask_corners(scene.valid)[:, 0] if whole else None
+    tried = _misfits(views, alternatives(scene.cameras, convention, corner), given.total())
     focal, factor, refocused = _search_focal(views, scene.cameras)
     vague = focal[1] / focal[0] > VAGUE
     if vague:
@@ -109,25 +104,24 @@ def examine(scene: Scene, convention: Convention = CO3D, whole: bool = False) ->
     return replace(found, lines=_understood(scene, place, whole) + _verdict(found, undone if explained else None, place))
 
 
-def _corners(valid: Tensor) -> Tensor:
-    """Top left corner of the valid part of each view (V, 1, S, S), NDC (V, 2)."""
-    columns = valid[:, 0].amax(1).argmax(1)
-    rows = valid[:, 0].amax(2).argmax(1)
-    return 1 - 2 * torch.stack([columns, rows], 1).double() / valid.shape[-1]
+def _misfits(views: Silhouettes, candidates: dict, least: float) -> dict:
+    """Misfits of cameras by their keys, without those that are clearly worse than the best one or than `least`."""
+    found = {}
+    for key, cameras in candidates.items():
+        other = misfit(views, cameras, 2 * least + 4 * LIKE)
+        if other:
+            found[key] = other
+            least = min(least, other.total())
+    return found
 
 
 def _search_focal(views: Silhouettes, cameras: Cameras) -> tuple[tuple[float, float], float, Misfit]:
     """The focal length by which the masks fit best, by trying factors: the least and the greatest of those that fit
     about as well as the best one, their middle, and the misfit of that.
     """
-    # From 1 outwards, unless it is clearly worse.
-    found = {}
-    least = REACH
-    for step in sorted(range(-FOCAL_STEPS, FOCAL_STEPS + 1), key=abs):
-        other = misfit(views, _refocused(cameras, step), 2 * least + 4 * LIKE)
-        if other:
-            found[step] = other
-            least = min(least, other.total())
+    # From 1 outwards.
+    steps = sorted(range(-FOCAL_STEPS, FOCAL_STEPS + 1), key=abs)
+    found = _misfits(views, {step: _refocused(cameras, step) for step in steps}, REACH)
     best = min(found.values(), key=Misfit.total)
 
     # Where many fit about equally well, their middle.
@@ -208,10 +202,9 @@ def _why(place: Stand) -> str:
 def _understood(scene: Scene, place: Stand, whole: bool) -> list[str]:
     """What was understood, in a few lines."""
     # The part of the square that shows anything, its angles, and how much of it is object.
-    valid = scene.valid[:, 0].double()
-    sides = torch.stack([valid.amax(1).sum(1), valid.amax(2).sum(1)], 1)  # (V, 2) pixels
-    angles = torch.rad2deg(2 * torch.atan(sides / valid.shape[-1] / scene.cameras.focal))
-    covered = scene.masks[:, 0].sum((1, 2)) / sides.prod(1)
+    corners = mask_corners(scene.valid)
+    angles = torch.rad2deg(2 * torch.atan((corners[:, 0] - corners[:, 1]) / 2 / scene.cameras.focal))
+    covered = scene.masks.sum((1, 2, 3)) / scene.valid.sum((1, 2, 3))
 
     pictures = "photographs" if whole else "pictures (cut to it)"
     lines = [f"{len(scene)} photographs compared; cameras {_range(place.distance)} from the object",

@@ -94,16 +94,9 @@ def _mirrored(cameras: Cameras, convention: Convention) -> dict[str, Cameras]:
 
 def _matrices(cameras: Cameras, convention: Convention) -> Tensor:
     """The poses (V, 4, 4) as a file in a convention has them. The inverse of `world_to_view`."""
-    # The rotation of column vectors from the file's view axes to the world.
+    # World-to-camera, or else its inverse.
     flip = torch.tensor(convention.flip).to(cameras.T)
     matrices = torch.eye(4).to(cameras.T).repeat(len(cameras), 1, 1)
-    turned = cameras.R * flip
-
-    # It and the centers, or the other way round.
-    if convention.camera_to_world:
-        matrices[:, :3, :3] = turned
-        matrices[:, :3, 3] = cameras.centers()
-    else:
-        matrices[:, :3, :3] = turned.transpose(-1, -2)
-        matrices[:, :3, 3] = cameras.T * flip
-    return matrices
+    matrices[:, :3, :3] = (cameras.R * flip).transpose(-1, -2)
+    matrices[:, :3, 3] = cameras.T * flip
+    return torch.linalg.inv(matrices) if convention.camera_to_world else matrices
