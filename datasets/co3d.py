@@ -33,7 +33,6 @@ from datasets.annotations import ANNOTATIONS_FILE, Annotations, Frame, date_and_
 from datasets.crop import Crop, crop_and_resize, open_picture, pixel_camera, pixels, scene_of_crops
 
 LISTED = 5  # names that an error message lists
-NO_ROOT = "{}: no such folder; the root of a dataset is the one with a folder for each category"
 
 
 # ---------------------------------------------------------------------------------------------- what others call
@@ -62,10 +61,11 @@ def splits(root: str | Path, category: str) -> list[str]:
 
 def categories(root: str | Path) -> list[str]:
     """Names of the categories that a dataset folder holds, sorted."""
-    # In either layout.
     root = Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(NO_ROOT.format(root))
+        raise FileNotFoundError(f"{root}: no such folder; the root of a dataset has a folder for each category")
+
+    # In either layout.
     names = sorted(folder.name for folder in root.iterdir())
     return [name for name in names if _annotations_file(root, name).is_file() or _toy_file(root, name).is_file()]
 
@@ -171,8 +171,7 @@ def _parse_camera(viewpoint: dict) -> Cameras | None:
         principal = torch.tensor(viewpoint["principal_point"], dtype=torch.float64).reshape(2)
     except (KeyError, TypeError, ValueError, RuntimeError):
         return None
-    numbers = torch.cat([R.flatten(), T, focal, principal])
-    usable = numbers.isfinite().all() and (focal != 0).all()
+    usable = torch.cat([R.flatten(), T, focal, principal]).isfinite().all() and (focal != 0).all()
     return Cameras(R, T, focal, principal) if usable else None
 
 
@@ -257,11 +256,8 @@ def _resized(x: Tensor, channels: int, size: int, mode: str) -> Tensor:
 
 def _source(root: str | Path, category: str) -> _Tree | _Toy:
     """The dataset of a category under `root`, in either layout."""
-    root = Path(root)
-    if not root.is_dir():
-        raise FileNotFoundError(NO_ROOT.format(root))
-
     # The downloader's layout goes before a toy file beside it.
+    root = Path(root)
     if _annotations_file(root, category).is_file():
         return _Tree(root, category)
     if _toy_file(root, category).is_file():

@@ -99,7 +99,7 @@ def pixel_camera(camera: Cameras, intrinsics_format: str, height: int, width: in
 
 
 def crop_and_resize(image: np.ndarray, mask: np.ndarray, camera: Cameras, size: int) -> Crop:
-    """Photograph (H, W, 3) and mask (H, W), both uint8, with their camera in pixels -> the crop of `size` pixels a side.
+    """Photograph (H, W, 3), mask (H, W), both uint8, and their camera in pixels -> the crop of `size` pixels a side.
 
     Raises `ValueError` for an empty mask, or one of another size than the photograph.
     """

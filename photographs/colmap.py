@@ -30,9 +30,8 @@ def find_model(folder: Path) -> Path | None:
     """Where below a folder the files of a model are: `sparse/0` and other habits, or the folder itself."""
     # COLMAP's mapper numbers its models; the first one is mostly the only one.
     for place in ("sparse/0", "sparse", "colmap/sparse/0", "."):
-        for ending in (".bin", ".txt"):
-            if (folder / place / f"images{ending}").is_file():
-                return folder / place
+        if any((folder / place / f"images{ending}").is_file() for ending in (".bin", ".txt")):
+            return folder / place
     return None
 
 

@@ -99,9 +99,10 @@ def examine(scene: Scene, convention: Convention = CO3D, whole: bool = False) ->
     mistake = best if explained and sure and len(alike) == 1 else None
 
     # In words.
-    found = Findings([], scene, given, fits, mistake, [] if mistake else alike, focal)
     place = stand(scene)
-    return replace(found, lines=_understood(scene, place, whole) + _verdict(found, undone if explained else None, place))
+    understood = _understood(scene, place, whole)
+    found = Findings(understood, scene, given, fits, mistake, [] if mistake else alike, focal)
+    return replace(found, lines=understood + _verdict(found, undone if explained else None, place))
 
 
 def _misfits(views: Silhouettes, candidates: dict, least: float) -> dict:
@@ -144,16 +145,12 @@ def _alike(a: Misfit, b: Misfit) -> bool:
 def _explains(name: str, undone: Misfit, given: Misfit) -> bool:
     """Does a mistake, undone, leave so little of the misfit that it is no chance?"""
     left = undone.total() / given.total()
-    if left < EXPLAINED or left > HALF:
-        return left < EXPLAINED
+    gain = given.outline - undone.outline  # (V,)
+    agreed = gain.mean() > SURE * gain.std() / len(gain) ** 0.5
 
     # Rough masks leave more. Then the views have to agree that it is better. A shorter focal length does not count:
     # it makes all cones wider, which hides rough cameras.
-    if name.startswith(FOCAL):
-        return False
-    gain = given.outline - undone.outline  # (V,)
-    error = gain.std() / len(gain) ** 0.5
-    return gain.mean().item() > SURE * error.item()
+    return left < EXPLAINED or (left <= HALF and not name.startswith(FOCAL) and bool(agreed))
 
 
 # ---------------------------------------------------------------------------------------------- in words
@@ -161,16 +158,16 @@ def _explains(name: str, undone: Misfit, given: Misfit) -> bool:
 def _verdict(found: Findings, undone: Misfit | None, place: Stand) -> list[str]:
     """The judgement in a line or two. `undone`: the misfit without the likeliest mistake, where there is one."""
     # The view that says most, by its mask or, about small mistakes, by the mask's outline.
-    part = "outside" if found.given.outside.max() > 0.03 else "touching"
-    outside = getattr(found.given, part)
+    outline = found.given.outside.max() <= 0.03
+    part = "outline" if outline else "mask"
+    outside = 100 * (found.given.touching if outline else found.given.outside)
     view = outside.argmax().item()
-    before = 100 * outside[view].item()
-    what = "mask" if part == "outside" else "outline"
-    misfit = f"{before:.0f} % of the {what} of frame {found.scene.names[view]} lies outside what the others allow"
+    before = outside[view].item()
+    misfit = f"{before:.0f} % of the {part} of frame {found.scene.names[view]} lies outside what the others allow"
 
     # One mistake, or several possible ones.
     if found.mistake:
-        after = 100 * getattr(undone, part)[view].item()
+        after = 100 * (undone.touching if outline else undone.outside)[view]
         return [f"likely a mistake: {found.mistake}", f"  {misfit}; with that undone {after:.0f} %"]
     names = "; ".join(found.alike[:LISTED]) or "other cameras"
     if len(found.alike) > LISTED:

@@ -83,7 +83,7 @@ def draw(scene: Scene) -> Image.Image:
     _paste(sheet, _map(scene, place, 0, 2), 1, 0, "from the side")
     _paste(sheet, _map(scene, place, 1, 2), 2, 0, "from another side")
     pen = ImageDraw.Draw(sheet)
-    pen.multiline_text((3 * TILE + 10, TEXT + 10), LEGEND, fill=INK, spacing=6)
+    pen.multiline_text((3 * TILE + 10, TEXT + 10), LEGEND, fill=INK, spacing=9)
 
     # What the others allow.
     views = silhouettes(scene)
@@ -107,12 +107,10 @@ def draw(scene: Scene) -> Image.Image:
 
 LEGEND = """row 1: cameras (lines: where they look),
 the object in orange
-
 row 2: orange, the outline of what the other
 masks allow; cyan, that of the mask; red, the
 part of it that they forbid. Where all is
 right, orange lies on cyan or outside of it.
-
 row 3: each point is on the line of its color"""
 
 
@@ -130,9 +128,7 @@ def _map(scene: Scene, place: Stand, x: int, y: int) -> Image.Image:
 
     # The object, as large as its masks say.
     half = scale * place.size.median().item() / 2
-    least = TILE / 2 - half
-    most = TILE / 2 + half
-    pen.ellipse((least, least, most, most), outline=ALLOWED, width=2)
+    pen.circle((TILE / 2, TILE / 2), half, outline=ALLOWED, width=2)
 
     # The cameras; a line of a quarter of their distance along the optical axis.
     axis = scene.cameras.R[:, :, 2].double() @ place.axes.T
@@ -141,7 +137,7 @@ def _map(scene: Scene, place: Stand, x: int, y: int) -> Image.Image:
     ends = TILE / 2 + scale * ends * torch.tensor([1.0, -1.0])
     for name, (column, row, *end) in zip(scene.names, ends.flatten(1).tolist()):
         pen.line([column, row, *end], fill=INK)
-        pen.ellipse((column - 3, row - 3, column + 3, row + 3), fill=MASK)
+        pen.circle((column, row), 3, fill=MASK)
         label = Path(name).stem[-4:].strip("_-")
         pen.text((column + 5, row - 5), label, fill=INK)
     return tile
@@ -172,8 +168,7 @@ def _lines(scene: Scene, cameras: Cameras, first: int, view: int, points: Tensor
         near = (xy.abs() < 3).all(1) & (z > 1e-3)
         shown = [tuple(place) for place in (TILE * (1 - xy[near]) / 2).tolist()]
         if view == first:
-            x, y = shown[0]
-            pen.ellipse((x - 4, y - 4, x + 4, y + 4), outline="white", fill=color)
+            pen.circle(shown[0], 4, outline="white", fill=color)
         elif len(shown) > 1:
             pen.line(shown, fill=color, width=2)
     return tile

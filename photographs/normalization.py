@@ -58,8 +58,8 @@ def normalization(scene: Scene, points: Tensor) -> Similarity:
     half_sides = (corners[:, 0] - corners[:, 1]).amax(1) / 2
     radius = (depth * half_sides / cameras.focal.amin(1)).max()
 
-    # The box around the visual hull (Laurentini 1994), more closely each time: of the cells of a grid those whose middle
-    # is in the masks. What is so thin that a closer look misses it keeps its first box.
+    # The box around the visual hull (Laurentini 1994), more closely each time: of a grid's cells those whose middle is
+    # in the masks. What is so thin that a closer look misses it keeps its first box.
     low, high = center - SEARCH * radius, center + SEARCH * radius
     coarse = _possible(scene, COARSE)
     for look in (coarse, fine, fine):

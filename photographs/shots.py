@@ -1,8 +1,8 @@
 """A photograph with its camera: what every reader of files lists, and what becomes of it.
 
 A reader (`colmap.py`, `transforms.py`) lists frames: names and numbers in its file, the numbers under the keys of
-transforms.json. With the picture at hand a frame becomes a `Shot`, whose intrinsics are of the picture's own pixels. The
-matrix stays as the file has it, so that another reading of it can be tried (`Convention`).
+transforms.json. With the picture at hand a frame becomes a `Shot`, whose intrinsics are of the picture's own pixels.
+The matrix stays as the file has it, so that another reading of it can be tried (`Convention`).
 
 In all files pixels count from the top left corner, and the first pixel's center is (0.5, 0.5).
 
@@ -161,10 +161,9 @@ def open_shot(frame: Frame, name: str, file: Path, mask: Path | None) -> Shot:
     # Pixel by pixel a mask says what its photograph shows.
     with open_picture(file) as picture:
         width, height = picture.size
-        has_alpha = picture.has_transparency_data
-    if mask is None and has_alpha:
-        mask = file
-    elif mask is not None:
+        if mask is None and picture.has_transparency_data:
+            mask = file
+    if mask not in (None, file):
         with open_picture(mask) as picture:
             if picture.size != (width, height):
                 raise ValueError(f"{mask}: the mask is {picture.width} x {picture.height} pixels, the photograph "

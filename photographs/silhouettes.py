@@ -6,8 +6,8 @@ rays do not. Rays along a mask's outline are the strictest: they only touch the 
 
 No grid in space is needed, and no box: along a ray, the rectangles round the other masks leave an interval of depths.
 
-Shapes: `V` views, `J` = V - 1 other views, `P` rays of a view, `G` cells of a mask's grid a side, `D` depths along a ray,
-`N` rays that may meet something.
+Shapes: `V` views, `J` = V - 1 other views, `P` rays of a view, `G` cells of a mask's grid a side, `D` depths along a
+ray, `N` rays that may meet something.
 """
 from __future__ import annotations
 
@@ -195,15 +195,14 @@ def _resample(image: Tensor, first: Tensor, cell: float) -> Tensor:
 
 
 def _distance_to(mask: Tensor) -> Tensor:
-    """Distance of every cell to the nearest one of a mask (G, G), at most REACH: along the rows, then across them."""
+    """Distance of every cell to the nearest one of a mask (G, G), at most REACH."""
+    # The least of the squares in a window round the cell.
+    offset = torch.arange(-REACH, REACH + 1).square()
+    away = (offset.unsqueeze(1) + offset).reshape(-1, 1)
     squared = torch.where(mask, 0.0, float(REACH**2))
-    for axis in range(2):
-        padding = (REACH, REACH, 0, 0) if axis == 1 else (0, 0, REACH, REACH)
-        padded = F.pad(squared, padding, value=float(REACH**2))
-        shifted = padded.unfold(axis, 2 * REACH + 1, 1)  # (G, G, 2 REACH + 1)
-        offset = torch.arange(-REACH, REACH + 1)
-        squared = (shifted + offset.square()).amin(2)
-    return squared.clamp(max=REACH**2).sqrt()
+    padded = F.pad(squared[None, None], [REACH] * 4, value=float(REACH**2))
+    windows = F.unfold(padded, 2 * REACH + 1)[0]  # (cells of a window, G * G)
+    return (windows + away).amin(0).clamp(max=REACH**2).sqrt().reshape(mask.shape)
 
 
 def _some_cells(mask: Tensor) -> Tensor:

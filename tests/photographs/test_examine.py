@@ -98,6 +98,15 @@ def test_the_world_does_not_matter(scene):
     assert silhouettes.misfit(found, moved).total() == pytest.approx(expected.total(), abs=0.02)
 
 
+def test_a_misfit_is_given_up_where_it_is_clearly_worse(scene):
+    """None exactly where its total is above the limit."""
+    found = silhouettes.silhouettes(scene)
+    wrong = replace(scene.cameras, focal=scene.cameras.focal * 1.6)
+    total = silhouettes.misfit(found, wrong).total()
+    assert silhouettes.misfit(found, wrong, 1.01 * total).total() == total > 0.05
+    assert silhouettes.misfit(found, wrong, 0.99 * total) is None
+
+
 def test_an_empty_mask_is_named(scene):
     empty = replace(scene, masks=scene.masks * torch.tensor([1.0, 0, 1, 1, 1, 1])[:, None, None, None])
     with pytest.raises(ValueError, match="p1.png: its mask is empty"):
