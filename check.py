@@ -49,8 +49,7 @@ def _command(args: argparse.Namespace) -> None:
 
     # Does it fit?
     found = source.examine([views[i] for i in chosen])
-    for line in found.lines:
-        print(line)
+    print("\n".join(found.lines))
 
     # For the eye.
     with files.write_atomically(args.out) as temporary:

@@ -205,7 +205,7 @@ def _footprints(corners: Tensor, camera: Cameras, height: int, width: int) -> _F
 def _footprint_hits(pixels: Tensor, corners: Tensor, camera: Cameras) -> Tensor:
     """Does the projection of each cell touch one of the given pixels? (G, G, G) boolean, wrong only by saying yes.
 
-    pixels (H + 2, W + 2) as `_possible_pixels` returns them; corners (G + 1, G + 1, G + 1, 3) of the cells.
+    pixels (H + 2, W + 2) as `possible_pixels` returns them; corners (G + 1, G + 1, G + 1, 3) of the cells.
     """
     # How many of the pixels lie in the cell's rectangle, by a summed area table.
     cells = _footprints(corners, camera, pixels.shape[0] - 2, pixels.shape[1] - 2)

@@ -72,7 +72,8 @@ def stamp(photographs: Photographs) -> str:
 
     Equal stamps: nothing has changed since. Opens nothing.
     """
-    rows = [photographs.points.tolist(), photographs.inputs, photographs.targets]
+    points = hashlib.sha256(photographs.points.numpy().tobytes()).hexdigest()
+    rows = [points, photographs.inputs, photographs.targets]
     for shot in photographs.shots:
         numbers = torch.cat([shot.matrix.flatten(), shot.focal, shot.principal, shot.distortion])
 
@@ -100,7 +101,7 @@ def scene_of_layers(photographs: Photographs, layers: Iterable[Tensor], size: in
         size = max(max(shot.width, shot.height) for shot in photographs.shots)
     whole = []
     crops = []
-    for shot, decoded in zip(photographs.shots, layers):
+    for decoded, shot in zip(layers, photographs.shots):
         if shot.distortion.any():
             decoded = _undistort(decoded, shot)
         whole.append(_square(decoded, shot, Box(0, 0, shot.width, shot.height), size))
