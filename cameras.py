@@ -194,22 +194,23 @@ def nearest_point_to_axes(cameras: Cameras) -> Tensor:
     through the *mean* principal point [released: camera_utils.py:370-400]. Parallel axes, or a single one, leave a
     line of such points: its nearest to the world origin.
     """
-    # The optical axes.
     cameras64 = cameras.to("cpu", torch.float64)
     principal = cameras64.principal.mean(0).expand(len(cameras), 1, 2)
     rays_o, rays_d = cameras64.rays(principal)  # (B, 1, 3) each
-    rays_o = rays_o[:, 0]
-    rays_d = F.normalize(rays_d[:, 0], dim=-1)
+    return nearest_point(rays_o[:, 0], rays_d[:, 0]).to(cameras.T)
 
-    # The normal equations: the mean projection P off the axes times x is the mean of the projected centers.
+
+def nearest_point(rays_o: Tensor, rays_d: Tensor) -> Tensor:
+    """The point nearest in least squares to rays (R, 3), float64: (3,). Of parallel ones the nearest to the origin."""
+    # The normal equations: the mean projection P off the rays times x is the mean of the projected origins.
+    rays_d = F.normalize(rays_d, dim=-1)
     along = rays_d.unsqueeze(2) * rays_d.unsqueeze(1)
-    P = torch.eye(3, dtype=torch.float64) - along  # (B, 3, 3)
+    P = torch.eye(3, dtype=torch.float64) - along  # (R, 3, 3)
     projected = torch.einsum("bij,bj->i", P, rays_o)
 
-    # With this tolerance axes within about a third of a degree of each other count as parallel.
+    # With this tolerance rays within about a third of a degree of each other count as parallel.
     inverse = torch.linalg.pinv(P.mean(0), rtol=1e-5, hermitian=True)
-    point = inverse @ projected / len(cameras)
-    return point.to(cameras.T)
+    return inverse @ projected / len(rays_o)
 
 
 # ---------------------------------------------------------------------------------------------- the circle path
@@ -278,7 +279,7 @@ def _fit_circle(cameras: Cameras, at: Tensor) -> Circle | None:
     # The SVD leaves the normal's sign open. A mean center over 1.5 units along it turns it round, so that it points
     # back to the origin [released: camera_utils.py:211-217]. Nearer than that the sign would stay the SVD's whim;
     # there the cameras' vertical decides.
-    upright = _upright(cameras)
+    upright = upright_axis(cameras)
     height = normal @ mean
     turned = height > 0 if height.abs() > 1.5 else normal @ upright > 0
     if turned:
@@ -309,7 +310,7 @@ def _fit_circle(cameras: Cameras, at: Tensor) -> Circle | None:
 def _upright_circle(cameras: Cameras, at: Tensor) -> Circle:
     """Without a fit: the circle round the vertical through `at` at the cameras' mean height and radius."""
     # The cameras' places, split into height above `at` and distance across.
-    upright = _upright(cameras)
+    upright = upright_axis(cameras)
     offset = cameras.centers() - at  # (B, 3)
     height = offset @ upright        # (B,)
     across = offset - height.unsqueeze(-1) * upright
@@ -337,7 +338,7 @@ def _point_ahead(cameras: Cameras) -> Tensor:
     return cameras.centers()[0] + cameras.R[0, :, 2]
 
 
-def _upright(cameras: Cameras) -> Tensor:
+def upright_axis(cameras: Cameras) -> Tensor:
     """The world's vertical as cameras (B) that are held upright suggest it: (3,), a unit vector.
 
     It is at right angles to their horizontal axes. A small pull towards the mean up axis decides where those leave a

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import sparsefusion
-from cameras import Scene, evenly_spaced
+from cameras import evenly_spaced
 from common import cli, files
 from common.progress import duration
 from datasets import co3d
+from datasets.protocol import Entry
 from evaluation.instance import Instance
-from evaluation.sources import ENOUGH, HELD_OUT, OwnPhotographs
-from photographs.capture import load_pictures
-from photographs.examine import CO3D, MOST, SIZE, examine
+from evaluation.sources import ENOUGH, HELD_OUT, CO3DSequence, OwnPhotographs, Source, find_views
+from photographs.examine import MOST
 from photographs.figure import draw
-from photographs.reading import CONVENTIONS, Convention, Photographs, read_capture
+from photographs.reading import read_capture
 from presets import PRESETS
 
 DECODED_BYTES = 80    # of a pixel of a photograph while it is decoded, resized and cut
@@ -44,14 +42,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def _command(args: argparse.Namespace) -> None:
     """Read, examine, print, draw."""
-    # What is there.
-    material = _co3d(args) if args.category else _capture(args)
-    print(material.source)
+    # An even choice of what is there, or of what is asked for.
+    source = _find_source(args)
+    views = find_views(source, args.frames, "--frames") if args.frames else list(range(len(source.names)))
+    chosen = evenly_spaced(len(views), min(args.views or MOST, MOST))
 
     # Does it fit?
-    found = examine(material.scene, material.convention, material.whole)
-    for line in found.lines:
-        print(line)
+    found = source.examine([views[i] for i in chosen])
+    print("\n".join(found.lines))
 
     # For the eye.
     with files.write_atomically(args.out) as temporary:
@@ -59,33 +57,26 @@ def _command(args: argparse.Namespace) -> None:
     print(f"picture: {args.out}")
     if found.mistake:
         sys.exit(1)
+    if isinstance(source, OwnPhotographs):
+        print(_forecast(source))
+
+
+def _find_source(args: argparse.Namespace) -> Source:
+    """Own photographs, or a sequence of a CO3D tree with all its frames; one line says what was read."""
+    folder = args.folder
     if not args.category:
-        print(_forecast(read_capture(args.folder)))
+        photographs = read_capture(folder)
+        print(photographs.source)
+        return OwnPhotographs(photographs)
+
+    sequence = args.sequence or co3d.sequences(folder, args.category)[0]
+    frames = co3d.frame_numbers(folder, args.category, sequence)
+    print(f"{folder}/{args.category}: sequence {sequence}, {len(frames)} frames")
+    return CO3DSequence(folder, Entry(args.category, sequence, 0, tuple(frames)))
 
 
-class Material(NamedTuple):
-    """What is to be examined."""
-    scene: Scene
-    convention: Convention
-    whole: bool
-    source: str  # one line: what was read
-
-
-def _capture(args: argparse.Namespace) -> Material:
-    """Own photographs, in the world of their files."""
-    photographs = read_capture(args.folder)
-    names = [shot.name for shot in photographs.shots]
-    chosen = [names.index(name) for name in _chosen(names, args)]
-
-    # Those photographs only.
-    shots = [photographs.shots[i] for i in chosen]
-    few = replace(photographs, shots=shots, inputs=None, targets=None)
-    return Material(load_pictures(few, SIZE), CONVENTIONS[photographs.axes], True, photographs.source)
-
-
-def _forecast(photographs: Photographs) -> str:
+def _forecast(source: OwnPhotographs) -> str:
     """One line: what `distill.py` does with them by default, and about how long and with how much memory."""
-    source = OwnPhotographs(photographs)
     inputs = source.default_inputs(None)
     alone = len(inputs) >= ENOUGH
     config = PRESETS["plain" if alone else "nano"]
@@ -95,38 +86,13 @@ def _forecast(photographs: Photographs) -> str:
     seconds = instance.expected_seconds()
 
     # Torch and what it works with, every photograph in both of its squares, and the largest one while it is decoded.
+    photographs = source.photographs
     kept = len(source.names) * 2 * 5 * 4 * config.image_size**2
-    decoded = max(shot.lens.width * shot.lens.height for shot in photographs.shots) * DECODED_BYTES
+    decoded = max(shot.width * shot.height for shot in photographs.shots) * DECODED_BYTES
     memory = (WORKING_BYTES + 2 * kept + decoded) / 1e9
     way = "without a prior" if alone else "with the shipped prior"
     return (f"distill.py --capture {photographs.folder}: {len(inputs)} inputs {way}, about {duration(seconds)} on two "
             f"CPU cores, {memory:.1f} GB")
-
-
-def _co3d(args: argparse.Namespace) -> Material:
-    """A sequence of a CO3D tree."""
-    folder = args.folder
-    category = args.category
-    sequence = args.sequence or co3d.sequences(folder, category)[0]
-
-    # Its frames, or those asked for.
-    names = [str(number) for number in co3d.frame_numbers(folder, category, sequence)]
-    frames = [int(name) for name in _chosen(names, args)]
-    scene = co3d.load_sequence(folder, category, sequence, SIZE, frames)
-    return Material(scene, CO3D, False, f"{folder}/{category}: sequence {sequence}, {len(names)} frames")
-
-
-def _chosen(names: list[str], args: argparse.Namespace) -> list[str]:
-    """Which of the photographs to check, at most as many as are compared."""
-    # Those asked for.
-    chosen = list(args.frames or names)
-    for name in chosen:
-        if name not in names:
-            raise ValueError(f"--frames {name}: no such photograph; there is {', '.join(names[:5])}, ...")
-
-    # An even choice of them.
-    positions = evenly_spaced(len(chosen), min(args.views or MOST, MOST))
-    return [chosen[i] for i in positions]
 
 
 if __name__ == "__main__":

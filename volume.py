@@ -90,7 +90,7 @@ class Occupancy(nn.Module):
         refusals = torch.zeros_like(self.possible, dtype=torch.int32)
         seen = torch.zeros_like(refusals)
         for mask, shown, camera in zip(masks > config.mask_threshold, valid > 0.5, cameras):
-            pixels = _possible_pixels(mask, shown)
+            pixels = possible_pixels(mask, shown)
             refusals += ~_footprint_hits(pixels, corners, camera)
             seen += _footprint_hits(F.pad((mask & shown)[0], (1, 1, 1, 1)), corners, camera)
         self.possible &= refusals <= forgiven
@@ -151,7 +151,7 @@ class Occupancy(nn.Module):
         self.set_occupied(self.possible & (self.density >= threshold))
 
 
-def _possible_pixels(mask: Tensor, shown: Tensor) -> Tensor:
+def possible_pixels(mask: Tensor, shown: Tensor) -> Tensor:
     """Pixels of a view that may be object, (H + 2, W + 2) boolean; mask, shown (1, H, W).
 
     One more pixel around the image stands for everything outside of it.
@@ -160,15 +160,15 @@ def _possible_pixels(mask: Tensor, shown: Tensor) -> Tensor:
     mask = F.pad(mask & shown, (1, 1, 1, 1))
 
     # Masks of cut objects often end a pixel or two too early: those pixels may be object, too.
-    gap = _dilate(unknown, MASK_GAP) & _dilate(mask, MASK_GAP)
+    gap = dilate(unknown, MASK_GAP) & dilate(mask, MASK_GAP)
 
     # Where the mask touches what the view does not show, the object may go on there.
-    if (mask & _dilate(unknown, MASK_GAP + 1)).any():
+    if (mask & dilate(unknown, MASK_GAP + 1)).any():
         mask = mask | gap | unknown
     return mask[0]
 
 
-def _dilate(mask: Tensor, pixels: int) -> Tensor:
+def dilate(mask: Tensor, pixels: int) -> Tensor:
     """A mask (1, H, W), boolean, grown by some pixels to all sides."""
     return F.max_pool2d(mask.float(), 2 * pixels + 1, stride=1, padding=pixels) > 0
 
@@ -205,7 +205,7 @@ def _footprints(corners: Tensor, camera: Cameras, height: int, width: int) -> _F
 def _footprint_hits(pixels: Tensor, corners: Tensor, camera: Cameras) -> Tensor:
     """Does the projection of each cell touch one of the given pixels? (G, G, G) boolean, wrong only by saying yes.
 
-    pixels (H + 2, W + 2) as `_possible_pixels` returns them; corners (G + 1, G + 1, G + 1, 3) of the cells.
+    pixels (H + 2, W + 2) as `possible_pixels` returns them; corners (G + 1, G + 1, G + 1, 3) of the cells.
     """
     # How many of the pixels lie in the cell's rectangle, by a summed area table.
     cells = _footprints(corners, camera, pixels.shape[0] - 2, pixels.shape[1] - 2)

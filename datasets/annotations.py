@@ -49,17 +49,12 @@ class Annotations:
     def sequences(self, split: str | None = None) -> list[str]:
         """Names of all sequences, or of those with frames in the split, sorted."""
         names = sorted(self.archive.namelist())
-        if split is None:
-            return names
-        return [name for name in names if self.frames(name, split)]
+        return [name for name in names if split is None or self.frames(name, split)]
 
     def splits(self) -> list[str]:
         """All splits that frames are in, sorted."""
-        splits = set()
-        for name in self.sequences():
-            for frame in self.frames(name):
-                splits.update(frame.splits)
-        return sorted(splits)
+        names = self.archive.namelist()
+        return sorted({split for name in names for frame in self.frames(name) for split in frame.splits})
 
     def frames(self, sequence: str, split: str | None = None) -> list[Frame]:
         """The frames of a sequence in order of time, or those in the split; of an unknown sequence, none."""
@@ -80,13 +75,15 @@ def _sources(folder: Path) -> list[Path]:
 
 
 def _stamp(folder: Path) -> bytes:
-    """Names, dates and sizes of a category's sources: what a cached file was made from."""
+    """Names, dates and sizes of a category's sources: what a cached file was made from. Raises `OSError`."""
     # Not their content: reading that is what the cache saves.
-    stamp = [FORMAT]
-    for source in _sources(folder):
-        status = source.stat()
-        stamp.append((source.name, status.st_mtime_ns, status.st_size))
-    return json.dumps(stamp).encode()
+    return json.dumps([FORMAT, *map(date_and_size, _sources(folder))]).encode()
+
+
+def date_and_size(path: Path) -> list:
+    """Name, date and size of a file: equal ones say that nothing has changed."""
+    status = path.stat()
+    return [path.name, status.st_mtime_ns, status.st_size]
 
 
 @lru_cache(maxsize=8)

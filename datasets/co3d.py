@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,11 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cameras import Cameras, Scene
-from datasets.annotations import ANNOTATIONS_FILE, Annotations, Frame
-from datasets.crop import Crop, crop_and_resize, open_picture, pixel_camera, scene_of_crops
+from datasets.annotations import ANNOTATIONS_FILE, Annotations, Frame, date_and_size
+from datasets.crop import Crop, crop_and_resize, open_picture, pixel_camera, pixels, scene_of_crops
 
 LISTED = 5  # names that an error message lists
-NO_ROOT = "{}: no such folder; the root of a dataset is the one with a folder for each category"
 
 
 # ---------------------------------------------------------------------------------------------- what others call
@@ -53,7 +51,7 @@ def frame_numbers(root: str | Path, category: str, sequence: str, split: str | N
 
     Frames without a mask, with an empty one (annotated area of at most one pixel) or without a camera do not count.
     """
-    return _source(root, category).frame_numbers(sequence, split)
+    return _numbers(_source(root, category), sequence, split)
 
 
 def splits(root: str | Path, category: str) -> list[str]:
@@ -63,11 +61,13 @@ def splits(root: str | Path, category: str) -> list[str]:
 
 def categories(root: str | Path) -> list[str]:
     """Names of the categories that a dataset folder holds, sorted."""
-    # In either layout.
     root = Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(NO_ROOT.format(root))
-    return [folder.name for folder in sorted(root.iterdir()) if _is_category(root, folder.name)]
+        raise FileNotFoundError(f"{root}: no such folder; the root of a dataset has a folder for each category")
+
+    # In either layout.
+    names = sorted(folder.name for folder in root.iterdir())
+    return [name for name in names if _annotations_file(root, name).is_file() or _toy_file(root, name).is_file()]
 
 
 def stamp(root: str | Path, category: str, sequence: str, frames: Iterable[int]) -> str:
@@ -85,13 +85,10 @@ def load_sequence(root: str | Path, category: str, sequence: str, size: int = 25
 
     Raises `FileNotFoundError` or `ValueError` with one line on what is missing or broken.
     """
-    source = _source(root, category)
-    usable = source.frame_numbers(sequence, None)
-    if frames is None:
-        return source.load(sequence, size, usable)
-
     # Chosen frames have to be among the usable ones.
-    chosen = list(frames)
+    source = _source(root, category)
+    usable = _numbers(source, sequence)
+    chosen = usable if frames is None else list(frames)
     absent = [number for number in chosen if number not in usable]
     if absent:
         raise ValueError(f"{root}/{category}: sequence {sequence!r} has no usable frame {absent[0]}; "
@@ -101,54 +98,44 @@ def load_sequence(root: str | Path, category: str, sequence: str, size: int = 25
 
 # ---------------------------------------------------------------------------------------------- a CO3Dv2 tree
 
-class _Tree:
+class _Tree(Annotations):
     """One category of a dataset folder."""
 
     def __init__(self, root: Path, category: str):
+        super().__init__(root / category)
         self.root = root
-        self.folder = root / category
-        self.annotations = Annotations(self.folder)
+        self.file = _annotations_file(root, category)
 
-    def sequences(self, split: str | None) -> list[str]:
-        """Names of all sequences, or of those with frames in the split, sorted."""
-        names = self.annotations.sequences(split)
+    def sequences(self, split: str | None = None) -> list[str]:
+        """Names of all sequences, or of those with frames in the split, sorted; there must be some."""
+        names = super().sequences(split)
         if not names and split is not None:
-            known = _some(self.annotations.splits())
-            raise ValueError(f"{self.folder}/set_lists: no split {split!r}; there is {known}")
+            raise ValueError(f"{self.file.parent}/set_lists: no split {split!r}; there is {_some(self.splits())}")
         return names
 
-    def splits(self) -> list[str]:
-        """The splits of its set lists."""
-        return self.annotations.splits()
+    def numbers(self, sequence: str, split: str | None) -> list[int]:
+        """Numbers of the frames in order of time; of an unknown sequence, none."""
+        return [frame.number for frame in self.frames(sequence, split)]
 
     def sources(self, sequence: str, numbers: list[int]) -> list:
         """Of every file that these frames are read from its name, date and size; and their cameras."""
-        # Whoever decodes a frame that is not there will say so.
+        # Of a file that is missing the name alone: whoever decodes it will say so.
         rows = []
-        frames = {frame.number: frame for frame in self.annotations.frames(sequence)}
-        for number in numbers:
-            frame = frames.get(number)
-            if frame is None:
-                continue
-            rows.append(_date_and_size(self.root / frame.image))
-            rows.append(_date_and_size(self.root / frame.mask))
+        for frame in self._chosen(sequence, numbers):
+            for file in (self.root / frame.image, self.root / frame.mask):
+                rows.append(date_and_size(file) if file.is_file() else [file.name])
             rows.append(frame.viewpoint)
         return rows
 
-    def frame_numbers(self, sequence: str, split: str | None) -> list[int]:
-        """Numbers of the frames in order of time."""
-        numbers = [frame.number for frame in self.annotations.frames(sequence, split)]
-        if not numbers:
-            where = f" in split {split!r}" if split else ""
-            known = _some(self.sequences(split))
-            raise ValueError(f"{self.folder}: no sequence {sequence!r}{where}; there is {known}")
-        return numbers
-
     def load(self, sequence: str, size: int, numbers: list[int]) -> Scene:
         """The frames with these numbers."""
-        frames = {frame.number: frame for frame in self.annotations.frames(sequence)}
-        crops = [self._crop(frames[number], size) for number in numbers]
-        return scene_of_crops(crops, _texts(numbers), sequence)
+        crops = [self._crop(frame, size) for frame in self._chosen(sequence, numbers)]
+        return scene_of_crops(crops, [str(number) for number in numbers], sequence)
+
+    def _chosen(self, sequence: str, numbers: list[int]) -> list[Frame]:
+        """The frames with these numbers, in their order; none for a number that it has not."""
+        frames = {frame.number: frame for frame in self.frames(sequence)}
+        return [frames[number] for number in numbers if number in frames]
 
     def _crop(self, frame: Frame, size: int) -> Crop:
         """One frame, decoded and cut to its object."""
@@ -160,7 +147,7 @@ class _Tree:
         viewpoint = json.loads(frame.viewpoint)
         camera = _parse_camera(viewpoint)
         if camera is None:
-            raise ValueError(f"{self.folder / ANNOTATIONS_FILE}: the camera of {place} is not R (3, 3), T (3), "
+            raise ValueError(f"{self.file}: the camera of {place} is not R (3, 3), T (3), "
                              "focal_length (2) and principal_point (2) in finite numbers")
 
         # What is wrong with a crop is mostly in the mask.
@@ -184,22 +171,14 @@ def _parse_camera(viewpoint: dict) -> Cameras | None:
         principal = torch.tensor(viewpoint["principal_point"], dtype=torch.float64).reshape(2)
     except (KeyError, TypeError, ValueError, RuntimeError):
         return None
-    numbers = torch.cat([R.flatten(), T, focal, principal])
-    usable = numbers.isfinite().all() and (focal != 0).all()
+    usable = torch.cat([R.flatten(), T, focal, principal]).isfinite().all() and (focal != 0).all()
     return Cameras(R, T, focal, principal) if usable else None
 
 
 def _decode(file: Path, mode: str) -> np.ndarray:
     """Pixels of an image file, uint8: (H, W, 3) for mode "RGB", (H, W) for "L"."""
-    try:
-        with warnings.catch_warnings(action="ignore"), open_picture(file) as image:
-            return np.array(image.convert(mode))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file}: no such file, though {ANNOTATIONS_FILE} lists it") from None
-    # On broken bytes the decoders raise nearly anything.
-    except Exception as e:
-        reason = str(e).removeprefix(f"{file}: ")
-        raise ValueError(f"{file}: not a readable image ({reason})") from None
+    with open_picture(file) as picture:
+        return pixels(picture, mode, file)
 
 
 # ---------------------------------------------------------------------------------------------- the released toy data
@@ -230,13 +209,11 @@ class _Toy:
 
     def sources(self, sequence: str, numbers: list[int]) -> list:
         """Date and size of the file."""
-        return [_date_and_size(self.file)]
+        return [date_and_size(self.file)]
 
-    def frame_numbers(self, sequence: str, split: str | None) -> list[int]:
-        """0, 1, ..."""
-        if sequence not in self.items:
-            raise ValueError(f"{self.file}: no sequence {sequence!r}; there is {_some(self.sequences(None))}")
-        return list(range(self.counts[sequence]))
+    def numbers(self, sequence: str, split: str | None) -> list[int]:
+        """0, 1, ...; of an unknown sequence, none."""
+        return list(range(self.counts.get(sequence, 0)))
 
     def load(self, sequence: str, size: int, numbers: list[int]) -> Scene:
         """The frames with these numbers, resized where the file has another size."""
@@ -259,7 +236,7 @@ class _Toy:
             raise ValueError(f"{self.file}: {sequence} is not a sequence of the toy dataset "
                              f"({type(e).__name__}: {e})") from None
         cameras = Cameras(R, T, focal, principal)
-        return Scene(images, masks, valid, cameras, _texts(numbers), sequence)
+        return Scene(images, masks, valid, cameras, [str(number) for number in numbers], sequence)
 
 
 def _resized(x: Tensor, channels: int, size: int, mode: str) -> Tensor:
@@ -279,12 +256,9 @@ def _resized(x: Tensor, channels: int, size: int, mode: str) -> Tensor:
 
 def _source(root: str | Path, category: str) -> _Tree | _Toy:
     """The dataset of a category under `root`, in either layout."""
-    root = Path(root)
-    if not root.is_dir():
-        raise FileNotFoundError(NO_ROOT.format(root))
-
     # The downloader's layout goes before a toy file beside it.
-    if (root / category / ANNOTATIONS_FILE).is_file():
+    root = Path(root)
+    if _annotations_file(root, category).is_file():
         return _Tree(root, category)
     if _toy_file(root, category).is_file():
         return _Toy(root, category)
@@ -294,16 +268,18 @@ def _source(root: str | Path, category: str) -> _Tree | _Toy:
                             f"categories of {root}: {_some(categories(root))}")
 
 
-def _is_category(root: Path, name: str) -> bool:
-    return (root / name / ANNOTATIONS_FILE).is_file() or _toy_file(root, name).is_file()
+def _numbers(source: _Tree | _Toy, sequence: str, split: str | None = None) -> list[int]:
+    """Numbers of the frames of a sequence, of which there must be some."""
+    numbers = source.numbers(sequence, split)
+    if not numbers:
+        where = f" in split {split!r}" if split else ""
+        known = _some(source.sequences(split))
+        raise ValueError(f"{source.file}: no sequence {sequence!r}{where}; there is {known}")
+    return numbers
 
 
-def _date_and_size(path: Path) -> list:
-    """Name, date and size of a file; the name alone of one that is missing, which whoever decodes it will say."""
-    if not path.is_file():
-        return [path.name]
-    status = path.stat()
-    return [path.name, status.st_mtime_ns, status.st_size]
+def _annotations_file(root: Path, category: str) -> Path:
+    return root / category / ANNOTATIONS_FILE
 
 
 def _toy_file(root: Path, category: str) -> Path:
@@ -316,8 +292,3 @@ def _some(names: list) -> str:
         return "none"
     text = ", ".join(map(str, names[:LISTED]))
     return f"{text}, ... ({len(names)} in all)" if len(names) > LISTED else text
-
-
-def _texts(numbers: list[int]) -> list[str]:
-    """Frame numbers as a scene names its views."""
-    return [str(number) for number in numbers]

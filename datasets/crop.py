@@ -12,6 +12,7 @@ Shapes: `S` side of the square output in pixels, `H W` rows and columns of a pho
 """
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,15 +45,20 @@ def open_picture(path: Path) -> Image.Image:
         raise ValueError(f"{path}: not a readable picture of one of the formats {kinds} ({type(e).__name__})") from None
 
 
+def pixels(picture: Image.Image, mode: str, path: Path) -> np.ndarray:
+    """Decoded pixels of an open picture, uint8: (H, W) for mode "L", else (H, W, channels). Raises `ValueError`."""
+    try:
+        # Pillow would clip 16 bits to 8.
+        if picture.mode.startswith("I;16"):
+            picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+        with warnings.catch_warnings(action="ignore"):
+            return np.array(picture.convert(mode))
+    # On broken bytes the decoders raise nearly anything.
+    except Exception as e:
+        raise ValueError(f"{path}: not a readable picture ({e})") from None
+
+
 # ---------------------------------------------------------------------------------------------- crop and resize
-
-class PixelCamera(NamedTuple):
-    """A camera whose intrinsics count the pixels of a photograph, from its top left corner right and down. float64."""
-    R: Tensor          # (3, 3) world -> view rotation, as in `Cameras`
-    T: Tensor          # (3,) world -> view translation
-    focal: Tensor      # (2,) focal length (x, y), pixels
-    principal: Tensor  # (2,) principal point (column, row), pixels; the center of the first pixel is (0.5, 0.5)
-
 
 class Box(NamedTuple):
     """A rectangle of whole pixels of a photograph."""
@@ -61,6 +67,11 @@ class Box(NamedTuple):
     width: int
     height: int
 
+    def corners(self) -> Tensor:
+        """Top left and bottom right corner (column, row), (2, 2), float64."""
+        corners = [[self.x, self.y], [self.x + self.width, self.y + self.height]]
+        return torch.tensor(corners, dtype=torch.float64)
+
 
 class Crop(NamedTuple):
     """One photograph cut to its object, with the camera of the result."""
@@ -68,32 +79,27 @@ class Crop(NamedTuple):
     mask: Tensor     # (1, S, S) in [0, 1]
     valid: Tensor    # (1, S, S) 0 or 1
     camera: Cameras  # one camera, without a leading axis; NDC of the output
-    mask_box: Box    # of the mask
-    crop_box: Box    # of the part that the output shows
 
 
-def pixel_camera(camera: Cameras, intrinsics_format: str, height: int, width: int) -> PixelCamera:
+def pixel_camera(camera: Cameras, intrinsics_format: str, height: int, width: int) -> Cameras:
     """One camera in CO3D's NDC of an H x W photograph, in pixels [released: co3d_dataloader.py:661-695].
 
+    Pixels count from the top left corner right and down; the center of the first one is (0.5, 0.5).
     The NDC have one of two units: half the photograph's own width and height (`ndc_norm_image_bounds`), or half its
     shorter side for both axes (`ndc_isotropic`). Raises `ValueError` for another format.
     """
     half = torch.tensor([width, height], dtype=torch.float64) / 2
-    if intrinsics_format == "ndc_norm_image_bounds":
-        unit = half
-    elif intrinsics_format == "ndc_isotropic":
-        unit = half.min()
-    else:
-        raise ValueError(f"intrinsics format {intrinsics_format!r} is neither 'ndc_norm_image_bounds' "
-                         "nor 'ndc_isotropic'")
+    units = {"ndc_norm_image_bounds": half, "ndc_isotropic": half.min()}
+    if intrinsics_format not in units:
+        raise ValueError(f"intrinsics format {intrinsics_format!r} is neither {' nor '.join(map(repr, units))}")
 
     # NDC point left and up, pixels right and down.
-    principal = half - camera.principal * unit
-    return PixelCamera(camera.R, camera.T, camera.focal * unit, principal)
+    unit = units[intrinsics_format]
+    return Cameras(camera.R, camera.T, camera.focal * unit, half - camera.principal * unit)
 
 
-def crop_and_resize(image: np.ndarray, mask: np.ndarray, camera: PixelCamera, size: int) -> Crop:
-    """Photograph (H, W, 3) and mask (H, W), both uint8, with their camera -> the crop of `size` pixels a side.
+def crop_and_resize(image: np.ndarray, mask: np.ndarray, camera: Cameras, size: int) -> Crop:
+    """Photograph (H, W, 3), mask (H, W), both uint8, and their camera in pixels -> the crop of `size` pixels a side.
 
     Raises `ValueError` for an empty mask, or one of another size than the photograph.
     """
@@ -103,19 +109,17 @@ def crop_and_resize(image: np.ndarray, mask: np.ndarray, camera: PixelCamera, si
 
     # The mask's box with its context, clipped to the photograph.
     probability = torch.from_numpy(mask).float() / 255
-    mask_box = box_of_mask(probability)
-    crop_box = box_of_crop(mask_box, height, width)
-    x0, y0 = crop_box.x, crop_box.y
-    x1, y1 = x0 + crop_box.width, y0 + crop_box.height
+    x0, y0, crop_width, crop_height = box_of_crop(box_of_mask(probability), height, width)
+    part = np.s_[y0:y0 + crop_height, x0:x0 + crop_width]
 
     # The sides are floored, so a longer side of 255 of 256 pixels happens [released: co3d_dataloader.py:900-911].
-    scale = size / max(crop_box.width, crop_box.height)
-    rows = max(int(crop_box.height * scale), 1)
-    columns = max(int(crop_box.width * scale), 1)
+    scale = size / max(crop_width, crop_height)
+    rows = max(int(crop_height * scale), 1)
+    columns = max(int(crop_width * scale), 1)
 
     # Cut, resize, and fill up on the right and below.
-    colors = torch.from_numpy(image[y0:y1, x0:x1]).permute(2, 0, 1).float() / 255
-    foreground = probability[None, y0:y1, x0:x1]
+    colors = torch.from_numpy(image[part]).permute(2, 0, 1).float() / 255
+    foreground = probability[part][None]
     square_image = _place(colors, rows, columns, size, "bilinear")
     square_mask = _place(foreground, rows, columns, size, "nearest")
     square_valid = _place(torch.ones_like(foreground), rows, columns, size, "nearest")
@@ -126,7 +130,7 @@ def crop_and_resize(image: np.ndarray, mask: np.ndarray, camera: PixelCamera, si
     principal = (half - principal_pixels) / half
     focal = camera.focal * scale / half
     square_camera = Cameras(camera.R.float(), camera.T.float(), focal.float(), principal.float())
-    return Crop(square_image, square_mask, square_valid, square_camera, mask_box, crop_box)
+    return Crop(square_image, square_mask, square_valid, square_camera)
 
 
 def box_of_crop(mask_box: Box, height: int, width: int) -> Box:
@@ -157,8 +161,11 @@ def box_of_mask(probability: Tensor) -> Box:
         if threshold < -0.01:
             raise ValueError("the mask is empty")
 
-    # The first and last rows and columns with such a pixel.
-    inside = probability > threshold
+    return tight_box(probability > threshold)
+
+
+def tight_box(inside: Tensor) -> Box:
+    """Tight box of the True of (H, W), of which there must be one."""
     rows = inside.any(1).nonzero()[:, 0].tolist()
     columns = inside.any(0).nonzero()[:, 0].tolist()
     width = columns[-1] - columns[0] + 1

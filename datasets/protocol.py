@@ -39,14 +39,7 @@ def paper_list(root: str | Path, category: str) -> list[Entry]:
 
     A tree without the set list counts with all its frames, which one line says. Raises `ValueError` where none is left.
     """
-    # Places in the list are counted among the sequences that count.
-    split = available(root, category, EVALUATION)
-    entries = []
-    for name in co3d.sequences(root, category, split):
-        numbers = co3d.frame_numbers(root, category, name, split)
-        if len(numbers) > TOO_FEW:
-            frames = [numbers[i] for i in evenly_spaced(len(numbers), FRAMES)]
-            entries.append(Entry(category, name, len(entries), tuple(frames)))
+    entries = _entries(root, category, available(root, category, EVALUATION), TOO_FEW, FRAMES)
     if not entries:
         raise ValueError(f"{root}/{category}: no sequence has more than {TOO_FEW} frames; --protocol all takes any")
     return entries
@@ -54,12 +47,21 @@ def paper_list(root: str | Path, category: str) -> list[Entry]:
 
 def whole_list(root: str | Path, category: str) -> list[Entry]:
     """Every sequence of a category with every usable frame. Raises `ValueError` where there is none."""
-    entries = []
-    for index, name in enumerate(co3d.sequences(root, category)):
-        numbers = co3d.frame_numbers(root, category, name)
-        entries.append(Entry(category, name, index, tuple(numbers)))
+    entries = _entries(root, category, None, 0, None)
     if not entries:
         raise ValueError(f"{root}/{category}: no sequence has a usable frame")
+    return entries
+
+
+def _entries(root: str | Path, category: str, split: str | None, too_few: int, most: int | None) -> list[Entry]:
+    """The sequences with more than `too_few` frames in a split, with at most `most` of these, evenly spaced."""
+    # Places in the list are counted among the sequences that count.
+    entries = []
+    for name in co3d.sequences(root, category, split):
+        numbers = co3d.frame_numbers(root, category, name, split)
+        if len(numbers) > too_few:
+            frames = [numbers[i] for i in evenly_spaced(len(numbers), most or len(numbers))]
+            entries.append(Entry(category, name, len(entries), tuple(frames)))
     return entries
 
 

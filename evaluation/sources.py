@@ -7,14 +7,14 @@ Views are told by their positions in the source, which are those in the scene th
 """
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from cameras import Scene, evenly_spaced
 from datasets import co3d
 from datasets.protocol import PROTOCOLS, Entry, choose_views
 from photographs import capture, examine
-from photographs.reading import CONVENTIONS, Photographs
+from photographs.reading import Photographs
 
 ENOUGH = 8    # own photographs as inputs, from which on the field alone is the default
 HELD_OUT = 8  # own photographs that are held out to measure, at most; and one of so many
@@ -85,10 +85,8 @@ class OwnPhotographs:
     def examine(self, views: list[int]) -> examine.Findings:
         """Do masks and cameras of some views fit?"""
         # In the user's own world: wrong cameras may have no normalized one.
-        shots = [self.photographs.shots[i] for i in views]
-        few = replace(self.photographs, shots=shots, inputs=None, targets=None)
-        scene = capture.load_pictures(few, examine.SIZE)
-        return examine.examine(scene, CONVENTIONS[few.axes], whole=True)
+        scene = capture.load_pictures(self.photographs.at(views), examine.SIZE)
+        return examine.examine(scene, self.photographs.convention, whole=True)
 
     def load(self, size: int, cut: bool = True) -> Scene:
         """All its views, cut to the object or not, in squares of `size` pixels, in the normalized world."""
@@ -127,15 +125,17 @@ def random_views(source: Source, count: int, seed: int) -> list[int]:
     return [possible[i] for i in choose_views(len(possible), count or len(possible), seed)]
 
 
-def find_views(source: Source, frames: tuple[str, ...]) -> list[int]:
-    """Positions of the views with these names. Raises `ValueError` for a name that it lacks, or twice the same."""
+def find_views(source: Source, frames: tuple[str, ...], flag: str = "--input-frames") -> list[int]:
+    """Positions of the views with the names that a flag gives. Raises `ValueError` for a name that the source lacks, or
+    twice the same.
+    """
     position = {name: i for i, name in enumerate(source.names)}
     for frame in frames:
         if frame not in position:
             some = ", ".join(source.names[:8])
-            raise ValueError(f"--input-frames: {source.name} has no frame {frame}; it has {some}, ...")
+            raise ValueError(f"{flag} {frame}: {source.name} has no such frame; it has {some}, ...")
         if frames.count(frame) > 1:
-            raise ValueError(f"--input-frames: frame {frame} stands there twice")
+            raise ValueError(f"{flag}: frame {frame} stands there twice")
     return [position[frame] for frame in frames]
 
 

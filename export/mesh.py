@@ -9,7 +9,6 @@ Shapes: `N` vertices, `M` faces.
 from __future__ import annotations
 
 import itertools
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,18 +82,6 @@ class Mesh(NamedTuple):
     colors: Tensor    # (N, 3) in [0, 1]
 
 
-class Grid(NamedTuple):
-    """Points `step` apart that fill a box, with one more around it."""
-    box: Tensor                    # (2, 3) least and greatest corner, field's coordinates
-    step: Tensor                   # () field's units
-    counts: tuple[int, int, int]   # number of points along x, y, z
-
-    def positions(self, points: Tensor) -> Tensor:
-        """Points by their number, (K,) with z running fastest -> (K, 3)."""
-        cells = torch.stack(torch.unravel_index(points, self.counts), -1)
-        return self.box[0] + (cells - 1) * self.step
-
-
 def triangle_table() -> Tensor:
     """`CASES` as numbers of corners, (16 cases, 2 triangles, 3 edges, 2 ends); -1 where there is no triangle."""
     table = torch.full((16, 2, 3, 2), -1)
@@ -114,45 +101,41 @@ def extract_mesh(field: Field, resolution: int = 128, threshold: float | None = 
     occupied cells it counts as empty. `threshold` is a density; by default one that absorbs all but e^-5 along that
     side, whatever the units. A field that never reaches it gives an empty mesh.
     """
-    # The grid, with an empty ring around the box.
+    # A grid that fills the box, with an empty ring around it; z runs fastest.
     box = sampled_box(field, occupancy)
     sides = box[1] - box[0]
     longest = sides.max()
     step = longest / resolution
-    counts = torch.ceil(sides / step - 1e-3).int() + 3
-    grid = Grid(box, step, tuple(counts.tolist()))
+    counts = (torch.ceil(sides / step - 1e-3).int() + 3).tolist()
+    axes = [box[0, i] + torch.arange(-1, counts[i] - 1, device=box.device) * step for i in range(3)]
+    x = torch.cartesian_prod(*axes)  # (points, 3)
 
     # The field on it, and the triangles between what is inside and what is outside.
     surface_density = 5 / longest if threshold is None else threshold
-    points = torch.arange(math.prod(grid.counts), device=box.device)
-    values = _log_ratio(field, grid, points, surface_density, occupancy)
-    edges = _triangles(values > 0, grid.counts)
+    values = _log_ratio(field, x, box, step, surface_density, occupancy)
+    edges = _triangles(values > 0, counts)
 
     # One vertex an edge, however many triangles meet there.
     edges = edges.sort(-1).values
-    keys = edges[..., 0] * len(points) + edges[..., 1]  # (M, 3) one number from the points at both ends
+    keys = edges[..., 0] * len(x) + edges[..., 1]  # (M, 3) one number from the points at both ends
     keys, faces = keys.unique(return_inverse=True)
-    start = keys // len(points)
-    end = keys % len(points)
+    start = keys // len(x)
+    end = keys % len(x)
 
     # The vertex is where the log density, taken as linear, passes the threshold.
     fraction = values[start] / (values[start] - values[end])
-    origin = grid.positions(start)
-    vertices = origin + fraction[:, None] * (grid.positions(end) - origin)
+    vertices = x[start] + fraction[:, None] * (x[end] - x[start])
     return Mesh(vertices, faces, _colors_below(field, vertices, faces, step, occupancy))
 
 
-def _log_ratio(field: Field, grid: Grid, points: Tensor, surface_density: float | Tensor,
+def _log_ratio(field: Field, x: Tensor, box: Tensor, step: Tensor, surface_density: float | Tensor,
                occupancy: Occupancy | None) -> Tensor:
-    """Log of density over that of the surface, at points (K,) of the grid: (K,), nearly linear across the surface.
+    """Log of density over that of the surface, at points x (K, 3) that are `step` apart: (K,), nearly linear across it.
 
     It is bounded, or an empty neighbor would pull the surface inwards. Outside the box and in empty cells density is 0.
     """
-    x = grid.positions(points)
-    slack = 1e-3 * grid.step
-    low, high = grid.box
-    inside = (x >= low - slack) & (x <= high + slack)
-    inside = inside.all(-1)
+    slack = 1e-3 * step
+    inside = ((x >= box[0] - slack) & (x <= box[1] + slack)).all(-1)
     if occupancy is not None:
         inside &= occupancy(x)
     inside = inside.nonzero().squeeze(-1)
@@ -161,7 +144,7 @@ def _log_ratio(field: Field, grid: Grid, points: Tensor, surface_density: float 
     return (density / surface_density).log().clamp(-5, 5)
 
 
-def _triangles(inside: Tensor, counts: tuple[int, int, int]) -> Tensor:
+def _triangles(inside: Tensor, counts: list[int]) -> Tensor:
     """The triangles between inside and outside, by the edges that their corners lie on: (M, 3, 2) points of the grid.
 
     inside: (points,) boolean, of a grid with `counts` points along the axes.

@@ -44,11 +44,6 @@ def to_image(x: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
-def to_palette(x: Tensor) -> Image.Image:
-    """(3, H, W) in [0, 1] -> a picture of the 256 colors that suit it best."""
-    return to_image(x).convert("P", palette=Image.Palette.ADAPTIVE)
-
-
 def comparison(scene: Scene, inputs: list[int], targets: list[int], pictures: dict[str, Views],
                rows: int = 6) -> Image.Image:
     """A sheet: on top the input views, `WIDEST` in a row; below, for up to `rows` target views, the photograph and
@@ -112,8 +107,8 @@ def add_preview(path: Path, image: Tensor) -> None:
 
 def save_animation(images: Tensor, path: Path, milliseconds: int = 80) -> None:
     """Write pictures (T, 3, H, W) in [0, 1] as an endless GIF."""
-    # Choosing 256 colors for a frame takes the time.
-    frames = map_threads(to_palette, images.cpu())
+    # Choosing for each frame the 256 colors that suit it best takes the time.
+    frames = map_threads(lambda x: to_image(x).convert("P", palette=Image.Palette.ADAPTIVE), images.cpu())
     with files.write_atomically(path) as temporary:
         frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 

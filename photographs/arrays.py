@@ -5,23 +5,19 @@ Shapes: `V` photographs of `H W` rows and columns, which may differ from one to 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cameras import Cameras, Scene
+from cameras import Scene
 from datasets.crop import MASK_THRESHOLD
-from photographs.capture import Squares, normalized, object_box
-from photographs.reading import ROUNDING, Lens
+from photographs.capture import normalized, scene_of_layers
+from photographs.reading import Photographs
+from photographs.shots import AXES, Convention, Shot, pose
 
-# What turns the view's axes into PyTorch3D's (+X left, +Y up, +Z ahead); whether vectors are columns: X' = R X + T.
-AXES = {
-    "opencv": ((-1.0, -1.0, 1.0), True),     # +X right, +Y down, +Z ahead
-    "opengl": ((-1.0, 1.0, -1.0), True),     # +X right, +Y up, +Z back
-    "pytorch3d": ((1.0, 1.0, 1.0), False),   # rows: X' = X R + T
-}
+CONVENTIONS = {name.lower(): Convention(flip, False) for name, flip in AXES.items()}
 
 
 def scene_from_arrays(images: Sequence, masks: Sequence, R, T, K, axes: str = "opencv", size: int = 128,
@@ -36,47 +32,42 @@ def scene_from_arrays(images: Sequence, masks: Sequence, R, T, K, axes: str = "o
     count = len(images)
     if count < 2:
         raise ValueError(f"images: {count} of them; a scene needs two or more")
-    cameras = _places(R, T, axes, count)
-    K = _numbers("K", K, (count, 3, 3))
-    _check_intrinsics(K)
-
-    # Pictures: in squares, whole and cut.
+    if axes not in CONVENTIONS:
+        raise ValueError(f"axes {axes!r} are none of {', '.join(CONVENTIONS)}")
     if len(masks) != count:
         raise ValueError(f"masks: {len(masks)} of them for {count} images")
-    whole = Squares(count, size)
-    crops = Squares(count, size)
-    for i in range(count):
-        color = _picture(f"images[{i}]", images[i], 3)
-        mask = _picture(f"masks[{i}]", masks[i], 1, tuple(color.shape[1:]))
-        if (mask > MASK_THRESHOLD).sum() <= 1:
-            raise ValueError(f"masks[{i}]: empty, no pixel is above {MASK_THRESHOLD} of the largest value")
 
-        # No lens distortion.
-        layers = torch.cat([color * mask, mask, torch.ones_like(mask)])
-        height, width = mask.shape[1:]
-        lens = Lens(width, height, K[i].diagonal()[:2], K[i, :2, 2], torch.zeros(4, dtype=torch.float64))
-        whole.place(i, layers, lens)
-        crops.place(i, layers, lens, object_box(mask[0]))
-
-    # The world decides about nothing.
-    names = [str(i) for i in range(count)]
-    scene = whole.scene(cameras, names, name)
-    if cut:
-        scene = replace(crops.scene(cameras, names, name), whole=scene)
-    return normalized(scene)
-
-
-def _places(R, T, axes: str, count: int) -> Cameras:
-    """Where the cameras (V,) stand and look, in PyTorch3D's axes with row vectors; without a lens."""
-    if axes not in AXES:
-        raise ValueError(f"axes {axes!r} are none of {', '.join(AXES)}")
+    # Numbers: poses for column vectors, and pinholes without skew.
     R = _numbers("R", R, (count, 3, 3))
     T = _numbers("T", T, (count, 3))
-    _check_rotations(R)
-    signs, columns = AXES[axes]
-    flip = torch.tensor(signs, dtype=torch.float64)
-    rotation = R.transpose(1, 2) if columns else R
-    return Cameras(rotation * flip, T * flip, torch.ones(count, 2), torch.zeros(count, 2))
+    K = _numbers("K", K, (count, 3, 3))
+    if axes == "pytorch3d":
+        R = R.transpose(1, 2)
+    matrices = torch.cat([R, T.unsqueeze(2)], 2)
+    zeros = K[:, [0, 1, 2, 2], [1, 0, 0, 1]]
+    if K.diagonal(dim1=1, dim2=2).amin() <= 0 or zeros.any() or (K[:, 2, 2] != 1).any():
+        raise ValueError("K: not [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] with focal lengths above 0, in pixels")
+
+    # The same as files would have it; pictures are looked at one at a time.
+    shots = []
+    undistorted = torch.zeros(4, dtype=torch.float64)
+    for i in range(count):
+        height, width = _layers(images, masks, i).shape[1:]
+        matrix = pose(matrices[i], f"R[{i}]")
+        shots.append(Shot(str(i), None, None, width, height, K[i].diagonal()[:2], K[i, :2, 2], undistorted, matrix))
+    nothing = torch.zeros(0, 3, dtype=torch.float64)
+    photographs = Photographs(Path(name), shots, CONVENTIONS[axes], nothing)
+    layers = (_layers(images, masks, i) for i in range(count))
+    return normalized(scene_of_layers(photographs, layers, size, cut), nothing)
+
+
+def _layers(images: Sequence, masks: Sequence, i: int) -> Tensor:
+    """Masked colors, mask, and ones, (5, H, W) in [0, 1], of photograph `i`."""
+    color = _picture(f"images[{i}]", images[i], 3)
+    mask = _picture(f"masks[{i}]", masks[i], 1, tuple(color.shape[1:]))
+    if (mask > MASK_THRESHOLD).sum() <= 1:
+        raise ValueError(f"masks[{i}]: empty, no pixel is above {MASK_THRESHOLD} of the largest value")
+    return torch.cat([color * mask, mask, torch.ones_like(mask)])
 
 
 def _numbers(what: str, x, shape: tuple[int, ...]) -> Tensor:
@@ -92,24 +83,6 @@ def _numbers(what: str, x, shape: tuple[int, ...]) -> Tensor:
     if not numbers.isfinite().all():
         raise ValueError(f"{what}: a number in it is not finite")
     return numbers
-
-
-def _check_rotations(R: Tensor) -> None:
-    """Raises `ValueError` unless R (V, 3, 3) are rotations."""
-    error = (R @ R.transpose(1, 2) - torch.eye(3, dtype=R.dtype)).abs().amax((1, 2))
-    worst = error.argmax().item()
-    if error[worst] > ROUNDING:
-        raise ValueError(f"R[{worst}]: no rotation, its rows are up to {error[worst]:.2g} off")
-    mirrored = (torch.linalg.det(R) < 0).nonzero()
-    if len(mirrored):
-        raise ValueError(f"R[{mirrored[0].item()}]: a reflection (determinant -1): one axis points the wrong way")
-
-
-def _check_intrinsics(K: Tensor) -> None:
-    """Raises `ValueError` unless K (V, 3, 3) are those of pinholes without skew."""
-    zeros = K[:, [0, 1, 2, 2], [1, 0, 0, 1]]
-    if K.diagonal(dim1=1, dim2=2).amin() <= 0 or zeros.any() or (K[:, 2, 2] != 1).any():
-        raise ValueError("K: not [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] with focal lengths above 0, in pixels")
 
 
 def _picture(what: str, x, channels: int, size: tuple[int, ...] | None = None) -> Tensor:

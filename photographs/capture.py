@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -20,15 +21,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import default_collate
 
-from cameras import Cameras, Scene
-from common import files
+from cameras import Scene
 from common.progress import Progress
-from datasets.crop import MASK_THRESHOLD, Box, box_of_crop, box_of_mask, open_picture
+from datasets.annotations import date_and_size
+from datasets.crop import MASK_THRESHOLD, Box, box_of_crop, box_of_mask, open_picture, pixels
 from photographs.normalization import normalization
-from photographs.reading import Lens, Photograph, Photographs
-
-BORDER = 2  # pixels: an object whose mask comes so near to the border of a photograph is cut by it
+from photographs.reading import Photographs
+from photographs.shots import Shot
+from volume import MASK_GAP
 
 
 # ---------------------------------------------------------------------------------------------- what others call
@@ -54,14 +56,12 @@ def load_capture(photographs: Photographs, size: int | None = None, cut: bool = 
     return Capture(scene, photographs.inputs, photographs.targets, photographs.source)
 
 
-def normalized(scene: Scene, points: Tensor | None = None) -> Scene:
+def normalized(scene: Scene, points: Tensor) -> Scene:
     """A scene of the user's world, with float64 cameras, in the normalized one: numbers of moderate size.
 
-    points (P, 3): where the user's world has something, if known. Raises `ValueError` where cameras and masks do not
+    points (P, 3): where the user's world has something; P may be 0. Raises `ValueError` where cameras and masks do not
     determine it.
     """
-    if points is None:
-        points = torch.zeros(0, 3, dtype=torch.float64)
     world = normalization(scene.whole or scene, points)
     scene = scene.with_cameras(lambda cameras: world.normalized(cameras).to(torch.float32))
     return replace(scene, world=world)
@@ -72,17 +72,14 @@ def stamp(photographs: Photographs) -> str:
 
     Equal stamps: nothing has changed since. Opens nothing.
     """
-    numbers = [photographs.points]
-    rows = [photographs.inputs, photographs.targets]
+    points = hashlib.sha256(photographs.points.numpy().tobytes()).hexdigest()
+    rows = [points, photographs.inputs, photographs.targets]
     for shot in photographs.shots:
-        numbers += [shot.matrix, shot.lens.focal, shot.lens.principal, shot.lens.distortion]
+        numbers = torch.cat([shot.matrix.flatten(), shot.focal, shot.principal, shot.distortion])
 
         # Pictures by dates and sizes: there may be gigabytes of them.
-        for file in (shot.file, shot.mask or shot.file):
-            status = file.stat()
-            rows.append([file.name, status.st_mtime_ns, status.st_size])
-    text = json.dumps(rows) + files.digest(*numbers)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+        rows += [numbers.tolist(), date_and_size(shot.file), date_and_size(shot.mask)]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -93,27 +90,33 @@ def load_pictures(photographs: Photographs, size: int | None = None, cut: bool =
 
     The cameras are float64. Raises `ValueError` for a picture that cannot be decoded, and for an empty mask.
     """
-    shots = photographs.shots
-    if size is None:
-        size = max(max(shot.lens.width, shot.lens.height) for shot in shots)
-
     # One at a time: decoded, they may be a hundred times as large as what is kept of them.
-    whole = Squares(len(shots), size)
-    crops = Squares(len(shots), size)
-    for i, shot in enumerate(Progress(shots, "reading photographs")):
-        layers = _decode(shot)
-        if shot.lens.distortion.any():
-            layers = _undistort(layers, shot.lens)
-        whole.place(i, layers, shot.lens)
-        if cut:
-            crops.place(i, layers, shot.lens, object_box(layers[3]))
+    layers = map(_decode, Progress(photographs.shots, "reading photographs"))
+    return scene_of_layers(photographs, layers, size, cut)
 
-    # As scenes.
-    names = [shot.name for shot in shots]
-    sequence = photographs.folder.resolve().name
-    cameras = photographs.cameras()
-    scene = whole.scene(cameras, names, sequence)
-    return replace(crops.scene(cameras, names, sequence), whole=scene) if cut else scene
+
+def scene_of_layers(photographs: Photographs, layers: Iterable[Tensor], size: int | None, cut: bool) -> Scene:
+    """The same of decoded photographs: masked colors, mask, and ones, (5, H, W) in [0, 1] each."""
+    if size is None:
+        size = max(max(shot.width, shot.height) for shot in photographs.shots)
+    whole = []
+    crops = []
+    for decoded, shot in zip(layers, photographs.shots):
+        if shot.distortion.any():
+            decoded = _undistort(decoded, shot)
+        whole.append(_square(decoded, shot, Box(0, 0, shot.width, shot.height), size))
+        if cut:
+            crops.append(_square(decoded, shot, object_box(decoded[3]), size))
+    scene = _scene_of_squares(photographs, whole)
+    return replace(_scene_of_squares(photographs, crops), whole=scene) if cut else scene
+
+
+def _scene_of_squares(photographs: Photographs, squares: list[tuple[Tensor, ...]]) -> Scene:
+    """The scene of what `_square` gives for each photograph."""
+    images, masks, valid, focal, principal = default_collate(squares)
+    cameras = replace(photographs.cameras(), focal=focal, principal=principal)
+    names = [shot.name for shot in photographs.shots]
+    return Scene(images, masks, valid, cameras, names, photographs.folder.resolve().name)
 
 
 def object_box(mask: Tensor) -> Box:
@@ -122,68 +125,53 @@ def object_box(mask: Tensor) -> Box:
     Then the object may go on there, and what is beside it in the photograph is worth as much.
     """
     height, width = mask.shape
-    inner = mask[BORDER:height - BORDER, BORDER:width - BORDER]
-    if (mask > MASK_THRESHOLD).sum() > (inner > MASK_THRESHOLD).sum():
+    box = box_of_mask(mask)
+    if min(box.x, box.y, width - box.x - box.width, height - box.y - box.height) < MASK_GAP:
         return Box(0, 0, width, height)
-    return box_of_crop(box_of_mask(mask), height, width)
+    return box_of_crop(box, height, width)
 
 
-class Squares:
-    """V photographs in squares of `size` pixels a side, with the intrinsics of these."""
+def _square(layers: Tensor, shot: Shot, box: Box, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A part of the layers (5, H, W) of a photograph, resized and padded to a square of `size` pixels about the middle.
 
-    def __init__(self, count: int, size: int):
-        self.size = size
-        self.layers = torch.zeros(count, 5, size, size)  # masked colors, mask, and where the photograph is, in [0, 1]
-        self.focal = torch.ones(count, 2, dtype=torch.float64)       # NDC of the square
-        self.principal = torch.zeros(count, 2, dtype=torch.float64)  # NDC of the square
+    Returns image (3, S, S), mask and valid (1, S, S), and in NDC of the square focal length and principal point (2,).
+    """
+    layers = layers[:, box.y:box.y + box.height, box.x:box.x + box.width]
 
-    def place(self, i: int, layers: Tensor, lens: Lens, box: Box | None = None) -> None:
-        """Layers (5, H, W) of photograph `i`, or a part of it, resized and padded to a square about the middle."""
-        box = box or Box(0, 0, lens.width, lens.height)
-        layers = layers[:, box.y:box.y + box.height, box.x:box.x + box.width]
+    # The longer side fills the square. Averaging over what a small pixel covers keeps fine texture from aliasing.
+    longer = max(box.width, box.height)
+    rows = max(round(box.height * size / longer), 1)
+    columns = max(round(box.width * size / longer), 1)
+    if (rows, columns) != (box.height, box.width):
+        layers = F.interpolate(layers[None], (rows, columns), mode="bilinear", antialias=True)[0]
 
-        # The longer side fills the square. Averaging over what a small pixel covers keeps fine texture from aliasing.
-        size = self.size
-        longer = max(box.width, box.height)
-        rows = max(round(box.height * size / longer), 1)
-        columns = max(round(box.width * size / longer), 1)
-        if (rows, columns) != (box.height, box.width):
-            layers = F.interpolate(layers[None], (rows, columns), mode="bilinear", antialias=True)[0]
+    # As much on both sides; an odd pixel goes right and below.
+    top = (size - rows) // 2
+    left = (size - columns) // 2
+    layers = F.pad(layers, (left, size - columns - left, top, size - rows - top))
 
-        # As much on both sides; an odd pixel goes right and below.
-        top = (size - rows) // 2
-        left = (size - columns) // 2
-        self.layers[i] = F.pad(layers, (left, size - columns - left, top, size - rows - top))
-
-        # The camera follows: pixels of the photograph, pixels of the square, NDC of the square.
-        scale = torch.tensor([columns / box.width, rows / box.height], dtype=torch.float64)
-        corner = torch.tensor([left, top], dtype=torch.float64)
-        half = size / 2
-        principal = lens.principal - torch.tensor([box.x, box.y])
-        self.focal[i] = lens.focal * scale / half
-        self.principal[i] = (half - (principal * scale + corner)) / half
-
-    def scene(self, cameras: Cameras, names: list[str], sequence: str) -> Scene:
-        """The same as a scene, at the places of some cameras (V,)."""
-        images = self.layers[:, :3].clamp(0, 1)
-        masks = self.layers[:, 3:4].clamp(0, 1)
-        valid = (self.layers[:, 4:] > 0.5).float()
-        cameras = Cameras(cameras.R, cameras.T, self.focal, self.principal)
-        return Scene(images, masks, valid, cameras, names, sequence)
+    # The camera follows: pixels of the photograph, pixels of the square, NDC of the square.
+    scale = torch.tensor([columns / box.width, rows / box.height], dtype=torch.float64)
+    corner = torch.tensor([left, top], dtype=torch.float64)
+    half = size / 2
+    pixel = (shot.principal - torch.tensor([box.x, box.y])) * scale + corner
+    focal = shot.focal * scale / half
+    colors_and_mask = layers[:4].clamp(0, 1)
+    return colors_and_mask[:3], colors_and_mask[3:], (layers[4:] > 0.5).float(), focal, (half - pixel) / half
 
 
-def _undistort(layers: Tensor, lens: Lens) -> Tensor:
+def _undistort(layers: Tensor, shot: Shot) -> Tensor:
     """What a pinhole camera with the same focal length and principal point sees, (C, H, W); 0 where nothing is known.
 
     OpenCV's model with the coefficients k1, k2 (radial) and p1, p2 (tangential).
     """
-    k1, k2, p1, p2 = lens.distortion.tolist()
-    focal_x, focal_y = lens.focal.tolist()
-    center_x, center_y = lens.principal.tolist()
+    k1, k2, p1, p2 = shot.distortion.tolist()
+    focal_x, focal_y = shot.focal.tolist()
+    center_x, center_y = shot.principal.tolist()
 
     # The direction of every pixel of the result.
-    column = (torch.arange(lens.width) + 0.5 - center_x) / focal_x
-    row = (torch.arange(lens.height) + 0.5 - center_y) / focal_y
+    column = (torch.arange(shot.width) + 0.5 - center_x) / focal_x
+    row = (torch.arange(shot.height) + 0.5 - center_y) / focal_y
     y, x = torch.meshgrid(row, column, indexing="ij")  # (H, W) each
 
     # Where the lens put it.
@@ -191,8 +179,8 @@ def _undistort(layers: Tensor, lens: Lens) -> Tensor:
     radial = 1 + r2 * (k1 + r2 * k2)
     distorted_x = x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x)
     distorted_y = y * radial + p1 * (r2 + 2 * y * y) + 2 * p2 * x * y
-    grid_x = 2 * (distorted_x * focal_x + center_x) / lens.width - 1
-    grid_y = 2 * (distorted_y * focal_y + center_y) / lens.height - 1
+    grid_x = 2 * (distorted_x * focal_x + center_x) / shot.width - 1
+    grid_y = 2 * (distorted_y * focal_y + center_y) / shot.height - 1
 
     # Far out the polynomial may turn back, and would show the picture a second time.
     folded = 1 + r2 * (3 * k1 + r2 * 5 * k2) <= 0
@@ -200,24 +188,20 @@ def _undistort(layers: Tensor, lens: Lens) -> Tensor:
     return F.grid_sample(layers[None], grid[None], align_corners=False)[0]
 
 
-def _decode(shot: Photograph) -> Tensor:
+def _decode(shot: Shot) -> Tensor:
     """Masked colors, mask, and ones: (5, H, W) in [0, 1]."""
     with open_picture(shot.file) as picture:
-        alpha = _alpha(picture, shot.file)
-        colors = _pixels(picture, "RGB", shot.file)
-    if shot.mask is None:
-        mask = alpha
-        source = shot.file
-    else:
+        mask = _alpha(picture, shot.file)
+        colors = pixels(picture, "RGB", shot.file)
+    if shot.mask != shot.file:
         mask = _read_mask(shot.mask)
-        source = shot.mask
     if mask is None:
-        raise ValueError(f"{source}: no mask: its alpha channel is opaque everywhere, and masks/ has no file for it")
+        raise ValueError(f"{shot.mask}: no mask: its alpha channel is opaque everywhere, and masks/ has no file for it")
 
     # An object is more than one pixel.
     probability = torch.from_numpy(mask).float() / 255
     if (probability > MASK_THRESHOLD).sum() <= 1:
-        raise ValueError(f"{source}: the mask is empty")
+        raise ValueError(f"{shot.mask}: the mask is empty")
     colors = torch.from_numpy(colors).permute(2, 0, 1).float() / 255
     return torch.cat([colors * probability, probability[None], torch.ones_like(probability)[None]])
 
@@ -228,7 +212,7 @@ def _read_mask(file: Path) -> np.ndarray:
         alpha = _alpha(picture, file)
         if alpha is not None:
             return alpha
-        gray = _pixels(picture, "L", file)
+        gray = pixels(picture, "L", file)
 
     # Some programs write 1 for the object.
     return gray * np.uint8(255) if gray.max() == 1 else gray
@@ -236,17 +220,5 @@ def _read_mask(file: Path) -> np.ndarray:
 
 def _alpha(picture: Image.Image, file: Path) -> np.ndarray | None:
     """The alpha channel, (H, W) uint8, unless there is none or it is opaque everywhere."""
-    alpha = _pixels(picture, "RGBA", file)[..., 3] if picture.has_transparency_data else None
+    alpha = pixels(picture, "RGBA", file)[..., 3] if picture.has_transparency_data else None
     return None if alpha is None or alpha.min() == 255 else alpha
-
-
-def _pixels(picture: Image.Image, mode: str, file: Path) -> np.ndarray:
-    """Decoded pixels of an open picture, uint8: (H, W) for mode "L", else (H, W, channels)."""
-    try:
-        # Pillow would clip 16 bits to 8.
-        if picture.mode.startswith("I;16"):
-            picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
-        return np.array(picture.convert(mode))
-    # On broken bytes the decoders raise nearly anything.
-    except Exception as e:
-        raise ValueError(f"{file}: not a readable picture ({e})") from None

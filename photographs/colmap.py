@@ -4,8 +4,8 @@
     images.txt    IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME, then a line   or images.bin
     points3D.txt  POINT3D_ID X Y Z ...                                        or points3D.bin, or neither
 
-A pose is world-to-camera, for column vectors, with OpenCV's axes: x right, y down, z forward. Pixels count from the top
-left corner, and the first pixel's center is (0.5, 0.5).
+A row of either kind of file is a list of the same things in the same order, words or numbers. A pose is
+world-to-camera, for column vectors, with OpenCV's axes: x right, y down, z forward.
 
 Shapes: `P` points.
 """
@@ -14,182 +14,155 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# What the parameters of a lens are: of those that can be undone.
-PARAMETERS = {
-    "SIMPLE_PINHOLE": ("f", "cx", "cy"),
-    "PINHOLE": ("fx", "fy", "cx", "cy"),
-    "SIMPLE_RADIAL": ("f", "cx", "cy", "k1"),
-    "RADIAL": ("f", "cx", "cy", "k1", "k2"),
-    "OPENCV": ("fx", "fy", "cx", "cy", "k1", "k2", "p1", "p2"),
-}
+from photographs.shots import PARAMETERS, Frame, pose
 
-# All names in the order of their numbers in binary files.
-NAMES = ("SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV", "OPENCV_FISHEYE", "FULL_OPENCV", "FOV",
-         "SIMPLE_RADIAL_FISHEYE", "RADIAL_FISHEYE", "THIN_PRISM_FISHEYE", "RAD_TAN_THIN_PRISM_FISHEYE")
-
-
-class Lens(NamedTuple):
-    """What COLMAP calls a camera: the intrinsics that many images share. Lengths are in pixels."""
-    model: str                       # key of `PARAMETERS`
-    width: int
-    height: int
-    numbers: dict[str, float]        # f, or fx and fy; cx, cy; k1, k2, p1, p2 where the model has them
-
-
-class Shot(NamedTuple):
-    """What COLMAP calls an image."""
-    name: str       # path below the folder of images, with "/"
-    lens: Lens
-    matrix: Tensor  # (4, 4) world-to-camera, float64
-
-
-class Model(NamedTuple):
-    """A whole model."""
-    shots: list[Shot]  # in the order of their names
-    points: Tensor     # (P, 3) float64, world
-    kind: str          # "text" or "binary"
+# All models of lenses in the order of their numbers in binary files.
+MODELS = ("SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV", "OPENCV_FISHEYE", "FULL_OPENCV", "FOV",
+          "SIMPLE_RADIAL_FISHEYE", "RADIAL_FISHEYE", "THIN_PRISM_FISHEYE", "RAD_TAN_THIN_PRISM_FISHEYE")
+LEAST = {"cameras": 4, "images": 10, "points3D": 4}  # words of a line
 
 
 def find_model(folder: Path) -> Path | None:
     """Where below a folder the files of a model are: `sparse/0` and other habits, or the folder itself."""
     # COLMAP's mapper numbers its models; the first one is mostly the only one.
     for place in ("sparse/0", "sparse", "colmap/sparse/0", "."):
-        for ending in (".bin", ".txt"):
-            if (folder / place / f"images{ending}").is_file():
-                return folder / place
+        if any((folder / place / f"images{ending}").is_file() for ending in (".bin", ".txt")):
+            return folder / place
     return None
 
 
-def read_model(folder: Path) -> Model:
-    """The model in a folder; its binary files go before its text files.
+def read_model(folder: Path) -> tuple[list[Frame], Tensor, str]:
+    """The model in a folder: its images in the order of their names, its points (P, 3), float64, and "binary" or
+    "text". Binary files go before text files.
 
     Raises `FileNotFoundError` or `ValueError` with one line that names the file.
     """
-    # One of the two ways to write the three files.
-    binary = (folder / "images.bin").is_file()
-    ending = ".bin" if binary else ".txt"
-    lenses_file = folder / f"cameras{ending}"
-    shots_file = folder / f"images{ending}"
-    points_file = folder / f"points3D{ending}"
-
     # Points are a help, not a need.
-    for file in (lenses_file, shots_file):
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file; a COLMAP model has cameras, images and points3D")
-    read = _read_binary if binary else _read_text
-    lenses = dict(read(lenses_file, "cameras"))
-    rows = list(read(shots_file, "images"))
-    points = list(read(points_file, "points")) if points_file.is_file() else []
+    kind = "binary" if (folder / "images.bin").is_file() else "text"
+    ending = ".bin" if kind == "binary" else ".txt"
+    cameras_file = folder / f"cameras{ending}"
+    if not cameras_file.is_file():
+        raise FileNotFoundError(f"{cameras_file}: no such file; a COLMAP model has cameras, images and points3D")
+    points_file = folder / f"points3D{ending}"
+    points = _parsed(points_file, _point) if points_file.is_file() else []
 
     # Every image with its lens.
-    shots = []
-    for row in rows:
-        if row.lens not in lenses:
-            raise ValueError(f"{shots_file}: image {row.name!r} has the camera {row.lens}, which {lenses_file.name} "
-                             "does not list")
-        matrix = _pose(row.numbers)
-        shots.append(Shot(row.name, lenses[row.lens], matrix))
-    shots.sort(key=lambda shot: shot.name)
-    points = torch.tensor(points, dtype=torch.float64).reshape(-1, 3)
-    return Model(shots, points, "binary" if binary else "text")
+    lenses = dict(_parsed(cameras_file, _camera))
+    frames = []
+    for name, camera, numbers in _parsed(folder / f"images{ending}", _image):
+        if camera not in lenses:
+            raise ValueError(f"{folder / f'images{ending}'}: image {name!r} has the camera {camera}, which "
+                             f"{cameras_file.name} does not list")
+        where = f"{folder}: image {name!r}"
+        frames.append(Frame(where, name, None, pose(_matrix(numbers), where), lenses[camera]))
+    frames.sort(key=lambda frame: frame.name)
+    return frames, torch.tensor(points, dtype=torch.float64).reshape(-1, 3), kind
 
 
-def _lens(model: str, width: int, height: int, parameters: list[float]) -> Lens:
-    """A lens from its numbers in the model's order. Raises `ValueError` for a model that cannot be undone."""
+# ---------------------------------------------------------------------------------------------- what a row says
+
+def _parsed(file: Path, parse) -> list:
+    """`parse` of every row of a file; what is wrong with one is said with its place."""
+    read = _binary_rows if file.suffix == ".bin" else _text_rows
+    found = []
+    for where, row in read(file):
+        try:
+            found.append(parse(row))
+        except ValueError as e:
+            raise ValueError(f"{where}: {e}") from None
+    return found
+
+
+def _camera(row: list) -> tuple[int, dict]:
+    """The number of a camera and its lens. Raises `ValueError` for a model that cannot be undone."""
     # Fisheyes and lenses with more coefficients.
+    model = row[1]
     if model not in PARAMETERS:
         raise ValueError(f"the camera model {model} is none of {', '.join(PARAMETERS)}; run COLMAP's "
                          "image_undistorter first, which writes PINHOLE")
 
     # Each parameter with its name.
     names = PARAMETERS[model]
-    if len(parameters) != len(names):
-        raise ValueError(f"{model} has the {len(names)} parameters {', '.join(names)}, not {len(parameters)}")
-    if min(width, height) < 1:
-        raise ValueError(f"{width} x {height} pixels")
-    return Lens(model, width, height, dict(zip(names, parameters)))
+    if len(row) != 4 + len(names):
+        raise ValueError(f"{model} has the {len(names)} parameters {', '.join(names)}, not {len(row) - 4}")
+    lens = {"camera_model": model, "w": int(row[2]), "h": int(row[3])}
+    if min(lens["w"], lens["h"]) < 1:
+        raise ValueError(f"{row[2]} x {row[3]} pixels")
+    for name, number in zip(names, row[4:]):
+        lens[name] = float(number)
+    return int(row[0]), lens
 
 
-def _pose(numbers: list[float]) -> Tensor:
-    """World-to-camera, (4, 4), from a quaternion (w, x, y, z) of any length and a translation, as COLMAP does it."""
+def _image(row: list) -> tuple[str, int, list[float]]:
+    """The path of an image below the folder of images, its camera's number, quaternion (w, x, y, z) and translation."""
+    numbers = [float(word) for word in row[1:8]]
+    return " ".join(row[9:]), int(row[8]), numbers
+
+
+def _point(row: list) -> list[float]:
+    """Where a point is."""
+    return [float(word) for word in row[1:4]]
+
+
+def _matrix(numbers: list[float]) -> Tensor:
+    """World-to-camera, (3, 4), from a quaternion (w, x, y, z) of any length and a translation, as COLMAP does it."""
     numbers = torch.tensor(numbers, dtype=torch.float64)
     quaternion = numbers[:4] / numbers[:4].norm()
     w, x, y, z = quaternion.tolist()
 
     # The rotation is I + 2 (w K + K^2), where K v is the cross product (x, y, z) x v.
     K = torch.tensor([[0, -z, y], [z, 0, -x], [-y, x, 0]], dtype=torch.float64)
-    matrix = torch.eye(4, dtype=torch.float64)
-    matrix[:3, :3] += 2 * (w * K + K @ K)
-    matrix[:3, 3] = numbers[4:]
-    return matrix
+    rotation = torch.eye(3, dtype=torch.float64) + 2 * (w * K + K @ K)
+    return torch.cat([rotation, numbers[4:, None]], 1)
 
 
-class _Row(NamedTuple):
-    """An image as its file lists it."""
-    name: str
-    lens: int             # the number of its camera
-    numbers: list[float]  # quaternion (w, x, y, z) and translation
+# ---------------------------------------------------------------------------------------------- text and binary
 
-
-# ---------------------------------------------------------------------------------------------- text
-
-def _read_text(file: Path, part: str) -> Iterator:
-    """The rows of a text file: of cameras (number, Lens), of images `_Row`, of points [x, y, z]."""
-    # How a line is understood, and how many words it has at least.
-    parse, least = {"cameras": (_text_lens, 4), "images": (_text_shot, 10), "points": (_text_point, 4)}[part]
-    lines = _lines(file)
-    for number, line in lines:
-        words = line.split()
-        if not words:
-            continue
-
-        # What is wrong is said with the line's number.
-        if len(words) < least:
-            raise ValueError(f"{file}, line {number}: {len(words)} words, where {part} have {least} or more")
-        try:
-            yield parse(words)
-        except ValueError as e:
-            raise ValueError(f"{file}, line {number}: {e}") from None
-
-        # The line after an image has the points in it, and may be empty.
-        if part == "images":
-            next(lines, None)
-
-
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a text file with their numbers, without comments."""
+def _text_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
+    """The rows of a text file, each with its place for messages."""
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{file}: not a text file") from None
 
-    # Comments may stand anywhere, even between an image and its points.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.startswith("#"):
-            yield number, line
+    # Comments may stand anywhere, even between an image and the line after it, which has its points and may be empty.
+    lines = enumerate(text.split("\n"), 1)
+    lines = ((number, line.split()) for number, line in lines if not line.startswith("#"))
+    for number, words in lines:
+        if not words:
+            continue
+        if len(words) < LEAST[file.stem]:
+            raise ValueError(f"{file}, line {number}: {len(words)} words, where {file.stem} have {LEAST[file.stem]} "
+                             "or more")
+        yield f"{file}, line {number}", words
+        if file.stem == "images":
+            next(lines, None)
 
 
-def _text_lens(words: list[str]) -> tuple[int, Lens]:
-    parameters = [float(word) for word in words[4:]]
-    return int(words[0]), _lens(words[1], int(words[2]), int(words[3]), parameters)
+def _binary_rows(file: Path) -> Iterator[tuple[str, list]]:
+    """The rows of a binary file: a count, then so many rows without anything between them."""
+    content = _Bytes(file)
+    for _ in range(content.take("Q")[0]):
+        if file.stem == "cameras":
+            # How many parameters follow is the model's own.
+            number, model, width, height = content.take("iiQQ")
+            name = MODELS[model] if 0 <= model < len(MODELS) else f"number {model}"
+            parameters = content.take(f"{len(PARAMETERS.get(name, ()))}d")
+            row = [number, name, width, height, *parameters]
+        elif file.stem == "images":
+            # The points in it: x, y and a number each.
+            row = [*content.take("i7di"), content.word()]
+            content.skip(24 * content.take("Q")[0])
+        else:
+            # Number, place, color, error, the length of its track; an image and a position each for the track.
+            row = content.take("Q3d3BdQ")
+            content.skip(8 * row[-1])
+        yield f"{file}: {file.stem.rstrip('s')} {row[0]}", row
 
-
-def _text_shot(words: list[str]) -> _Row:
-    numbers = [float(word) for word in words[1:8]]
-    name = " ".join(words[9:])
-    return _Row(name, int(words[8]), numbers)
-
-
-def _text_point(words: list[str]) -> list[float]:
-    return [float(word) for word in words[1:4]]
-
-
-# ---------------------------------------------------------------------------------------------- binary
 
 class _Bytes:
     """The bytes of a file, read from the first to the last; little endian."""
@@ -209,9 +182,8 @@ class _Bytes:
 
     def take(self, layout: str) -> tuple:
         """The next numbers of a layout of `struct`."""
-        layout = f"<{layout}"
-        start = self.skip(struct.calcsize(layout))
-        return struct.unpack_from(layout, self.content, start)
+        start = self.skip(struct.calcsize(f"<{layout}"))
+        return struct.unpack_from(f"<{layout}", self.content, start)
 
     def word(self) -> str:
         """The text up to the next zero byte."""
@@ -219,42 +191,3 @@ class _Bytes:
         length = end - self.position if end >= 0 else len(self.content)
         start = self.skip(length + 1)
         return self.content[start:start + length].decode(errors="replace")
-
-
-def _read_binary(file: Path, part: str) -> Iterator:
-    """The rows of a binary file, as `_read_text` gives them."""
-    # A count, then so many rows without anything between them.
-    parse = {"cameras": _binary_lens, "images": _binary_shot, "points": _binary_point}[part]
-    content = _Bytes(file)
-    count, = content.take("Q")
-    for _ in range(count):
-        yield parse(content)
-
-
-def _binary_lens(content: _Bytes) -> tuple[int, Lens]:
-    # How many parameters follow is the model's own.
-    number, model, width, height = content.take("iiQQ")
-    name = NAMES[model] if 0 <= model < len(NAMES) else f"number {model}"
-    known = len(PARAMETERS.get(name, ()))
-    parameters = content.take(f"{known}d")
-    try:
-        return number, _lens(name, width, height, list(parameters))
-    except ValueError as e:
-        raise ValueError(f"{content.file}: camera {number}: {e}") from None
-
-
-def _binary_shot(content: _Bytes) -> _Row:
-    numbers = content.take("i7di")
-    name = content.word()
-
-    # The points in it: x, y and a number each.
-    count, = content.take("Q")
-    content.skip(24 * count)
-    return _Row(name, numbers[8], list(numbers[1:8]))
-
-
-def _binary_point(content: _Bytes) -> list[float]:
-    # Number, place, color, error, the length of its track; an image and a position each for the track.
-    numbers = content.take("Q3d3BdQ")
-    content.skip(8 * numbers[8])
-    return list(numbers[1:4])

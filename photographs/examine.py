@@ -10,20 +10,19 @@ Shapes: `V` views, `S` side of their square pictures in pixels.
 """
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cameras import Cameras, Scene, evenly_spaced
-from photographs.figure import stand
+from photographs.figure import Stand, stand
 from photographs.mistakes import alternatives
-from photographs.reading import Convention
-from photographs.silhouettes import REACH, Misfit, Silhouette, glance, misfit, silhouettes
+from photographs.normalization import mask_corners
+from photographs.shots import AXES, Convention
+from photographs.silhouettes import REACH, Misfit, Silhouettes, misfit, silhouettes
 
-CO3D = Convention((1, 1, 1), False)  # PyTorch3D's; for row vectors, but so is `Cameras.R`
+CO3D = Convention(AXES["PyTorch3D"], False)  # for row vectors, but so is `Cameras.R`
 MOST = 12          # views that are compared; of more an even choice
 SIZE = 400         # pixels a side of the pictures that the command reads
 # What supports a name. Tuned on toys of seed 3000 and the first half of the chair's photographs (docs/check.md).
@@ -45,30 +44,6 @@ FOCAL = "the focal length times"
 
 # ---------------------------------------------------------------------------------------------- the judgement
 
-class Tried(NamedTuple):
-    """An alternative and how badly it fits."""
-    name: str
-    misfit: Misfit
-
-
-class Focal(NamedTuple):
-    """Which factors of the focal length fit best."""
-    factor: float   # in the middle of them
-    least: float    # the least of them
-    most: float     # the greatest
-    misfit: Misfit  # of the one in the middle
-
-    def vague(self) -> bool:
-        """Whether it is a range rather than a number."""
-        return self.most / self.least > VAGUE
-
-    def name(self) -> str:
-        """What a mistake would be that these factors undo."""
-        if self.vague():
-            return f"{FOCAL} {1 / self.most:.2g} to {1 / self.least:.2g}"
-        return f"{FOCAL} {1 / self.factor:.2g}"
-
-
 @dataclass(frozen=True)
 class Findings:
     """What `examine` found."""
@@ -78,7 +53,7 @@ class Findings:
     fits: bool           # whether the masks fit them
     mistake: str | None  # the one clear mistake; None where nothing is wrong, or nothing can be named
     alike: list[str]     # mistakes that cannot be told from what fits best
-    focal: Focal
+    focal: tuple[float, float]  # least and greatest factor of the focal length that fit about as well as the best one
 
     @property
     def can_tell(self) -> bool:
@@ -102,51 +77,64 @@ def examine(scene: Scene, convention: Convention = CO3D, whole: bool = False) ->
     views = silhouettes(scene)
     given = misfit(views, scene.cameras)
 
-    # Everything else that the cameras could be: a glance at each, a closer look at those that might be it.
-    corner = _corners(scene.valid) if whole else None
-    tried = []
-    least = given.total()
-    for name, cameras in alternatives(scene.cameras, convention, corner):
-        seen = glance(views, cameras, 2 * least + 10 * LIKE)
-        least = min(least, seen)
-        if seen < math.inf:
-            tried.append(Tried(name, misfit(views, cameras)))
-    focal = _search_focal(views, scene.cameras)
-    if focal.vague() or not 1 / SAME_FOCAL < focal.factor < SAME_FOCAL:
-        tried.append(Tried(focal.name(), focal.misfit))
-    return _judge(scene, whole, given, tried, focal)
+    # Everything else that the cameras could be.
+    corner = mask_corners(scene.valid)[:, 0] if whole else None
+    tried = _misfits(views, alternatives(scene.cameras, convention, corner), given.total())
+    focal, factor, refocused = _search_focal(views, scene.cameras)
+    vague = focal[1] / focal[0] > VAGUE
+    if vague:
+        tried[f"{FOCAL} {1 / focal[1]:.2g} to {1 / focal[0]:.2g}"] = refocused
+    elif not 1 / SAME_FOCAL < factor < SAME_FOCAL:
+        tried[f"{FOCAL} {1 / factor:.2g}"] = refocused
+
+    # What cannot be told from the best, which may be the given cameras.
+    fits = given.total() < CLEAR
+    best, undone = min([("", given), *tried.items()], key=lambda item: item[1].total())
+    explained = not fits and _explains(best, undone, given)
+    alike = [name for name, one in tried.items() if _alike(one, undone)]
+
+    # With few views much fits by chance, and a range of focal lengths is no name.
+    clear = CLEAR * max(1, ENOUGH / len(scene)) ** FEW
+    sure = given.total() > clear and len(scene) > 2 and not (vague and best.startswith(FOCAL))
+    mistake = best if explained and sure and len(alike) == 1 else None
+
+    # In words.
+    place = stand(scene)
+    understood = _understood(scene, place, whole)
+    found = Findings(understood, scene, given, fits, mistake, [] if mistake else alike, focal)
+    return replace(found, lines=understood + _verdict(found, undone if explained else None, place))
 
 
-def _corners(valid: Tensor) -> Tensor:
-    """Top left corner of the valid part of each view (V, 1, S, S), NDC (V, 2)."""
-    columns = valid[:, 0].amax(1).argmax(1)
-    rows = valid[:, 0].amax(2).argmax(1)
-    return 1 - 2 * torch.stack([columns, rows], 1).double() / valid.shape[-1]
-
-
-def _search_focal(views: list[Silhouette], cameras: Cameras) -> Focal:
-    """The focal length by which the masks fit best, by trying factors."""
-    factors = [FOCAL_STEP**step for step in range(-FOCAL_STEPS, FOCAL_STEPS + 1)]
-    candidates = [replace(cameras, focal=cameras.focal * factor) for factor in factors]
-
-    # A glance at each, from 1 outwards, then a closer look at the best.
-    glances = {}
-    least = REACH
-    for i in sorted(range(len(factors)), key=lambda i: abs(i - FOCAL_STEPS)):
-        glances[i] = glance(views, candidates[i], 2 * least + 4 * LIKE)
-        least = min(least, glances[i])
+def _misfits(views: Silhouettes, candidates: dict, least: float) -> dict:
+    """Misfits of cameras by their keys, without those that are clearly worse than the best one or than `least`."""
     found = {}
-    for i in range(len(factors)):
-        if glances[i] <= 2 * least + 4 * LIKE:
-            found[i] = misfit(views, candidates[i])
+    for key, cameras in candidates.items():
+        other = misfit(views, cameras, 2 * least + 4 * LIKE)
+        if other:
+            found[key] = other
+            least = min(least, other.total())
+    return found
+
+
+def _search_focal(views: Silhouettes, cameras: Cameras) -> tuple[tuple[float, float], float, Misfit]:
+    """The focal length by which the masks fit best, by trying factors: the least and the greatest of those that fit
+    about as well as the best one, their middle, and the misfit of that.
+    """
+    # From 1 outwards.
+    steps = sorted(range(-FOCAL_STEPS, FOCAL_STEPS + 1), key=abs)
+    found = _misfits(views, {step: _refocused(cameras, step) for step in steps}, REACH)
     best = min(found.values(), key=Misfit.total)
-    good = [i for i, one in found.items() if _alike(one, best)]
 
     # Where many fit about equally well, their middle.
-    weights = [1 / (found[i].total() + LIKE / 10) for i in good]
-    step = sum(i * weight for i, weight in zip(good, weights)) / sum(weights) - FOCAL_STEPS
-    middle = replace(cameras, focal=cameras.focal * FOCAL_STEP**step)
-    return Focal(FOCAL_STEP**step, factors[good[0]], factors[good[-1]], misfit(views, middle))
+    weights = {step: 1 / (one.total() + LIKE / 10) for step, one in found.items() if _alike(one, best)}
+    middle = sum(step * weight for step, weight in weights.items()) / sum(weights.values())
+    span = FOCAL_STEP ** min(weights), FOCAL_STEP ** max(weights)
+    return span, FOCAL_STEP**middle, misfit(views, _refocused(cameras, middle))
+
+
+def _refocused(cameras: Cameras, step: float) -> Cameras:
+    """Cameras whose focal length is so many steps longer."""
+    return replace(cameras, focal=cameras.focal * FOCAL_STEP**step)
 
 
 def _alike(a: Misfit, b: Misfit) -> bool:
@@ -154,126 +142,76 @@ def _alike(a: Misfit, b: Misfit) -> bool:
     return a.total() <= b.total() + max(LIKE, b.total() / 3)
 
 
-def _explains(better: Tried, given: Misfit) -> bool:
+def _explains(name: str, undone: Misfit, given: Misfit) -> bool:
     """Does a mistake, undone, leave so little of the misfit that it is no chance?"""
-    left = better.misfit.total() / given.total()
-    if left < EXPLAINED or left > HALF:
-        return left < EXPLAINED
+    left = undone.total() / given.total()
+    gain = given.outline - undone.outline  # (V,)
+    agreed = gain.mean() > SURE * gain.std() / len(gain) ** 0.5
 
     # Rough masks leave more. Then the views have to agree that it is better. A shorter focal length does not count:
     # it makes all cones wider, which hides rough cameras.
-    if better.name.startswith(FOCAL):
-        return False
-    gain = given.outline - better.misfit.outline  # (V,)
-    error = gain.std() / len(gain) ** 0.5
-    return gain.mean().item() > SURE * error.item()
-
-
-def _judge(scene: Scene, whole: bool, given: Misfit, tried: list[Tried], focal: Focal) -> Findings:
-    """The findings: a mistake is named if it alone explains what the given cameras do not."""
-    # What cannot be told from the best, which may be the given cameras.
-    fits = given.total() < CLEAR
-    best = min([Tried("", given), *tried], key=lambda one: one.misfit.total())
-    explained = not fits and _explains(best, given)
-    alike = [one.name for one in tried if _alike(one.misfit, best.misfit)]
-
-    # With few views much fits by chance, and a range of focal lengths is no name.
-    clear = CLEAR * max(1, ENOUGH / len(scene)) ** FEW
-    sure = given.total() > clear and len(scene) > 2
-    vague = focal.vague() and best.name == focal.name()
-    mistake = None
-    if explained and sure and len(alike) == 1 and not vague:
-        mistake = best.name
-        alike = []
-
-    # In words.
-    found = Findings([], scene, given, fits, mistake, alike, focal)
-    undone = best.misfit if explained else None
-    return replace(found, lines=[*_understood(scene, whole), *_verdict(found, undone)])
+    return left < EXPLAINED or (left <= HALF and not name.startswith(FOCAL) and bool(agreed))
 
 
 # ---------------------------------------------------------------------------------------------- in words
 
-def _verdict(found: Findings, undone: Misfit | None) -> list[str]:
+def _verdict(found: Findings, undone: Misfit | None, place: Stand) -> list[str]:
     """The judgement in a line or two. `undone`: the misfit without the likeliest mistake, where there is one."""
-    worst = _worst(found.given, undone)
-    frame = found.scene.names[worst.view]
-    misfit = f"{worst.before:.0f} % of the {worst.part} of frame {frame} lies outside what the others allow"
-    names = "; ".join(found.alike[:LISTED])
-    if len(found.alike) > LISTED:
-        names += f"; and {len(found.alike) - LISTED} others"
+    # The view that says most, by its mask or, about small mistakes, by the mask's outline.
+    outline = found.given.outside.max() <= 0.03
+    part = "outline" if outline else "mask"
+    outside = 100 * (found.given.touching if outline else found.given.outside)
+    view = outside.argmax().item()
+    before = outside[view].item()
+    misfit = f"{before:.0f} % of the {part} of frame {found.scene.names[view]} lies outside what the others allow"
 
     # One mistake, or several possible ones.
     if found.mistake:
-        return [f"likely a mistake: {found.mistake}", f"  {misfit}; with that undone {worst.after:.0f} %"]
+        after = 100 * (undone.touching if outline else undone.outside)[view]
+        return [f"likely a mistake: {found.mistake}", f"  {misfit}; with that undone {after:.0f} %"]
+    names = "; ".join(found.alike[:LISTED]) or "other cameras"
+    if len(found.alike) > LISTED:
+        names += f"; and {len(found.alike) - LISTED} others"
     if undone:
         return [f"masks and cameras fit badly, and these masks cannot tell why: {misfit}",
-                f"  rough masks and cameras may do that, and this: {names} ({_why(found.scene)})"]
+                f"  rough masks and cameras may do that, and this: {names} ({_why(place)})"]
 
     # None.
     lines = ["masks and cameras fit"]
     if not found.fits:
-        quality = "badly" if worst.before > ROUGH else "roughly"
-        lines = [f"masks and cameras fit {quality}: {misfit}"]
-        lines.append("  no usual mistake explains it; masks that miss pieces do, or rough cameras")
+        lines = [f"masks and cameras fit {'badly' if before > ROUGH else 'roughly'}: {misfit}",
+                 "  no usual mistake explains it; masks that miss pieces do, or rough cameras"]
     if not found.can_tell:
-        lines.append(f"  but they would fit as well with {names or 'other cameras'}: cannot tell ({_why(found.scene)})")
+        lines.append(f"  but they would fit as well with {names}: cannot tell ({_why(place)})")
     return lines
 
 
-class Worst(NamedTuple):
-    """The view that says most about a misfit."""
-    view: int
-    part: str      # "mask", or its "outline" where little of the mask is concerned
-    before: float  # percent of it that lie outside what the others allow
-    after: float   # the same without the likeliest mistake
-
-
-def _worst(given: Misfit, undone: Misfit | None) -> Worst:
-    """The view that says most, by its mask or, about small mistakes, by the mask's outline."""
-    undone = undone or given
-    view = given.outside.argmax().item()
-    if given.outside[view] > 0.03:
-        return Worst(view, "mask", 100 * given.outside[view].item(), 100 * undone.outside[view].item())
-    view = given.touching.argmax().item()
-    return Worst(view, "outline", 100 * given.touching[view].item(), 100 * undone.touching[view].item())
-
-
-def _why(scene: Scene) -> str:
+def _why(place: Stand) -> str:
     """Why masks cannot tell."""
-    if len(scene) == 2:
+    count = len(place.distance)
+    if count == 2:
         return "two photographs share little: two planes that touch the object"
-    spread = stand(scene).around
-    if spread < 30:
-        return f"the viewpoints are within {spread:.0f} degrees of each other"
-    if len(scene) < ENOUGH:
-        return f"{len(scene)} photographs leave much to chance"
-    return "the object looks alike from all sides"
+    if place.around < 30:
+        return f"the viewpoints are within {place.around:.0f} degrees of each other"
+    return f"{count} photographs leave much to chance" if count < ENOUGH else "the object looks alike from all sides"
 
 
-def _understood(scene: Scene, whole: bool) -> list[str]:
+def _understood(scene: Scene, place: Stand, whole: bool) -> list[str]:
     """What was understood, in a few lines."""
-    # The cameras.
-    place = stand(scene)
-    lowest = place.elevation.min().item()
-    highest = place.elevation.max().item()
-    lines = [f"{len(scene)} photographs compared; cameras {_range(place.distance)} from the object",
-             f"  {lowest:.0f} to {highest:.0f} degrees above it, spread over {place.around:.0f} of 360 round it"]
-    behind = (place.depth < 0).sum().item()
-    if behind:
-        lines.append(f"  {behind} of them look away from it")
-
     # The part of the square that shows anything, its angles, and how much of it is object.
-    valid = scene.valid[:, 0].double()
-    width = valid.amax(1).sum(1)
-    height = valid.amax(2).sum(1)
-    sides = torch.stack([width, height], 1) / valid.shape[-1]
-    angles = torch.rad2deg(2 * torch.atan(sides / scene.cameras.focal))
-    covered = scene.masks[:, 0].sum((1, 2)) / (width * height)
+    corners = mask_corners(scene.valid)
+    angles = torch.rad2deg(2 * torch.atan((corners[:, 0] - corners[:, 1]) / 2 / scene.cameras.focal))
+    covered = scene.masks.sum((1, 2, 3)) / scene.valid.sum((1, 2, 3))
 
     pictures = "photographs" if whole else "pictures (cut to it)"
-    lines.append(f"object {_range(place.size)} across; masks cover {_range(100 * covered)} % of the {pictures}")
-    lines.append(f"  which see {_range(angles[:, 0])} degrees across and {_range(angles[:, 1])} down")
+    lines = [f"{len(scene)} photographs compared; cameras {_range(place.distance)} from the object",
+             f"  {place.elevation.min():.0f} to {place.elevation.max():.0f} degrees above it, spread over "
+             f"{place.around:.0f} of 360 round it",
+             f"object {_range(place.size)} across; masks cover {_range(100 * covered)} % of the {pictures}",
+             f"  which see {_range(angles[:, 0])} degrees across and {_range(angles[:, 1])} down"]
+    behind = (place.depth < 0).sum().item()
+    if behind:
+        lines.insert(2, f"  {behind} of them look away from it")
     return lines
 
 

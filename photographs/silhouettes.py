@@ -6,8 +6,8 @@ rays do not. Rays along a mask's outline are the strictest: they only touch the 
 
 No grid in space is needed, and no box: along a ray, the rectangles round the other masks leave an interval of depths.
 
-Shapes: `V` views, `P` rays of a view, `G` cells of a mask's grid a side, `D` depths along a ray, `N` rays that may
-meet something.
+Shapes: `V` views, `J` = V - 1 other views, `P` rays of a view, `G` cells of a mask's grid a side, `D` depths along a
+ray, `N` rays that may meet something.
 """
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import default_collate
 
-from cameras import Cameras, Scene, evenly_spaced
+from cameras import Cameras, Scene, Similarity, evenly_spaced
+from datasets.crop import tight_box
+from volume import MASK_GAP, dilate
 
 GRID = 128       # cells a side of the grid that holds a mask and its surroundings
 MARGIN = 6       # cells of it around the mask's box
 REACH = 4        # cells: distances to an outline are known up to here
-BORDER = 3       # cells that a mask may end before the picture's border and still count as touching it
+BORDER = MASK_GAP + 1  # cells from a mask's last one to the first outside of a picture that it touches
 RAYS = 96        # rays through a mask, and as many along its outline
-GLANCE = 4       # one of them in so many is enough for a glance
 DEPTHS = 64      # points along a ray
 FARTHEST = 20.0  # how far along a ray the object may be, in radii of the cameras' cloud
 PASSES_BY = 1.5  # cells by which a ray through a mask passes the other masks by, to count as outside
@@ -33,47 +35,40 @@ BLUR = 0.5       # cells by which a ray along an outline may pass them by, for p
 BIG = 1e9        # what stands for infinity, which times zero is no number
 
 
-class Silhouette(NamedTuple):
-    """The mask of one view on a grid round its box. Positions are NDC of the view."""
-    distance: Tensor  # (G, G) cells from the outline, positive inside the mask; outside the picture nothing is known
-    corner: Tensor    # (2,) the grid's top left corner
-    side: float       # of the grid
-    least: Tensor     # (2,) corner of the rectangle outside which the object cannot be
-    greatest: Tensor  # (2,) its other corner
-    inside: Tensor    # (RAYS, 2) points of the mask
-    outline: Tensor   # (RAYS, 2) points along its outline, just inside
-
-    def look_up(self, xy: Tensor) -> Tensor:
-        """`distance` at NDC positions (N, D, 2): (N, D)."""
-        position = 2 * (self.corner - xy) / self.side - 1
-        grid = self.distance[None, None]
-        return F.grid_sample(grid, position[None], padding_mode="border", align_corners=False)[0, 0]
+class Silhouettes(NamedTuple):
+    """The masks of views (V,), each on a grid round its box. Positions are NDC of the view."""
+    distance: Tensor  # (V, G, G) cells from the outline, positive inside the mask; outside the picture nothing is known
+    corner: Tensor    # (V, 2) the grid's top left corner
+    side: Tensor      # (V,) of the grid
+    bounds: Tensor    # (V, 2, 2) greatest and least corner of the rectangle outside which the object cannot be
+    inside: Tensor    # (V, RAYS, 2) points of the mask
+    outline: Tensor   # (V, RAYS, 2) points along its outline, just inside
 
 
-def silhouettes(scene: Scene) -> list[Silhouette]:
+def silhouettes(scene: Scene) -> Silhouettes:
     """The masks of a scene's views. Raises `ValueError` with one line for an empty one."""
     found = []
     for name, mask, valid in zip(scene.names, scene.masks, scene.valid):
         if not (mask > 0.5).any():
             raise ValueError(f"frame {name}: its mask is empty")
         found.append(_silhouette(mask[0].float(), valid[0].float()))
-    return found
+    return default_collate(found)
 
 
-def _silhouette(mask: Tensor, valid: Tensor) -> Silhouette:
-    """The silhouette of a soft mask (S, S), where `valid` (S, S) is 1."""
+def _silhouette(mask: Tensor, valid: Tensor) -> Silhouettes:
+    """The silhouette, without the axis V, of a soft mask (S, S), where `valid` (S, S) is 1."""
     # A grid as fine as the picture, or coarser.
     size = len(mask)
-    box = _box(mask > 0.5)
+    box = tight_box(mask > 0.5).corners().float()
     cell = max(1.0, (box[1] - box[0]).max().item() / (GRID - 2 * MARGIN))  # pixels
     first = box[0] - MARGIN * cell
     corner = 1 - 2 * first / size
-    side = 2 * GRID * cell / size
+    side = torch.tensor(2 * GRID * cell / size)
 
     # The object may go on outside the picture where its mask touches the border.
     inside = _resample(mask, first, cell) > 0.5
     unknown = _resample(valid, first, cell) < 0.5
-    touching = inside & _grow(unknown, BORDER)
+    touching = inside & dilate(unknown[None], BORDER)[0]
     possible = inside | unknown if touching.any() else inside
 
     # The outline runs between two cells, half a cell from the center of each.
@@ -81,103 +76,79 @@ def _silhouette(mask: Tensor, valid: Tensor) -> Silhouette:
     distance = distance - distance.sign() / 2
 
     # No rectangle's edge on a side where the object may go on. NDC point left and up, so the last cell is the least.
-    edges = _box(inside) + torch.tensor([[-2.0], [2.0]])
-    for axis in range(2):
-        line = touching.any(axis)
-        first_cell, last_cell = edges[:, axis].int().clamp(0, GRID).tolist()
-        if line[:first_cell + 2 + BORDER].any():
-            edges[0, axis] = -BIG
-        if line[last_cell - 2 - BORDER:].any():
-            edges[1, axis] = BIG
-    greatest, least = corner - side * edges / GRID
+    box = tight_box(inside).corners().float()
+    edges = box + torch.tensor([[-2.0], [2.0]])
+    if touching.any():
+        touched = tight_box(touching).corners().float()
+        edges[0, touched[0] < box[0] + BORDER] = -BIG
+        edges[1, touched[1] > box[1] - BORDER] = BIG
+    bounds = corner - side * edges / GRID
 
     # Where the picture's border cuts the object is no outline.
-    outline = inside & _grow(~inside, 1) & ~_grow(unknown, BORDER)
+    outline = inside & dilate(~inside[None], 1)[0] & ~dilate(unknown[None], BORDER)[0]
     points = corner - side * _some_cells(inside) / GRID
     on_outline = corner - side * _some_cells(outline if outline.any() else inside) / GRID
-    return Silhouette(distance, corner, side, least, greatest, points, on_outline)
+    return Silhouettes(distance, corner, side, bounds, points, on_outline)
 
 
 # ---------------------------------------------------------------------------------------------- views and other views
 
-def clearance(views: list[Silhouette], cameras: Cameras, view: int, points: Tensor) -> Tensor:
+def clearance(views: Silhouettes, cameras: Cameras, view: int, points: Tensor) -> Tensor:
     """How far inside all other masks the rays through points (P, 2), NDC of one view, come: (P,), cells of a mask.
 
     Of each ray its best point counts. Negative where it passes the others by, -REACH where it meets nothing at all.
     The cameras (V,) must be `centered`.
     """
-    # The rays as the other cameras see them: start + depth * step.
-    others = [j for j in range(len(views)) if j != view]
+    # The rays as the other cameras see them: start + depth * step, (J, P, 3) each.
+    others = [j for j in range(len(cameras)) if j != view]
     rays_o, rays_d = cameras[view].rays(points)
-    start = cameras.to_view(rays_o.expand(len(views), -1, -1))  # (V, P, 3)
+    cameras = cameras[others]
+    start = cameras.to_view(rays_o.expand(len(others), -1, -1))
     step = rays_d @ cameras.R
 
-    # Rays that the rectangles round the other masks leave no depth meet nothing.
-    nearest = torch.full((len(points),), 1e-3)
-    farthest = torch.full_like(nearest, BIG)
-    for j in others:
-        least, most = _depths(views[j], cameras[j], start[j], step[j])
-        nearest = torch.maximum(nearest, least)
-        farthest = torch.minimum(farthest, most)
-        if (nearest >= farthest).all():
-            break
+    # Five planes bound what a camera may show of the object: those through its rectangle's sides, and its own.
+    focal = cameras.focal.unsqueeze(1)
+    principal = cameras.principal.unsqueeze(1)
+    high, low = ((views.bounds[others] - principal) / focal).split(1, 1)  # (J, 1, 2) each
+
+    def heights(x: Tensor) -> Tensor:
+        """How far points (J, P, 3) in view coordinates are on the right side of each plane: (J, P, 5)."""
+        across = x[..., :2]
+        along = x[..., 2:]
+        return torch.cat([across - low * along, high * along - across, along], -1)
+
+    # A ray is on the right side of each before a depth, or beyond one. Rays that are left no depth meet nothing.
+    slope = heights(step)
+    slope = torch.where(slope.abs() < 1e-9, 1e-9, slope)
+    depth = -heights(start) / slope
+    nearest = torch.where(slope > 0, depth, -BIG).amax((0, 2)).clamp(min=1e-3)
+    farthest = torch.where(slope < 0, depth, BIG).amin((0, 2))
     farthest = torch.minimum(farthest, nearest + FARTHEST)
     meets = nearest < farthest
-    best = torch.full_like(nearest, -REACH)
-    if not meets.any():
-        return best
 
     # A point is as far inside as the strictest of the other masks says.
     fraction = (torch.arange(DEPTHS) + 0.5) / DEPTHS
     nearest = nearest[meets].unsqueeze(1)
-    farthest = farthest[meets].unsqueeze(1)
-    depth = (nearest + (farthest - nearest) * fraction).unsqueeze(2)  # (N, D, 1)
-    strictest = torch.full(depth.shape[:2], float(REACH))
-    for j in others:
-        first = start[j][meets].unsqueeze(1)
-        seen = first + depth * step[j][meets].unsqueeze(1)  # (N, D, 3)
-        slope = seen[..., :2] / seen[..., 2:].clamp(min=1e-6)
-        xy = cameras.focal[j] * slope + cameras.principal[j]
-        strictest = torch.minimum(strictest, views[j].look_up(xy))
-    best[meets] = strictest.amax(1)
+    depth = (nearest + (farthest[meets].unsqueeze(1) - nearest) * fraction).unsqueeze(2)        # (N, D, 1)
+    seen = start[:, meets].unsqueeze(2) + depth * step[:, meets].unsqueeze(2)                   # (J, N, D, 3)
+    xy = focal.unsqueeze(1) * seen[..., :2] / seen[..., 2:].clamp(min=1e-6) + principal.unsqueeze(1)
+    corner = views.corner[others, None, None]
+    position = 2 * (corner - xy) / views.side[others, None, None, None] - 1
+    distance = views.distance[others].unsqueeze(1)
+    inside = F.grid_sample(distance, position, padding_mode="border", align_corners=False)[:, 0]  # (J, N, D)
+    best = torch.full((len(points),), float(-REACH))
+    best[meets] = inside.amin(0).amax(1)
     return best
-
-
-def _depths(view: Silhouette, camera: Cameras, start: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-    """Least and greatest depth (P,) at which rays are in front of a camera and in the rectangle round its mask.
-
-    start, step (P, 3): the rays in the view's coordinates.
-    """
-    # Five planes bound that space: those through the rectangle's sides, and the camera's own.
-    low = (view.least - camera.principal) / camera.focal
-    high = (view.greatest - camera.principal) / camera.focal
-
-    def heights(x: Tensor) -> Tensor:
-        """How far points (P, 3) in view coordinates are on the right side of each plane: (P, 5)."""
-        across = x[:, :2]
-        along = x[:, 2:]
-        return torch.cat([across - low * along, high * along - across, along], 1)
-
-    # A ray is on the right side of each before a depth, or beyond one.
-    at_start = heights(start)
-    slope = heights(step)
-    slope = torch.where(slope.abs() < 1e-9, 1e-9, slope)
-    depth = -at_start / slope
-    least = torch.where(slope > 0, depth, -BIG).amax(1)
-    most = torch.where(slope < 0, depth, BIG).amin(1)
-    return least, most
 
 
 def centered(cameras: Cameras) -> Cameras:
     """The same cameras, float32, in a world whose origin is their mean center and whose unit is the radius of their
     cloud."""
     # In double precision: georeferenced coordinates are large.
-    cameras = cameras.to(torch.float64)
-    centers = cameras.centers()
+    centers = cameras.to(torch.float64).centers()
     mean = centers.mean(0)
     radius = (centers - mean).norm(dim=1).square().mean().sqrt().clamp(min=1e-12)
-    T = (cameras.T + mean @ cameras.R) / radius
-    return Cameras(cameras.R, T, cameras.focal, cameras.principal).to(torch.float32)
+    return Similarity(torch.eye(3, dtype=torch.float64), radius, mean).normalized(cameras).to(torch.float32)
 
 
 class Misfit(NamedTuple):
@@ -191,38 +162,24 @@ class Misfit(NamedTuple):
         return self.outline.mean().item()
 
 
-def misfit(views: list[Silhouette], cameras: Cameras) -> Misfit:
-    """How badly silhouettes fit cameras (V,)."""
+def misfit(views: Silhouettes, cameras: Cameras, most: float = math.inf) -> Misfit | None:
+    """How badly silhouettes fit cameras (V,); None as soon as the total is sure to be above `most`."""
     cameras = centered(cameras)
     rows = []
-    for i, view in enumerate(views):
-        passes = -clearance(views, cameras, i, torch.cat([view.inside, view.outline]))
+    total = 0.0
+    for i in range(len(cameras)):
+        passes = -clearance(views, cameras, i, torch.cat([views.inside[i], views.outline[i]]))
         along = passes[RAYS:]
         outside = (passes[:RAYS] > PASSES_BY).float().mean()
         touching = (along > 2 * BLUR).float().mean()
         rows.append(torch.stack([(along - BLUR).clamp(min=0).mean(), outside, touching]))
+        total += rows[-1][0].item() / len(cameras)
+        if total > most:
+            return None
     return Misfit(*torch.stack(rows, 1))
 
 
-def glance(views: list[Silhouette], cameras: Cameras, most: float) -> float:
-    """The total of the misfit, by a few rays along the outlines; infinite as soon as it is sure to be above `most`."""
-    cameras = centered(cameras)
-    total = 0.0
-    for i, view in enumerate(views):
-        passes = -clearance(views, cameras, i, view.outline[::GLANCE])
-        total += (passes - BLUR).clamp(min=0).mean().item() / len(views)
-        if total > most:
-            return math.inf
-    return total
-
-
 # ---------------------------------------------------------------------------------------------- masks
-
-def _box(mask: Tensor) -> Tensor:
-    """Corners (2, 2) of the box round a mask's pixels: least and greatest (column, row)."""
-    places = mask.nonzero().flip(1)
-    return torch.stack([places.amin(0), places.amax(0) + 1]).float()
-
 
 def _resample(image: Tensor, first: Tensor, cell: float) -> Tensor:
     """An image (S, S) averaged over the cells of a grid, (G, G); 0 outside.
@@ -237,21 +194,15 @@ def _resample(image: Tensor, first: Tensor, cell: float) -> Tensor:
     return F.avg_pool2d(sampled, 3)[0, 0]
 
 
-def _grow(mask: Tensor, cells: int) -> Tensor:
-    """A mask (G, G), boolean, grown to all sides."""
-    return F.max_pool2d(mask[None].float(), 2 * cells + 1, stride=1, padding=cells)[0] > 0
-
-
 def _distance_to(mask: Tensor) -> Tensor:
-    """Distance of every cell to the nearest one of a mask (G, G), at most REACH: along the rows, then across them."""
+    """Distance of every cell to the nearest one of a mask (G, G), at most REACH."""
+    # The least of the squares in a window round the cell.
+    offset = torch.arange(-REACH, REACH + 1).square()
+    away = (offset.unsqueeze(1) + offset).reshape(-1, 1)
     squared = torch.where(mask, 0.0, float(REACH**2))
-    for axis in range(2):
-        padding = (REACH, REACH, 0, 0) if axis == 1 else (0, 0, REACH, REACH)
-        padded = F.pad(squared, padding, value=float(REACH**2))
-        shifted = padded.unfold(axis, 2 * REACH + 1, 1)  # (G, G, 2 REACH + 1)
-        offset = torch.arange(-REACH, REACH + 1)
-        squared = (shifted + offset.square()).amin(2)
-    return squared.clamp(max=REACH**2).sqrt()
+    padded = F.pad(squared[None, None], [REACH] * 4, value=float(REACH**2))
+    windows = F.unfold(padded, 2 * REACH + 1)[0]  # (cells of a window, G * G)
+    return (windows + away).amin(0).clamp(max=REACH**2).sqrt().reshape(mask.shape)
 
 
 def _some_cells(mask: Tensor) -> Tensor:

@@ -19,10 +19,10 @@ from cameras import look_at
 from common import cli, files
 from datasets.crop import open_picture
 from photographs.reading import ENDINGS, PICTURE_FOLDERS
+from photographs.shots import AXES
 
 DISTANCE = 4.0          # of the camera from the axis, in any unit
 FULL_FRAME = 36.0       # mm: longer side of the picture that "35 mm equivalent" focal lengths are for
-FROM_PYTORCH3D = (-1.0, 1.0, -1.0)  # of view axes to OpenGL's
 
 
 def turntable_poses(count: int, elevation: float, degrees: float = 360.0) -> Tensor:
@@ -41,7 +41,7 @@ def turntable_poses(count: int, elevation: float, degrees: float = 360.0) -> Ten
 
     # The columns of R are the view's axes in the world.
     poses = torch.eye(4, dtype=torch.float64).repeat(count, 1, 1)
-    poses[:, :3, :3] = R * torch.tensor(FROM_PYTORCH3D, dtype=torch.float64)
+    poses[:, :3, :3] = R * torch.tensor(AXES["OpenGL"], dtype=torch.float64)
     poses[:, :3, 3] = eye
     return poses
 

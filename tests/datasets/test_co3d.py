@@ -200,7 +200,7 @@ def test_packed(tree):
     with pytest.raises(ValueError, match="no sequence has 5 frames"):
         load_packed([tree], "thing", None, 5, 40)
     (tree / "thing/b/images/frame000006.png").write_bytes(b"\x89PNG broken")
-    with pytest.raises(ValueError, match="frame000006.png: not a readable image"):
+    with pytest.raises(ValueError, match="frame000006.png: not a readable picture"):
         load_packed([tree], "thing", ["a", "b"], 3, 40, workers=1)
 
 
@@ -226,9 +226,9 @@ IMAGE, MASK = "thing/a/images/frame000012.png", "thing/a/masks/frame000012.png"
 BROKEN = {
     "missing image": (lambda t: (t / IMAGE).unlink(), FileNotFoundError, "frame000012.png: no such file"),
     "missing mask": (lambda t: (t / MASK).unlink(), FileNotFoundError, "masks/frame000012.png: no such file"),
-    "truncated image": (lambda t: truncate(t / IMAGE), ValueError, "images/frame000012.png: not a readable image"),
+    "truncated image": (lambda t: truncate(t / IMAGE), ValueError, "images/frame000012.png: not a readable picture"),
     "text as image": (
-        lambda t: (t / IMAGE).write_text("hello"), ValueError, "images/frame000012.png: not a readable image"),
+        lambda t: (t / IMAGE).write_text("hello"), ValueError, "images/frame000012.png: not a readable picture"),
     "empty mask": (
         lambda t: Image.new("L", (128, 128)).save(t / MASK), ValueError, "masks/frame000012.png: the mask is empty"),
     "mask of another size": (

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from cameras import Cameras, Scene, evenly_spaced
-from datasets.crop import PixelCamera, context_box, crop_and_resize, pixel_camera
+from datasets.crop import box_of_crop, box_of_mask, context_box, crop_and_resize, pixel_camera
 from tests.support import parity
 from training.packed import PackedScenes
 
 CLOSE = dict(rtol=1e-4, atol=1e-5)
-CAMERA = PixelCamera(*(torch.as_tensor(x, dtype=torch.float64) for x in (np.eye(3), np.zeros(3), [10, 10], [10, 10])))
+CAMERA = Cameras(*(torch.as_tensor(x, dtype=torch.float64) for x in (np.eye(3), np.zeros(3), [10, 10], [10, 10])))
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,10 @@ def crops(recorded):
 
 def test_boxes_masks_and_valid_regions_are_exact(recorded, crops):
     for i, crop in enumerate(crops):
-        assert list(crop.mask_box) == recorded["mid_mask_bbox_xywh"][i].tolist()
-        assert list(crop.crop_box) == recorded["mid_crop_bbox_xywh"][i].tolist()
+        probability = recorded[f"in_mask{i}"].float() / 255
+        mask_box = box_of_mask(probability)
+        assert list(mask_box) == recorded["mid_mask_bbox_xywh"][i].tolist()
+        assert list(box_of_crop(mask_box, *probability.shape)) == recorded["mid_crop_bbox_xywh"][i].tolist()
         assert torch.equal(crop.valid, recorded["out_valid_region"][i].float())
         assert torch.equal((crop.mask * 255).round(), recorded["out_masks_u8"][i].float())
         rows, columns = (crop.valid[0].amax(axis).sum().int().item() for axis in (1, 0))
@@ -62,10 +64,10 @@ def test_context_box(recorded):
 
 def test_threshold_of_the_mask_box():
     """A byte of 102 is exactly 0.4 and not over it; fainter masks lower the threshold; one pixel is no mask."""
-    image, mask = np.zeros((20, 20, 3), np.uint8), np.zeros((20, 20), np.uint8)
+    mask = np.zeros((20, 20), np.uint8)
 
     def box():
-        return crop_and_resize(image, mask, CAMERA, 32).mask_box
+        return box_of_mask(torch.from_numpy(mask).float() / 255)
 
     mask[2:18, 2:18], mask[5:10, 6:9] = 102, 103
     assert box() == (6, 5, 3, 5)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from cameras import Cameras, pixel_grid
 from datasets.co3d import load_sequence
-from datasets.crop import PixelCamera, crop_and_resize
+from datasets.crop import crop_and_resize
 from evaluation.baselines import put_back
 from metrics import psnr
 from photographs.capture import load_pictures, stamp
@@ -263,8 +263,8 @@ def test_the_chair_directly_by_colmap_and_by_co3d(tmp_path, monkeypatch):
     user = mine.scene.world.cameras(mine.scene.cameras)
     cut = []
     for i, rgba in enumerate(shoot.rgba):
-        lens = photographs.shots[index[i]].lens
-        camera = PixelCamera(user.R[i], user.T[i], lens.focal, lens.principal)
+        shot = photographs.shots[index[i]]
+        camera = Cameras(user.R[i], user.T[i], shot.focal, shot.principal)
         cut.append(crop_and_resize(rgba[..., :3], rgba[..., 3], camera, 128).camera)
     cut = Cameras.stack(cut)
     for part in ("R", "T", "focal", "principal"):

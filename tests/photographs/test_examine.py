@@ -13,7 +13,7 @@ import check
 from cameras import Cameras, Scene, look_at, pixel_grid
 from tests.support import camera_mistakes
 from photographs import examine, figure, mistakes, silhouettes
-from photographs.reading import CONVENTIONS
+from photographs.shots import CONVENTIONS
 from tests.support import small
 from tests.support.helpers import one_line
 
@@ -68,7 +68,7 @@ def test_rays_through_a_ball_meet_what_the_others_allow():
     cameras = silhouettes.centered(ball.cameras)
     middle, _ = ball.cameras[0].project(torch.zeros(1, 3))
     edge = 2.0 * 0.8 / (3**2 - 0.8**2) ** 0.5  # NDC from the middle
-    cell = found[0].side / silhouettes.GRID
+    cell = found.side[0] / silhouettes.GRID
     points = torch.stack([middle[0], middle[0] + torch.tensor([edge - 3 * cell, 0]),
                           middle[0] + torch.tensor([edge + 6 * cell, 0])])
     clearance = silhouettes.clearance(found, cameras, 0, points)
@@ -98,6 +98,15 @@ def test_the_world_does_not_matter(scene):
     assert silhouettes.misfit(found, moved).total() == pytest.approx(expected.total(), abs=0.02)
 
 
+def test_a_misfit_is_given_up_where_it_is_clearly_worse(scene):
+    """None exactly where its total is above the limit."""
+    found = silhouettes.silhouettes(scene)
+    wrong = replace(scene.cameras, focal=scene.cameras.focal * 1.6)
+    total = silhouettes.misfit(found, wrong).total()
+    assert silhouettes.misfit(found, wrong, 1.01 * total).total() == total > 0.05
+    assert silhouettes.misfit(found, wrong, 0.99 * total) is None
+
+
 def test_an_empty_mask_is_named(scene):
     empty = replace(scene, masks=scene.masks * torch.tensor([1.0, 0, 1, 1, 1, 1])[:, None, None, None])
     with pytest.raises(ValueError, match="p1.png: its mask is empty"):
@@ -113,7 +122,7 @@ def test_every_mistake_made_is_undone_by_its_name(scene):
             if mistake.words.startswith(examine.FOCAL):
                 continue
             corner = torch.ones(len(scene), 2)
-            found = dict(mistakes.alternatives(mistake.cameras, convention, corner))
+            found = mistakes.alternatives(mistake.cameras, convention, corner)
             undone = found[mistake.words]
             for part in ("R", "T", "focal", "principal"):
                 torch.testing.assert_close(getattr(undone, part), getattr(scene.cameras, part).double(),
@@ -123,7 +132,7 @@ def test_every_mistake_made_is_undone_by_its_name(scene):
 def test_right_cameras_are_not_accused(scene):
     found = examine.examine(scene, OPENGL, True)
     assert found.fits and found.mistake is None and found.can_tell
-    assert found.focal.least <= 1 <= found.focal.most
+    assert found.focal[0] <= 1 <= found.focal[1]
     assert found.lines[-1] == "masks and cameras fit"
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 from photographs.capture import load_pictures
 from photographs.colmap import find_model, read_model
-from photographs.reading import CONVENTIONS, Convention, read_capture, world_to_view
+from photographs.reading import read_capture
+from photographs.shots import CONVENTIONS, Convention, world_to_view
 from tests.support import captures
 from tests.support.captures import balls, captured, turn, write_colmap, write_transforms
 
@@ -91,7 +92,7 @@ def test_another_reading_of_the_raw_matrices(tmp_path):
     """What a check can try: the file's own convention gives the cameras, another one others."""
     shoot = balls(focal=(60.0, 66.0), principal=(22.0, 19.5))
     photographs = read_capture(write_transforms(tmp_path, shoot))
-    assert photographs.axes == "opengl"
+    assert photographs.convention == CONVENTIONS["opengl"]
     torch.testing.assert_close(photographs.matrices(), shoot.matrices("opengl"))
     cameras, wanted = photographs.cameras(), shoot.square_cameras()
     for part in ("R", "T", "focal", "principal"):
@@ -274,12 +275,12 @@ def test_places_and_points_of_a_model(tmp_path, binary, place):
     points = [[0.1, 0.2, 0.3], [1e5, -2.0, 3.25]]
     write_colmap(tmp_path, SHOOT, "RADIAL", binary, points, place=place, names=["b/2 x", "a", "b/1"])
     assert find_model(tmp_path) == tmp_path / place
-    model = read_model(tmp_path / place)
-    assert model.points.tolist() == points and model.kind == ("binary" if binary else "text")
-    assert [shot.name for shot in model.shots] == ["a.png", "b/1.png", "b/2 x.png"]
+    frames, found, kind = read_model(tmp_path / place)
+    assert found.tolist() == points and kind == ("binary" if binary else "text")
+    assert [frame.name for frame in frames] == ["a.png", "b/1.png", "b/2 x.png"]
     photographs = read_capture(tmp_path)
     assert [shot.name for shot in photographs.shots] == ["a.png", "1.png", "2 x.png"]
-    assert photographs.axes == "colmap" and "RADIAL, 2 points" in photographs.source
+    assert photographs.convention == CONVENTIONS["colmap"] and "RADIAL, 2 points" in photographs.source
     order = [1, 2, 0]
     assert (photographs.cameras().T - SHOOT.T[order]).abs().max() < 1e-12
     (tmp_path / place / f"points3D.{'bin' if binary else 'txt'}").unlink()
@@ -356,4 +357,4 @@ def test_pictures_of_a_model_in_other_folders(tmp_path):
     for file in sorted((tmp_path / "input").iterdir()):
         file.rename(tmp_path / file.name)
     assert read_capture(tmp_path).shots[2].file == tmp_path / "002.png"
-    assert math.isclose(read_capture(tmp_path).shots[2].lens.focal[0], 30)
+    assert math.isclose(read_capture(tmp_path).shots[2].focal[0], 30)

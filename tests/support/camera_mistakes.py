@@ -22,7 +22,8 @@ from cameras import Cameras, Scene
 from datasets.co3d import load_sequence, sequences
 from photographs import examine
 from photographs.capture import load_pictures
-from photographs.reading import CONVENTIONS, Convention, read_capture, world_to_view
+from photographs.reading import read_capture
+from photographs.shots import CONVENTIONS, Convention, world_to_view
 
 PHOTOGRAPHS = (2, 3, 6, 12)
 COLUMNS = ("named", "cannot tell", "seen, not named", "missed", "wrongly named")
@@ -149,7 +150,7 @@ def outcome(found: examine.Findings, words: str) -> str:
     # Not named, but seen that something is wrong; or it is said that the masks cannot tell; or neither.
     if not found.fits:
         return "seen, not named"
-    inside = focal and found.focal.least / 1.06 < 1 / _number(words) < found.focal.most * 1.06
+    inside = focal and found.focal[0] / 1.06 < 1 / _number(words) < found.focal[1] * 1.06
     return "cannot tell" if inside or not found.can_tell else "missed"
 
 
@@ -159,9 +160,7 @@ def _number(words: str) -> float:
 
 def photographs(root: Path, frames: range) -> Scene:
     """Training photographs of a folder of NeRF-synthetic."""
-    capture = read_capture(root)
-    shots = [capture.shots[i] for i in frames]
-    return load_pictures(replace(capture, shots=shots, inputs=None, targets=None), SIZE)
+    return load_pictures(read_capture(root).at(list(frames)), SIZE)
 
 
 def outcomes(scene: Scene, convention: Convention, whole: bool, args: argparse.Namespace) -> dict:

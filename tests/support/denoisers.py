@@ -2,8 +2,6 @@
 from typing import NamedTuple
 from unittest.mock import patch
 
-import torch
-from torch import Tensor
 
 import vldm
 from vldm import Denoiser, SamplerConfig
