@@ -234,8 +234,8 @@ def blurred(images: Tensor, valid: Tensor, side: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------- coarse renderings
 
 class Lattice(NamedTuple):
-    """Every `step`-th pixel of a square picture of `full` pixels a side."""
-    full: int
+    """Every `step`-th pixel of a square picture of S pixels a side: s of them a side."""
+    size: int    # S
     step: int
     row: int     # of the first pixel
     column: int  # of the first pixel
@@ -244,58 +244,45 @@ class Lattice(NamedTuple):
         """The lattice's pixels of images (B, C, S, S): (B, C, s, s)."""
         return images[..., self.row::self.step, self.column::self.step]
 
-    def centers(self, device) -> Tensor:
+    def centers(self, device: torch.device) -> Tensor:
         """NDC of the pixel centers, row-major: (s * s, 2)."""
-        grid = pixel_grid(self.full, self.full, device=device)
-        grid = grid.reshape(self.full, self.full, 2)
-        return grid[self.row::self.step, self.column::self.step].reshape(-1, 2)
+        grid = pixel_grid(self.size, self.size, device=device).unflatten(0, (self.size, self.size))
+        return grid[self.row::self.step, self.column::self.step].flatten(0, 1)
+
+    def grid(self, device: torch.device) -> Tensor:
+        """Where all pixels of the picture lie between the lattice's, for `upsample`: (1, S, S, 2)."""
+        # The lattice's outermost pixels are at -1 and 1.
+        side = self.size // self.step
+        pixel = torch.arange(self.size, device=device)
+        y = (pixel - self.row) / self.step * (2 / (side - 1)) - 1
+        x = (pixel - self.column) / self.step * (2 / (side - 1)) - 1
+        y, x = torch.meshgrid(y, x, indexing="ij")
+        return torch.stack([x, y], -1)[None]
 
 
-def random_lattice(size: int, full: int, rng: random.Random) -> Lattice:
-    """`size` x `size` pixels of `full` x `full`, evenly spaced from a random first one. `full` is a multiple of
-    `size`.
-    """
+def random_lattice(side: int, size: int, rng: random.Random) -> Lattice:
+    """`side` x `side` pixels of `size` x `size`, a multiple, evenly spaced from a random first one."""
     # Else some pixels would never be cast.
-    if full % size:
-        raise ValueError(f"a rendering of {size} pixels a side does not divide an image of {full}")
-    step = full // size
+    if size % side:
+        raise ValueError(f"a rendering of {side} pixels a side does not divide an image of {size}")
+    step = size // side
     row = rng.randrange(step)
     column = rng.randrange(step)
-    return Lattice(full, step, row, column)
+    return Lattice(size, step, row, column)
 
 
-def upsample(images: Tensor, full: int, lattice: Lattice | None = None) -> Tensor:
-    """Bilinear (B, C, s, s) -> (B, C, full, full), where samples are the pixels of the lattice.
-
-    Without one the outer samples are the image's outermost pixels, as those of `cameras.pixel_grid` are.
-    """
-    # Where the samples are in the full image.
-    side = images.shape[-1]
-    if lattice is None:
-        step = (full - 1) / (side - 1)
-        row = column = 0
-    else:
-        step = lattice.step
-        row, column = lattice.row, lattice.column
-
-    def to_grid(first: int) -> Tensor:
-        """Pixels of the full image in the coordinates of grid_sample, where the outer samples are -1 and 1."""
-        sample = (torch.arange(full, device=images.device) - first) / step
-        return sample * (2 / (side - 1)) - 1
-
-    # Look every pixel up between them.
-    y, x = torch.meshgrid(to_grid(row), to_grid(column), indexing="ij")
-    grid = torch.stack([x, y], -1).expand(len(images), -1, -1, -1)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=True)
+def upsample(images: Tensor, grid: Tensor) -> Tensor:
+    """Bilinear, from the pixels (B, C, s, s) of a lattice to all (B, C, S, S), by its grid (1, S, S, 2)."""
+    return F.grid_sample(images, grid.expand(len(images), -1, -1, -1), padding_mode="border", align_corners=True)
 
 
 # ---------------------------------------------------------------------------------------------- the algorithm
 
 class Prior(NamedTuple):
-    """What distillation asks of the diffusion model."""
+    """The model, what it was given, and how its pictures are compared."""
     model: SparseFusion
     viewpoints: Cameras        # (Q,) in the object frame
-    condition: Condition    # what the EFT says about them, computed once
+    condition: Condition       # what the EFT says about them, computed once
     perceptual_loss: Callable[[Tensor, Tensor], Tensor]  # images (B, 3, S, S) twice -> (B,)
 
 
@@ -334,7 +321,7 @@ class Exposures(nn.Module):
 
 
 class Query(NamedTuple):
-    """What an iteration looks at from where nobody took a photograph."""
+    """The query view of an iteration."""
     view: int             # of the query viewpoints
     lattice: Lattice      # of its pixels
     noise_level: float    # in [0, 1], at which denoising starts
@@ -349,15 +336,15 @@ class Rays(NamedTuple):
 
 
 class InputPixels(NamedTuple):
-    """R pixels of input views: the rays through them and what the photographs show."""
+    """P pixels of input views: the rays through them, as many for each, and what the photographs show."""
     rays: Rays
-    color: Tensor   # (R, 3)
-    mask: Tensor    # (R, 1)
-    valid: Tensor   # (R, 1) 1 where they show anything, 0 in the padding
-    view: Tensor    # (R,) which input view
+    color: Tensor   # (P, 3)
+    mask: Tensor    # (P, 1)
+    valid: Tensor   # (P, 1) 1 where they show anything, 0 in the padding
+    view: Tensor    # (P,) which input view
 
 
-class ImaginedPixels(NamedTuple):
+class EFTPixels(NamedTuple):
     """R pixels of a query view: the rays through them and what the EFT's image shows."""
     rays: Rays
     color: Tensor   # (R, 3)
@@ -365,18 +352,16 @@ class ImaginedPixels(NamedTuple):
 
 
 class DenoisedView(NamedTuple):
-    """A query view: rays through a lattice of its pixels, and what the diffusion model made of an earlier rendering."""
+    """A query view: rays through a lattice of its pixels, and what the VLDM made of an earlier rendering."""
     rays: Rays
-    row: Tensor      # () of the lattice's first pixel
-    column: Tensor   # ()
+    grid: Tensor     # (1, S, S, 2) of the lattice
     x_hat: Tensor    # (1, 3, S, S)
     weight: Tensor   # () of the pixels' distance
 
 
 class Distillation:
-    """The field of one instance with everything that its optimization needs. `step` is the algorithm; `run` repeats
-    it.
-    """
+    """The field of one instance with everything that its optimization needs: `run` repeats `step`, the algorithm."""
+
     def __init__(self, inputs: Scene, config: DistillConfig, seed: int, prior: Prior | None = None):
         """inputs: the V input views, in the object frame. Without a `prior` the field fits them alone."""
         self.inputs = inputs
@@ -407,58 +392,51 @@ class Distillation:
         # What the input views teach, and what the bootstrap does.
         self.colors = blurred(inputs.images, inputs.valid, config.blur)
         self.masks = blurred(inputs.masks, inputs.valid, config.blur)
-        self.shown = (inputs.valid.flatten() > 0.5).nonzero().squeeze(-1)  # pixels of all views that show anything
+        self.valid_pixels = (inputs.valid.flatten() > 0.5).nonzero().squeeze(-1)  # of all views
         self.eft_images = None
         if prior is not None:
-            self.eft_images = upsample(prior.condition.images, prior.model.preset.image_size)
+            size = prior.model.preset.image_size
+            self.eft_images = F.interpolate(prior.condition.images, size, mode="bilinear", align_corners=True)
 
         # On a GPU, shapes that never change.
         self.buffer = None
         if device.type == "cuda":
             self.buffer = self.new_buffer()
 
-        # Query views of the present and the next iterations, denoised in one batch, and the first of these iterations.
-        self.denoised = None
-        self.denoised_from = -1
+        self.targets = {}   # x_hat (1, 3, S, S) of the present and the next iterations
+        self.loss = None    # () of the latest update
 
     # ------------------------------------------------------------------ the algorithm
 
-    def step(self, iteration: int) -> Tensor:
-        """One iteration (Sec. 3.2 and supplement): an update from an input view, then one from a query view. Returns
-        the last loss.
+    def step(self, i: int) -> None:
+        """The algorithm box (supplement)."""
+        self.begin(i)
 
-        Raises `FloatingPointError` where a loss was not finite, in this iteration or since losses were last looked at.
-        """
-        # Everything random in an iteration follows from the seed and its number, so a resumed run goes on as it would
-        # have.
-        self.generator.manual_seed(self.seed * 1_000_003 + iteration)
+        # 1. An input view against its photograph.
+        self.update(self.input_loss, self.sample_input(i))
 
-        # 1. What is known.
-        loss = self.optimization.update("input", iteration, self.input_loss, self.draw_inputs(iteration))
-
-        # 2. What is likely: for some iterations as the EFT sees it, then as the diffusion model does.
-        if self.prior is not None and iteration < self.config.bootstrap:
-            imagined = self.draw_imagined(iteration)
-            loss = self.optimization.update("query", iteration, self.bootstrap_loss, imagined)
+        # 2. A query view: first against the EFT's image, later against its own rendering, noised and denoised.
+        if self.prior is not None and i < self.config.bootstrap:
+            self.update(self.bootstrap_loss, self.sample_eft_target(i))
         elif self.prior is not None:
-            denoised = self.draw_denoised(iteration)
-            loss = self.optimization.update("query", iteration, self.distillation_loss, denoised)
+            if i not in self.targets:
+                self.targets = self.denoise_ahead(i)
+            self.update(self.distillation_loss, self.sample_query(i, self.targets[i]))
 
-        # To look at a loss is to wait for the GPU.
-        if self.waits(iteration) or iteration == self.config.iterations - 1:
+        # Occupied cells follow the field, unless it is broken.
+        if (i + 1) % self.config.occupancy_every == 0:
             self.optimization.check_losses()
-
-        # Where nothing is, nothing needs to be looked at.
-        if (iteration + 1) % self.config.occupancy_every == 0:
             self.occupancy.update(self.field, self.generator)
             self.fit_buffer()
-        return loss
 
-    def waits(self, iteration: int) -> bool:
-        """Whether an iteration ends with a look at its losses, which waits for the GPU: as often as one at space, which
-        waits anyway, but at least every `LOOK_EVERY` iterations.
-        """
-        return (iteration + 1) % min(self.config.occupancy_every, LOOK_EVERY) == 0
+    def begin(self, i: int) -> None:
+        """All randomness of iteration i follows from the seed and i: a resumed run draws the same numbers."""
+        self.generator.manual_seed(self.seed * 1_000_003 + i)
+        self.optimization.begin(i)
+
+    def update(self, loss: Callable[[NamedTuple], Tensor], batch: NamedTuple) -> None:
+        """A step of Adam down a loss of a batch."""
+        self.loss = self.optimization.update(loss, batch)
 
     def input_loss(self, batch: InputPixels) -> Tensor:
         """Pixels of input views against their photographs: color, silhouette, opacity, exposures."""
@@ -474,7 +452,7 @@ class Distillation:
         loss = loss + config.weight_opacity * opacity_loss(silhouette)
         return loss + config.weight_exposure * self.exposures.spread()
 
-    def bootstrap_loss(self, batch: ImaginedPixels) -> Tensor:
+    def bootstrap_loss(self, batch: EFTPixels) -> Tensor:
         """Pixels of a query view against the EFT's image."""
         rendering = self.render(batch.rays)
         silhouette = rendering.opacity[:, None]
@@ -484,7 +462,7 @@ class Distillation:
     def distillation_loss(self, batch: DenoisedView) -> Tensor:
         """A query view against its denoised version; no gradient flows through the diffusion model."""
         rendering = self.render(batch.rays)
-        x = self.full_image(rendering.color, batch.row, batch.column)
+        x = self.full_image(rendering.color, batch.grid)
 
         # Move it towards the denoised version, in pixels and in features.
         pixels = (x - batch.x_hat).abs().mean()
@@ -492,100 +470,96 @@ class Distillation:
         loss = self.weight_prior * (batch.weight * pixels + self.config.weight_perceptual * perceptual)
         return loss + self.config.weight_opacity * opacity_loss(rendering.opacity)
 
-    # ------------------------------------------------------------------ what an iteration looks at
+    # ------------------------------------------------------------------ what an iteration is fit to
 
-    def draw_inputs(self, iteration: int) -> InputPixels:
+    def sample_input(self, i: int) -> InputPixels:
         """Pixels of one random input view, on a random lattice; or random pixels of all of them."""
         if self.config.input_pixels:
-            return self.draw_scattered()
-        rng = random.Random(f"{self.seed} {iteration} input")
+            return self.sample_scattered()
+        rng = random.Random(f"{self.seed} {i} input")
         view = rng.randrange(len(self.inputs))
         lattice = random_lattice(self.config.render_size, self.inputs.images.shape[-1], rng)
-        rays = self.draw_rays(self.inputs.cameras[view], lattice)
+        rays = self.cast(self.inputs.cameras[view], lattice)
         color = as_rows(lattice.pick(self.colors[view:view + 1]))
         mask = as_rows(lattice.pick(self.masks[view:view + 1]))
         valid = as_rows(lattice.pick(self.inputs.valid[view:view + 1]))
         return InputPixels(rays, color, mask, valid, torch.full((len(color),), view, device=color.device))
 
-    def draw_scattered(self) -> InputPixels:
-        """Random pixels of all input views, of those that show anything."""
+    def sample_scattered(self) -> InputPixels:
+        """Random valid pixels of all input views."""
         size = self.inputs.images.shape[-1]
-        shown = self.shown
-        chosen = torch.randint(len(shown), (self.config.input_pixels,), generator=self.generator, device=shown.device)
-        pixel = shown[chosen]
+        device = self.valid_pixels.device
+        chosen = torch.randint(len(self.valid_pixels), (self.config.input_pixels,), generator=self.generator,
+                               device=device)
+        pixel = self.valid_pixels[chosen]
         view = pixel // size**2
-        place = pixel % size**2
+        pixel = pixel % size**2
 
         # Each pixel has a camera of its own, and rays all over it.
-        xy = pixel_grid(size, size, device=shown.device)[place][:, None]
+        xy = pixel_grid(size, size, device=device)[pixel][:, None]
         count = self.config.pixel_side**2
         if count > 1:
-            offsets = rand(len(place), count, 2, generator=self.generator, device=shown.device) - 0.5
+            offsets = rand(len(pixel), count, 2, generator=self.generator, device=device) - 0.5
             xy = xy + offsets * (2 / size)
         o, d = self.inputs.cameras[view].rays(xy)
         rays = self.with_samples(o.reshape(-1, 3), d.reshape(-1, 3))
 
         # What the photographs show there.
-        row = place // size
-        column = place % size
+        row = pixel // size
+        column = pixel % size
         color = self.colors[view, :, row, column]
         mask = self.masks[view, :, row, column]
         return InputPixels(rays, color, mask, torch.ones_like(mask), view)
 
-    def draw_imagined(self, iteration: int) -> ImaginedPixels:
-        """Pixels of a random query view, on a random lattice, as the EFT sees it."""
-        query = self.choose_query(iteration)
-        rays = self.draw_rays(self.prior.viewpoints[query.view], query.lattice)
-        target = query.lattice.pick(self.eft_images[query.view:query.view + 1])
-        return ImaginedPixels(rays, as_rows(target), as_rows(brightness_mask(target)))
-
-    def draw_denoised(self, iteration: int) -> DenoisedView:
-        """A random query view and what the diffusion model makes of it."""
-        # Several iterations' views are denoised in one batch, when the first of these iterations comes.
-        place = (iteration - self.config.bootstrap) % self.config.denoise_batch
-        if self.denoised_from != iteration - place:
-            self.denoise_views(iteration - place)
-
-        query = self.choose_query(iteration)
-        rays = self.draw_rays(self.prior.viewpoints[query.view], query.lattice)
-        x_hat = self.denoised[place:place + 1]
-
-        # Filled, not copied, for a copy waits until a GPU has done all before it.
-        row = rays.o.new_full((), query.lattice.row)
-        column = rays.o.new_full((), query.lattice.column)
-        weight = rays.o.new_full((), fusion_weight(query.noise_level))
-        return DenoisedView(rays, row, column, x_hat, weight)
-
-    def choose_query(self, iteration: int) -> Query:
-        """What an iteration looks at from where nobody took a photograph."""
-        rng = random.Random(f"{self.seed} {iteration} query")
+    def query(self, i: int) -> Query:
+        """A random query view of iteration i, which follows from the seed and i alone."""
+        rng = random.Random(f"{self.seed} {i} query")
         view = rng.randrange(len(self.prior.viewpoints))
         lattice = random_lattice(self.config.render_size, self.prior.model.preset.image_size, rng)
         noise_level = self.config.min_noise_level + (1 - self.config.min_noise_level) * rng.random()
         return Query(view, lattice, noise_level)
 
+    def sample_eft_target(self, i: int) -> EFTPixels:
+        """The query view's lattice, as the EFT sees it."""
+        view, lattice, _ = self.query(i)
+        rays = self.cast(self.prior.viewpoints[view], lattice)
+        target = lattice.pick(self.eft_images[view:view + 1])
+        return EFTPixels(rays, as_rows(target), as_rows(brightness_mask(target)))
+
+    def sample_query(self, i: int, x_hat: Tensor) -> DenoisedView:
+        """The query view's lattice, and its denoised version x_hat (1, 3, S, S)."""
+        view, lattice, noise_level = self.query(i)
+        rays = self.cast(self.prior.viewpoints[view], lattice)
+
+        # Filled, not copied, for a copy waits until a GPU has done all before it.
+        weight = rays.o.new_full((), fusion_weight(noise_level))
+        return DenoisedView(rays, lattice.grid(rays.o.device), x_hat, weight)
+
     @torch.no_grad()
-    def denoise_views(self, first: int) -> None:
-        """Render the query views of the iterations from `first` on, and denoise them together, each from a random
-        noise level.
+    def denoise_ahead(self, first: int) -> dict[int, Tensor]:
+        """Render the query views of the iterations from `first` on, and denoise them in one batch, each from its noise
+        level: x_hat (1, 3, S, S) of each iteration.
         """
-        last = min(first + self.config.denoise_batch, self.config.iterations)
-        queries = [self.choose_query(iteration) for iteration in range(first, last)]
+        # Batches begin at the same iterations, wherever a run resumed.
+        batch = self.config.denoise_batch
+        end = first + batch - (first - self.config.bootstrap) % batch
+        iterations = range(first, min(end, self.config.iterations))
+        queries = [self.query(i) for i in iterations]
         images = []
-        for query in queries:
-            rays = self.draw_rays(self.prior.viewpoints[query.view], query.lattice)
-            color = self.optimization.ask(self.color, rays)
-            images.append(self.full_image(color, query.lattice.row, query.lattice.column))
+        for view, lattice, _ in queries:
+            rays = self.cast(self.prior.viewpoints[view], lattice)
+            color = self.optimization.evaluate(self.color, rays)
+            images.append(self.full_image(color, lattice.grid(color.device)))
 
         features = torch.stack([self.prior.condition.features[query.view] for query in queries])
         noise_levels = [query.noise_level for query in queries]
-        self.denoised = self.prior.model.denoise(torch.cat(images), features, noise_levels, self.generator,
-                                                 self.config.sampler)
-        self.denoised_from = first
+        denoised = self.prior.model.denoise(torch.cat(images), features, noise_levels, self.generator,
+                                            self.config.sampler)
+        return dict(zip(iterations, denoised.split(1)))
 
     # ------------------------------------------------------------------ rendering
 
-    def draw_rays(self, camera: Cameras, lattice: Lattice) -> Rays:
+    def cast(self, camera: Cameras, lattice: Lattice) -> Rays:
         """Rays through a lattice of a view's pixels, with random places of their samples."""
         return self.with_samples(*camera.rays(lattice.centers(camera.T.device)))
 
@@ -602,20 +576,18 @@ class Distillation:
         """The colors (R, 3) that rays see of the field."""
         return self.render(rays).color
 
-    def full_image(self, color: Tensor, row: Tensor | int, column: Tensor | int) -> Tensor:
-        """Colors (s * s, 3) on a lattice of a query view as an image of the diffusion model's size, (1, 3, S, S)."""
-        size = self.prior.model.preset.image_size
-        side = self.config.render_size
-        image = color.t().reshape(1, 3, side, side)
-        return upsample(image, size, Lattice(size, size // side, row, column))
+    def full_image(self, color: Tensor, grid: Tensor) -> Tensor:
+        """Colors (s * s, 3) on the lattice of a query view as an image of the diffusion model's size, (1, 3, S, S)."""
+        image = color.t().unflatten(1, (self.config.render_size, -1))[None]
+        return upsample(image, grid)
 
     @torch.no_grad()
     def new_buffer(self) -> SampleBuffer:
-        """A buffer with room for the samples of every view that can be asked for, and a little more."""
-        # A rendering without room is none, but it counts.
+        """A buffer for the samples of every view that may be rendered, and a tenth more."""
+        # A buffer of one sample renders nothing, but counts.
         counter = SampleBuffer(1, self.inputs.images.device)
         if self.config.input_pixels:
-            self.render(self.draw_scattered().rays, counter)
+            self.render(self.sample_scattered().rays, counter)
 
         # The query viewpoints are those of the inputs and others.
         views = []
@@ -625,8 +597,7 @@ class Distillation:
             views = self.inputs.cameras
         size = self.inputs.images.shape[-1]
         for view in views:
-            rays = self.draw_rays(view, Lattice(size, size // self.config.render_size, 0, 0))
-            self.render(rays, counter)
+            self.render(self.cast(view, Lattice(size, size // self.config.render_size, 0, 0)), counter)
         return SampleBuffer(int(1.1 * counter.most) + 1024, counter.most.device)
 
     def fit_buffer(self) -> None:
@@ -650,42 +621,43 @@ class Distillation:
         total = self.config.iterations
         progress = Progress(range(self.completed, total), title, self.completed, total)
         saved = time.monotonic()
-        for iteration in progress:
+        for i in progress:
             began = time.monotonic()
-            self.optimization.set_rates(self.config.final_lr_fraction ** (iteration / total))
-            loss = self.step(iteration)
-            self.completed = iteration + 1
+            self.optimization.set_rates(self.config.final_lr_fraction ** (i / total))
+            self.step(i)
+            self.completed = i + 1
+
+            # Now and then, for to look at a loss is to wait for a GPU.
+            if self.completed % LOOK_EVERY == 0 or self.completed == total:
+                self.optimization.check_losses()
+                psnr = -10 * math.log10(float(self.input_error) + 1e-10)
+                progress.note = f"loss {float(self.loss):.4f}, input view {psnr:.1f} dB"
             self.seconds += time.monotonic() - began
 
-            # Now and then: how it goes, and something to go on from.
-            if self.waits(iteration):
-                psnr = -10 * math.log10(float(self.input_error) + 1e-10)
-                progress.note = f"loss {float(loss):.4f}, input view {psnr:.1f} dB"
+            # Something to resume from.
             if save is not None and time.monotonic() - saved > SAVE_SECONDS:
                 self.optimization.check_losses()
                 save()
                 saved = time.monotonic()
 
     def state_dict(self) -> dict:
-        """What a rerun needs to go on."""
+        """What a rerun resumes from."""
         parts = {name: getattr(self, name).state_dict() for name in ("field", "occupancy", "exposures")}
         return parts | {
             "optimizer": self.optimization.state_dict(),
-            "denoised": self.denoised,
-            "denoised_from": self.denoised_from,
+            "targets": self.targets,
             "completed": self.completed,
             "seconds": self.seconds,
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from a state."""
+        """Resume from a state."""
         for name in ("field", "occupancy", "exposures"):
             getattr(self, name).load_state_dict(state[name])
         self.optimization.load_state_dict(state["optimizer"])
-        for name in ("denoised_from", "completed", "seconds"):
-            setattr(self, name, state[name])
-        if state["denoised"] is not None:
-            self.denoised = state["denoised"].to(self.inputs.images)
+        self.targets = {i: x_hat.to(self.inputs.images) for i, x_hat in state["targets"].items()}
+        self.completed = state["completed"]
+        self.seconds = state["seconds"]
 
 
 def as_rows(images: Tensor) -> Tensor:

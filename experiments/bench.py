@@ -293,12 +293,12 @@ def rendering(device: torch.device) -> Iterator[Part]:
     for samples, importance in ((64, 64), (128, 0)):
         field = replace(paper.field, samples_per_ray=samples, importance_samples=importance)
         work = distillation.Distillation(inputs, replace(paper, field=field), 0)
-        rays = work.draw_rays(inputs.cameras[0], Lattice(size, 2, 0, 0))
+        rays = work.cast(inputs.cameras[0], Lattice(size, 2, 0, 0))
         run = _as_graph(partial(_render_both_ways, work, rays), device)
         title = f"{size // 2}^2 rays, {samples} + {importance} samples"
         yield _rendering_part("rendering, carved, both ways", title, run, work, 1)
 
-    # Two renderings and two updates; no diffusion model is asked for anything yet.
+    # Two renderings and two updates; no diffusion model yet.
     stub = SimpleNamespace(preset=SimpleNamespace(image_size=size))
     images = torch.rand(len(inputs), 3, 32, 32, device=device)
     prior = distillation.Prior(stub, inputs.cameras, sparsefusion.Condition(None, images), None)

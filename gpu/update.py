@@ -45,9 +45,9 @@ class Optimization:
             settings.append({"params": list(group.parameters), "lr": rate})
         self.adam = torch.optim.Adam(settings, betas=betas, eps=eps, fused=True, capturable=self.graphed)
 
-        # The iteration, and the first one whose loss was not finite, of each of the two kinds of views.
+        # The iteration, and the first one in which a loss was not finite, by the loss's name.
         self.iteration = torch.zeros((), dtype=torch.long, device=device)
-        self.broken = {view: torch.full((), NEVER, device=device) for view in ("input", "query")}
+        self.broken = {}
 
     def set_rates(self, fraction: float) -> None:
         """Learning rates at a fraction of their peaks."""
@@ -57,27 +57,31 @@ class Optimization:
             else:
                 group["lr"] = peak * fraction
 
-    def update(self, view: str, iteration: int, loss: Function, batch: NamedTuple) -> Tensor:
-        """One step down a loss of a batch, of an "input" or a "query" view; returns the loss."""
+    def begin(self, iteration: int) -> None:
+        """Name the iteration that the next updates belong to."""
         self.iteration.fill_(iteration)
+
+    def update(self, loss: Function, batch: NamedTuple) -> Tensor:
+        """One step down a loss of a batch; returns the loss, a scalar."""
+        self.broken.setdefault(loss.__name__, torch.full_like(self.iteration, NEVER))
         if not self.graphed:
-            return self._descend(view, loss, batch)
-        return self._replay(("update", loss.__name__), lambda given: self._descend(view, loss, given), batch)
+            return self._descend(loss, batch)
+        return self._replay(loss.__name__, lambda given: self._descend(loss, given), batch)
 
     @torch.no_grad()
-    def ask(self, function: Function, batch: NamedTuple) -> Tensor:
-        """What a function makes of a batch where nothing is updated, by a graph, too."""
+    def evaluate(self, function: Function, batch: NamedTuple) -> Tensor:
+        """A function of a batch where nothing is updated, by a graph, too."""
         if not self.graphed:
             return function(batch)
-        return self._replay(("ask", function.__name__), function, batch)
+        return self._replay(function.__name__, function, batch)
 
-    def _replay(self, name: tuple[str, str], function: Function, batch: NamedTuple) -> Tensor:
-        """What a function makes of a batch, by the graph of that name, which this makes if there is none."""
+    def _replay(self, name: str, function: Function, batch: NamedTuple) -> Tensor:
+        """A function of a batch, by the graph of that name, which is made if there is none."""
         if name not in self.graphs:
             self.graphs[name] = _Graph(function, batch, self.pool, self.stream)
         return self.graphs[name](batch)
 
-    def _descend(self, view: str, loss: Function, batch: NamedTuple) -> Tensor:
+    def _descend(self, loss: Function, batch: NamedTuple) -> Tensor:
         """The update itself, every operation of it on the device."""
         self.adam.zero_grad(set_to_none=True)
         value = loss(batch)
@@ -87,30 +91,30 @@ class Optimization:
         # Remember when it broke, without reading it.
         value = value.detach()
         now = torch.where(value.isfinite(), NEVER, self.iteration)
-        torch.minimum(self.broken[view], now, out=self.broken[view])
+        broken = self.broken[loss.__name__]
+        torch.minimum(broken, now, out=broken)
         return value
 
     def forget_graphs(self) -> None:
-        """Make new ones, for what they do has changed; or free their memory, for the work is done."""
-        self.graphs = {}  # of updates and of questions, by the names of their functions
+        """Free their memory; new ones are made when they are needed."""
+        self.graphs = {}  # by the names of their functions
         self.pool = None  # the memory of all of them, as one runs after the other
         if self.graphed:
             self.pool = torch.cuda.graph_pool_handle()
 
     def check_losses(self) -> None:
-        """Raise `FloatingPointError` if a loss was not finite so far, naming the view and the iteration."""
-        first = {view: int(iteration) for view, iteration in self.broken.items()}
-        view = min(first, key=first.get)
-        if first[view] < NEVER:
-            raise FloatingPointError(f"the loss of the {view} view is not a finite number in iteration {first[view]}; "
-                                     "the field cannot recover from that")
+        """Raise `FloatingPointError` if a loss was not finite so far, naming it and the first such iteration."""
+        for name, iteration in sorted(self.broken.items(), key=lambda item: int(item[1])):
+            if iteration < NEVER:
+                raise FloatingPointError(f"the {name.replace('_', ' ')} is not a finite number in iteration "
+                                         f"{int(iteration)}; the field cannot recover from that")
 
     def state_dict(self) -> dict:
         """What Adam remembers."""
         return self.adam.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from what Adam remembered, which may come from another device."""
+        """Resume from what Adam remembered, which may come from another device."""
         self.adam.load_state_dict(state)
         for group, peak in zip(self.adam.param_groups, self.peak_rates):
             group["lr"] = torch.tensor(peak, device=self.iteration.device) if self.graphed else peak

@@ -46,7 +46,8 @@ def test_updates_are_those_of_adam(device):
         fraction = 0.9**i
         given = batch(i)
         work.optimization.set_rates(fraction)
-        loss = float(work.optimization.update("input", i, work.loss, batch(i, device)))
+        work.optimization.begin(i)
+        loss = float(work.optimization.update(work.loss, batch(i, device)))
         difference = a + 2 * b - given.inner.target
         parity.assert_close(loss, float(given.factor * difference.square().sum()), rtol=1e-5)
         gradients = {"a": given.factor * 2 * difference, "b": given.factor * 4 * difference}
@@ -68,10 +69,11 @@ def test_the_first_loss_that_is_no_number_is_named(device, broken):
         given = batch(i, device)
         if i == broken:
             given = given._replace(factor=given.factor * float("nan"))
-        work.optimization.update("query", i, work.loss, given)
+        work.optimization.begin(i)
+        work.optimization.update(work.loss, given)
         if i < broken:
             work.optimization.check_losses()
-    with pytest.raises(FloatingPointError, match=f"query view .* iteration {broken};"):
+    with pytest.raises(FloatingPointError, match=f"the loss is not .* iteration {broken};"):
         work.optimization.check_losses()
 
 
@@ -81,7 +83,7 @@ def test_a_loaded_state_goes_on(device):
     whole = Work(device)
     for i in range(6):
         whole.optimization.set_rates(0.5)
-        whole.optimization.update("input", i, whole.loss, batch(i, device))
+        whole.optimization.update(whole.loss, batch(i, device))
         if i == 2:
             state = whole.optimization.state_dict()
             state = {"state": {k: {n: t.clone() for n, t in v.items()} for k, v in state["state"].items()},
@@ -92,7 +94,7 @@ def test_a_loaded_state_goes_on(device):
     again.optimization.load_state_dict(state)
     for i in range(3, 6):
         again.optimization.set_rates(0.5)
-        again.optimization.update("input", i, again.loss, batch(i, device))
+        again.optimization.update(again.loss, batch(i, device))
     parity.assert_close(again.a.detach().cpu(), whole.a.detach().cpu(), rtol=1e-6)
     parity.assert_close(again.b.detach().cpu(), whole.b.detach().cpu(), rtol=1e-6)
 
@@ -105,12 +107,15 @@ def test_a_forgotten_graph_is_made_anew():
     def loss(given):
         return scale[0] * work.loss(given)
 
-    before = [float(work.optimization.update("input", i, loss, batch(0, "cuda"))) for i in range(5)]
+    work.optimization.begin(i)
+    before = [float(work.optimization.update(loss, batch(0, "cuda"))) for i in range(5)]
     scale[0] = 3.0
-    replayed = float(work.optimization.update("input", 5, loss, batch(0, "cuda")))
+    work.optimization.begin(5)
+    replayed = float(work.optimization.update(loss, batch(0, "cuda")))
     assert replayed < before[-1]
     work.optimization.forget_graphs()
-    assert float(work.optimization.update("input", 6, loss, batch(0, "cuda"))) > 2 * replayed
+    work.optimization.begin(6)
+    assert float(work.optimization.update(loss, batch(0, "cuda"))) > 2 * replayed
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -122,9 +127,10 @@ def test_what_is_asked_is_of_the_present_parameters(device):
         return given.factor * work.a + given.inner.target
 
     for i in range(6):
-        answers = [work.optimization.ask(look, batch(k, device)) for k in (i, i + 1)]
+        answers = [work.optimization.evaluate(look, batch(k, device)) for k in (i, i + 1)]
         for k, answer in zip((i, i + 1), answers):
             given = batch(k, device)
             parity.assert_close(answer, (given.factor * work.a + given.inner.target).detach(), rtol=1e-6)
             assert not answer.requires_grad
-        work.optimization.update("input", i, work.loss, batch(i, device))
+        work.optimization.begin(i)
+        work.optimization.update(work.loss, batch(i, device))

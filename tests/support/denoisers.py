@@ -1,6 +1,7 @@
 """Denoisers that need no network, and what `vldm.denoise` did step by step."""
 from typing import NamedTuple
 from unittest.mock import patch
+
 from torch import Tensor
 
 import vldm
