@@ -1,7 +1,7 @@
 """One scene, from Python: `reconstruct` fits a field to a few views of it (Sec. 3.2), with a model's help or without.
 
-The algorithm is in `distillation.py`. Here a scene is turned to the object frame, a run is interrupted and taken up
-without a trace, and the finished field is seen and measured in the user's own world.
+The algorithm is in `distillation.py`. Here a scene is turned to the object frame, a run is interrupted and resumed
+without a trace, and the finished field is rendered and meshed in the user's own world.
 
 Shapes: `V` input views, `Q` query viewpoints, `T` cameras to look from, `B` cameras.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,16 +42,16 @@ Distance = Callable[[Tensor, Tensor], Tensor]  # images (B, 3, S, S) twice, in [
 
 
 class Reconstruction(NamedTuple):
-    """A finished field. It lives in the object frame; its pictures and its mesh are asked for in the user's world."""
+    """A finished field. It lives in the object frame; its pictures and its mesh are of the user's world."""
     field: Field
     occupancy: Occupancy
     frame: Cameras           # () the camera whose axes the object frame has; the world's origin is its origin, too
     unit: float              # of the field, in the scene's
-    world: Similarity | None  # from the scene's world to the user's, where pictures are asked for; None: the same one
+    world: Similarity | None  # from the scene's world to the user's; None: the same one
     config: DistillConfig
     seconds: float           # of the optimization, earlier processes included
     earlier_seconds: float   # of them, in earlier processes
-    gone_on_from: list[int]  # totals of the shorter runs that came before, if any
+    resumed_from: list[int]  # totals of the shorter runs that came before, if any
 
     @torch.no_grad()
     def render(self, cameras: Cameras, size: int, title: str | None = None, pixel_side: int | None = None) -> Views:
@@ -138,50 +139,49 @@ def field_unit(cameras: Cameras, config: DistillConfig, model: SparseFusion | No
 
 
 def reconstruct(scene: Scene, inputs: list[int], model: SparseFusion | None = None, config: DistillConfig | None = None,
-                seed: int = 0, perceptual_loss: Distance | None = None, checkpoint: Path | None = None,
-                title: str | None = None, previews: Path | None = None, extend: bool = False,
-                notes: dict | None = None) -> Reconstruction:
+                seed: int = 0, perceptual_loss: Distance | None = None, title: str | None = None,
+                checkpoint: Checkpoint | None = None) -> Reconstruction:
     """Fit a field to the views of a scene at the positions `inputs`, with a model's help for what they do not show
     (Sec. 3.2).
 
     Without a `model` the field fits the input views alone. Of the other views only the cameras are used. `config`: by
     default the preset of the model's name, or `plain`. `perceptual_loss`: by default the distance in the VAE
-    encoder's features. With a `checkpoint` file an interrupted run of the same settings goes on where it stopped; with
-    `extend` a run of fewer iterations does, too. Then the rates are from there on those of the longer run, and the
-    field is not the one of a long run from the start. `notes`: plain data that it keeps beside the field. `title` shows
-    progress; `previews` is a picture file that gets one rendering more of an unseen view whenever the checkpoint is
-    saved. The scene's tensors and the model's are on one device. Raises `ValueError` where no part of space lies in
-    every mask.
+    encoder's features. `title` shows progress. With a `checkpoint` an interrupted run of the same settings resumes
+    where it stopped. The scene's tensors and the model's are on one device. Raises `ValueError` where no part of space
+    lies in every mask.
     """
-    # The numbers of the model's kind, unless others are given.
     config = (config or PRESETS["plain" if model is None else model.preset.name]).fitted(len(inputs))
 
-    # The field lives in the object frame, and an earlier run in its checkpoint.
+    # The scene in the object frame, in the field's unit.
     unit = field_unit(scene.cameras, config, model)
     turned = turn(scene, unit)
-    wanted = checkpoint and reconstruction_settings(scene, inputs, model, config, seed, perceptual_loss)
-    state = read_state(checkpoint, wanted, extend)
 
-    # A prior, unless no iteration is left that would ask it.
+    # What an earlier run of these settings has done, if there was one.
+    state = None
+    if checkpoint is not None:
+        settings = reconstruction_settings(scene, inputs, model, config, seed, perceptual_loss)
+        state = checkpoint.read(settings)
+
+    # What the EFT sees from the query viewpoints, unless no iteration is left that would use it.
     prior = None
     if model is not None and (state is None or state["completed"] < config.iterations):
-        prior = ask_prior(model, turned, inputs, config, seed, perceptual_loss, title)
+        prior = condition_prior(model, turned, inputs, config, seed, perceptual_loss, title)
 
-    # Optimize, from where an earlier run stopped.
+    # The optimization.
     distillation = Distillation(turned[inputs], config, seed, prior)
-    gone_on_from = [] if state is None else take_up(distillation, state, checkpoint)
-    earlier = distillation.seconds
+    earlier, resumed_from = 0.0, []
+    if checkpoint is None:
+        distillation.run(title)
+    else:
+        beside = {"settings": settings, "frame": scene.cameras[0].R, "unit": unit}
+        look = partial(preview, distillation, turned, inputs)
+        earlier, resumed_from = checkpoint.run(distillation, state, beside, title, look)
 
-    def save() -> None:
-        """Write the checkpoint, and one preview more."""
-        beside = {"settings": wanted, "frame": scene.cameras[0].R, "unit": unit, "gone_on_from": gone_on_from}
-        files.save_tensors(distillation.state_dict() | beside | (notes or {}), checkpoint)
-        if previews is not None:
-            add_preview(previews, look(distillation, turned, inputs))
-
-    optimize(distillation, title, checkpoint, save)
+    # From here on nothing is rounded, and graphs and their memory are not needed.
+    distillation.field.eval()
+    distillation.optimization.forget_graphs()
     return Reconstruction(distillation.field, distillation.occupancy, scene.cameras[0], unit, scene.world, config,
-                          distillation.seconds, earlier, gone_on_from)
+                          distillation.seconds, earlier, resumed_from)
 
 
 def turn(scene: Scene, unit: float) -> Scene:
@@ -192,65 +192,14 @@ def turn(scene: Scene, unit: float) -> Scene:
     return scene.with_cameras(lambda cameras: object_frame(cameras, frame, unit))
 
 
-def ask_prior(model: SparseFusion, turned: Scene, inputs: list[int], config: DistillConfig, seed: int,
-              perceptual_loss: Distance | None, title: str | None) -> Prior:
-    """What the EFT sees from every query viewpoint, and who makes something of it."""
+def condition_prior(model: SparseFusion, turned: Scene, inputs: list[int], config: DistillConfig, seed: int,
+                    perceptual_loss: Distance | None, title: str | None) -> Prior:
+    """The model, and what its EFT sees from every query viewpoint."""
     given = turned[inputs]
     viewpoints = query_viewpoints(turned.cameras, config, seed)
     condition = model.condition(config.exposed_alike(given), given.cameras, viewpoints, turned.cameras,
                                 train_mode=config.eft_train_mode, title=title and f"{title}: EFT", seed=seed)
     return Prior(model, viewpoints, condition, perceptual_loss or model.feature_distance)
-
-
-def take_up(distillation: Distillation, state: dict, checkpoint: Path) -> list[int]:
-    """Go on from the state of an earlier run. Returns the totals of the shorter runs that came before, if any."""
-    try:
-        distillation.load_state_dict(state)
-        total = state["settings"]["config"]["iterations"]
-        gone_on_from = list(state.get("gone_on_from", []))
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-        raise ValueError(f"{checkpoint}: not a whole state of a field ({type(e).__name__}); delete it to start again"
-                         ) from None
-
-    print(f"{checkpoint}: going on at iteration {distillation.completed}")
-    longer = distillation.config.iterations
-    if total == longer:
-        return gone_on_from
-
-    # What a shorter run has denoised ahead ended with its last iteration.
-    distillation.denoised_from = -1
-    print(f"{checkpoint}: of a run of {total}; a run of {longer} from the start would come out otherwise")
-    return [*gone_on_from, total]
-
-
-def optimize(distillation: Distillation, title: str | None, checkpoint: Path | None, save: Callable[[], None]) -> None:
-    """All iterations that are left, saved about once a minute, at the end and when somebody interrupts."""
-    done = distillation.completed
-    total = distillation.config.iterations
-    with uninterruptible():
-        try:
-            distillation.run(title, save if checkpoint else None)
-        except Interrupted as e:
-            # Between two iterations, so the state is one that a rerun goes on from without a trace.
-            if checkpoint is not None:
-                distillation.optimization.check_losses()
-                save()
-                e.add_note(f"{checkpoint} has {distillation.completed} of {total} iterations")
-            raise
-        if checkpoint is not None and distillation.completed > done:
-            save()
-
-    # From here on nothing is rounded, and nobody needs the graphs and their memory.
-    distillation.field.eval()
-    distillation.optimization.forget_graphs()
-
-
-@torch.no_grad()
-def look(distillation: Distillation, turned: Scene, inputs: list[int]) -> Tensor:
-    """A small rendering (3, S, S) of the first view of a scene in the object frame that was not given, if any."""
-    unseen = [view for view in range(len(turned)) if view not in inputs] or inputs
-    camera = turned.cameras[unseen[0]]
-    return volume.render_image(distillation.field, camera, PREVIEW, PREVIEW, None, distillation.occupancy).color
 
 
 def query_viewpoints(cameras: Cameras, config: DistillConfig, seed: int) -> Cameras:
@@ -260,6 +209,89 @@ def query_viewpoints(cameras: Cameras, config: DistillConfig, seed: int) -> Came
     generator = torch.Generator().manual_seed(seed)
     circle = circle_path(cameras.to("cpu"), config.viewpoints, config.jitter, generator)
     return Cameras.cat([circle.to(cameras.T.device), cameras])
+
+
+# ---------------------------------------------------------------------------------------------- interrupted and resumed
+
+class Checkpoint(NamedTuple):
+    """A file from which an interrupted run resumes. It is written about once a minute, at the end, and when the process
+    is asked to stop.
+    """
+    path: Path
+    # A run of fewer iterations resumes, too. Then the rates are from there on those of the longer run, and the field is
+    # not the one of a long run from the start.
+    extend: bool = False
+    previews: Path | None = None  # a picture file that gets one rendering more of an unseen view with every checkpoint
+    notes: dict = {}              # plain data kept beside the field
+
+    def read(self, wanted: dict) -> dict | None:
+        """The state of an earlier run, if there is one. Raises `ValueError` where that run had other settings than
+        those `wanted`: its field would be lost.
+        """
+        if not self.path.exists():
+            return None
+        state = files.read_tensors(self.path, "field")
+        if not isinstance(state.get("completed"), int):
+            raise ValueError(f"{self.path}: not a whole state of a field (no iterations); delete it to start again")
+        other = differences(state.get("settings", {}), wanted, extend=self.extend)
+        if other:
+            raise ValueError(f"{self.path}: a field of other settings ({other}); choose another --out, or --overwrite")
+        return state
+
+    def run(self, distillation: Distillation, state: dict | None, beside: dict, title: str | None,
+            preview: Callable[[], Tensor]) -> tuple[float, list[int]]:
+        """All iterations that are left after an earlier run's `state`, saved with what is `beside` the field.
+
+        Returns the seconds of earlier runs, and the totals of those that were shorter.
+        """
+        resumed_from = [] if state is None else self.resume(distillation, state)
+        earlier = distillation.seconds
+        done = distillation.completed
+        beside = beside | {"resumed_from": resumed_from} | self.notes
+
+        def save() -> None:
+            """Write the checkpoint, and one preview more."""
+            files.save_tensors(distillation.state_dict() | beside, self.path)
+            if self.previews is not None:
+                add_preview(self.previews, preview())
+
+        with uninterruptible():
+            try:
+                distillation.run(title, save)
+            except Interrupted as e:
+                # Between two iterations, so the state is one that a rerun resumes from without a trace.
+                distillation.optimization.check_losses()
+                save()
+                e.add_note(f"{self.path} has {distillation.completed} of {distillation.config.iterations} iterations")
+                raise
+            if distillation.completed > done:
+                save()
+        return earlier, resumed_from
+
+    def resume(self, distillation: Distillation, state: dict) -> list[int]:
+        """Load the state of an earlier run. Returns the totals of the shorter runs that came before, if any."""
+        try:
+            distillation.load_state_dict(state)
+            total = state["settings"]["config"]["iterations"]
+            resumed_from = list(state["resumed_from"])
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+            raise ValueError(f"{self.path}: not a whole state of a field ({type(e).__name__}); delete it to start again"
+                             ) from None
+
+        print(f"{self.path}: resumed at iteration {distillation.completed}")
+        longer = distillation.config.iterations
+        if total == longer:
+            return resumed_from
+        print(f"{self.path}: of a run of {total}; a run of {longer} from the start would come out otherwise")
+        return [*resumed_from, total]
+
+
+@torch.no_grad()
+def preview(distillation: Distillation, turned: Scene, inputs: list[int]) -> Tensor:
+    """A small rendering (3, S, S) of the first view of a scene in the object frame that was not given, if any."""
+    unseen = [view for view in range(len(turned)) if view not in inputs] or inputs
+    camera = turned.cameras[unseen[0]]
+    return volume.render_image(distillation.field, camera, PREVIEW, PREVIEW, None, distillation.occupancy).color
 
 
 def reconstruction_settings(scene: Scene, inputs: list[int], model: SparseFusion | None, config: DistillConfig,
@@ -301,20 +333,3 @@ def _identity(function: Distance | None) -> str | None:
     if "<lambda>" in name:
         raise ValueError("perceptual_loss: a checkpoint needs a module or a named function, to tell it from others")
     return f"{function.__module__}.{name}"
-
-
-def read_state(checkpoint: Path | None, wanted: dict | None, extend: bool = False) -> dict | None:
-    """The state of an earlier run in a checkpoint file, if there is one.
-
-    Raises `ValueError` where that run had other settings: its field would be lost. With `extend` it may have had fewer
-    iterations.
-    """
-    if checkpoint is None or not checkpoint.exists():
-        return None
-    state = files.read_tensors(checkpoint, "field")
-    if not isinstance(state.get("completed"), int):
-        raise ValueError(f"{checkpoint}: not a whole state of a field (no iterations); delete it to start again")
-    other = differences(state.get("settings", {}), wanted, extend=extend)
-    if other:
-        raise ValueError(f"{checkpoint}: a field of other settings ({other}); choose another --out, or --overwrite")
-    return state

@@ -24,7 +24,7 @@ from evaluation.sources import Source, choose_targets, find_views, random_views
 from evaluation.tables import Rows
 from export.mesh import write_ply
 from export.pictures import Views, comparison, save_animation, save_picture, save_views
-from reconstruction import Distance, Reconstruction, reconstruct
+from reconstruction import Checkpoint, Distance, Reconstruction, reconstruct
 from sparsefusion import SparseFusion
 
 
@@ -136,8 +136,9 @@ def show_all(scene: Scene, inputs: list[int], targets: list[int], model: SparseF
         return pictures
 
     # The field alone is the same fit without a prior: as many updates from input views.
-    alone = reconstruct(scene, inputs, None, config, instance.seed, checkpoint=out / "field_alone.pt",
-                        title="step 2 of 5, field without prior", extend=bool(ours.gone_on_from))
+    checkpoint = Checkpoint(out / "field_alone.pt", extend=bool(ours.resumed_from))
+    alone = reconstruct(scene, inputs, None, config, instance.seed, title="step 2 of 5, field without prior",
+                        checkpoint=checkpoint)
     pictures["ngp"] = alone.render(cameras, size)
 
     # The parts of the prior, each for itself.
@@ -213,8 +214,8 @@ def run_instance(instance: Instance, out: Path, overwrite: bool = False, extend:
 
     # The method, and what it is compared with.
     title = "step 1 of 2, field fit" if model is None else "step 1 of 5, distillation"
-    ours = reconstruct(scene, inputs, model, instance.config, instance.seed, loss_distance, out / "field.pt", title,
-                       out / "previews.png", extend, {"world": world})
+    checkpoint = Checkpoint(out / "field.pt", extend, out / "previews.png", {"world": world})
+    ours = reconstruct(scene, inputs, model, instance.config, instance.seed, loss_distance, title, checkpoint)
     pictures = show_all(scene, inputs, targets, model, instance, ours, out)
     truth = (scene.whole or scene)[targets]
     per_view = {method: measure(views, truth.images, truth.masks, distance) for method, views in pictures.items()}

@@ -63,7 +63,7 @@ def account(ours: Reconstruction, device: str, began: float) -> dict:
     """How a result came about, and what it took since the moment `began` of the monotonic clock."""
     return {
         "command": " ".join(sys.argv),
-        "gone_on_from": ours.gone_on_from,
+        "resumed_from": ours.resumed_from,
         "versions": versions(device),
         "seconds": round(time.monotonic() - began + ours.earlier_seconds, 1),
         "distillation_seconds": round(ours.seconds, 1),

@@ -171,7 +171,8 @@ def test_a_loss_that_is_no_number_is_named(term, broken, monkeypatch):
         assert all(p.isfinite().all() for p in work.field.parameters())
         saved.append(work.completed)
 
-    with pytest.raises(FloatingPointError, match=f"the ({'|'.join(names)}) is .* in iteration {broken};".replace("_", " ")) as e:
+    words = "|".join(names).replace("_", " ")
+    with pytest.raises(FloatingPointError, match=f"the ({words}) is .* in iteration {broken};") as e:
         work.run(save=save)
     assert len(str(e.value).splitlines()) == 1 and saved == list(range(1, broken + 1))
 
@@ -206,7 +207,8 @@ def test_gradient_of_the_distillation_loss_by_hand():
     seen = (0.2 + 0.6 * torch.rand(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))).requires_grad_()
     model = Dummy()
     work = at_query(model, seen)
-    loss = work.distillation_loss(work.sample_query(SHORT.bootstrap, work.denoise_ahead(SHORT.bootstrap)[SHORT.bootstrap]))
+    first = SHORT.bootstrap
+    loss = work.distillation_loss(work.sample_query(first, work.denoise_ahead(first)[first]))
     loss.backward()
     x, silhouette, n = seen.detach()[:, :3], seen.detach()[:, 3:], 3 * 32 * 32
     prior, weight = SHORT.weight_prior(len(work.inputs)), distillation.fusion_weight(model.noise_levels[0])

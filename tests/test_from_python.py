@@ -11,6 +11,7 @@ import reconstruction
 from cameras import Cameras, look_at, relative_to
 from export.pictures import Views
 from presets import PRESETS
+from reconstruction import Checkpoint, reconstruct
 from tests.support import parity
 from tests.support.helpers import same
 from tests.support.small import FIELD, SHORT, ball, tiny_model
@@ -27,7 +28,7 @@ def test_what_is_reconstructed_is_seen_in_the_world():
     axes = look_at(torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3), torch.tensor([0.3, 1.0, 0.0]))[0]
     turned = Cameras(axes, torch.zeros(3), scene.cameras.focal[0], scene.cameras.principal[0])
     scene = replace(scene, cameras=relative_to(scene.cameras, turned.unsqueeze(0), move_origin=False))
-    result = reconstruction.reconstruct(scene, [4, 0, 2, 6, 8, 10], config=FIT)
+    result = reconstruct(scene, [4, 0, 2, 6, 8, 10], config=FIT)
     views = result.render(scene.cameras[[1, 5]], 32)
     assert metrics.psnr(views.images, scene.images[[1, 5]]).mean() > 24
     assert metrics.iou(views.silhouettes, scene.masks[[1, 5]]).mean() > 0.95
@@ -44,7 +45,7 @@ def test_what_is_reconstructed_is_seen_in_the_world():
 
 def test_the_object_frame_is_the_scenes_first():
     scene = ball(6, 32)
-    result = reconstruction.reconstruct(scene, [3, 1], config=SHORT)
+    result = reconstruct(scene, [3, 1], config=SHORT)
     assert torch.equal(result.frame.R, scene.cameras.R[0])
     inside = result.turned(scene.cameras)
     parity.assert_close(inside.R[0], torch.eye(3), atol=1e-6)
@@ -53,57 +54,57 @@ def test_the_object_frame_is_the_scenes_first():
 
 def test_a_checkpoint_is_for_one_set_of_settings(tmp_path, capsys):
     scene, file = ball(4, 32), tmp_path / "field.pt"
-    first = reconstruction.reconstruct(scene, [0, 2], config=SHORT, checkpoint=file)
-    again = reconstruction.reconstruct(scene, [0, 2], config=SHORT, checkpoint=file)
-    assert "going on at iteration 6" in capsys.readouterr().out and same(first.field, again.field)
+    first = reconstruct(scene, [0, 2], config=SHORT, checkpoint=Checkpoint(file))
+    again = reconstruct(scene, [0, 2], config=SHORT, checkpoint=Checkpoint(file))
+    assert "resumed at iteration 6" in capsys.readouterr().out and same(first.field, again.field)
     before = file.read_bytes()
     with pytest.raises(ValueError, match="seed differ"):
-        reconstruction.reconstruct(scene, [0, 2], config=SHORT, seed=1, checkpoint=file)
+        reconstruct(scene, [0, 2], config=SHORT, seed=1, checkpoint=Checkpoint(file))
     assert file.read_bytes() == before
     # What changes nothing in the field.
     shown = replace(SHORT, mesh_resolution=8, turntable_frames=3, metrics_on_inputs=True)
-    reconstruction.reconstruct(scene, [0, 2], config=shown, checkpoint=file)
-    assert "going on at iteration 6" in capsys.readouterr().out
+    reconstruct(scene, [0, 2], config=shown, checkpoint=Checkpoint(file))
+    assert "resumed at iteration 6" in capsys.readouterr().out
 
 
 def test_a_checkpoint_is_for_the_same_pictures_and_the_same_loss(tmp_path, capsys):
     scene, file = ball(4, 32), tmp_path / "field.pt"
-    reconstruction.reconstruct(scene, [0, 2], config=SHORT, checkpoint=file)
+    reconstruct(scene, [0, 2], config=SHORT, checkpoint=Checkpoint(file))
     darker = replace(scene, images=scene.images * 0.5)
     longer = replace(scene, cameras=replace(scene.cameras, focal=scene.cameras.focal * 1.1))
     for other in (darker, longer):
         with pytest.raises(ValueError, match="given differ"):
-            reconstruction.reconstruct(other, [0, 2], config=SHORT, checkpoint=file)
+            reconstruct(other, [0, 2], config=SHORT, checkpoint=Checkpoint(file))
     for loss in (torch.nn.PairwiseDistance(), torch.nn.L1Loss(), metrics.psnr):
         with pytest.raises(ValueError, match="perceptual_loss differ"):
-            reconstruction.reconstruct(scene, [0, 2], config=SHORT, checkpoint=file, perceptual_loss=loss)
+            reconstruct(scene, [0, 2], config=SHORT, checkpoint=Checkpoint(file), perceptual_loss=loss)
     with pytest.raises(ValueError, match="a module or a named function"):
-        reconstruction.reconstruct(scene, [0, 2], config=SHORT, checkpoint=file, perceptual_loss=lambda a, b: a - b)
+        reconstruct(scene, [0, 2], config=SHORT, checkpoint=Checkpoint(file), perceptual_loss=lambda a, b: a - b)
     losses = (torch.nn.PairwiseDistance(), torch.nn.L1Loss(), metrics.psnr)
     assert len({reconstruction._identity(loss) for loss in losses}) == 3
     other = scene.images * torch.tensor([1, 0.1, 1, 0.1])[:, None, None, None]  # as far as it is given the same
-    reconstruction.reconstruct(replace(scene, images=other), [0, 2], config=SHORT, checkpoint=file)
-    assert "going on at iteration 6" in capsys.readouterr().out
+    reconstruct(replace(scene, images=other), [0, 2], config=SHORT, checkpoint=Checkpoint(file))
+    assert "resumed at iteration 6" in capsys.readouterr().out
 
 
 def test_a_checkpoint_is_for_one_model(tmp_path, capsys):
     """Also of models that no file knows; and a finished field asks no EFT any more."""
     scene, file = ball(4, 32), tmp_path / "field.pt"
-    reconstruction.reconstruct(scene, [0, 2], tiny_model(), SHORT, checkpoint=file)
+    reconstruct(scene, [0, 2], tiny_model(), SHORT, checkpoint=Checkpoint(file))
     with pytest.raises(ValueError, match="weights differ"):
-        reconstruction.reconstruct(scene, [0, 2], tiny_model(seed=1), SHORT, checkpoint=file)
+        reconstruct(scene, [0, 2], tiny_model(seed=1), SHORT, checkpoint=Checkpoint(file))
     again = tiny_model()
     again.condition = None
-    reconstruction.reconstruct(scene, [0, 2], again, SHORT, checkpoint=file)
-    assert "going on at iteration 6" in capsys.readouterr().out
+    reconstruct(scene, [0, 2], again, SHORT, checkpoint=Checkpoint(file))
+    assert "resumed at iteration 6" in capsys.readouterr().out
 
 
 def test_presets_by_the_models_name(monkeypatch):
     monkeypatch.setitem(PRESETS, "nano", replace(SHORT, iterations=1, bootstrap=0))
     monkeypatch.setitem(PRESETS, "plain", replace(SHORT, iterations=2, bootstrap=0))
     scene = ball(3, 32)
-    assert reconstruction.reconstruct(scene, [0], tiny_model()).config.iterations == 1
-    assert reconstruction.reconstruct(scene, [0]).config.iterations == 2
+    assert reconstruct(scene, [0], tiny_model()).config.iterations == 1
+    assert reconstruct(scene, [0]).config.iterations == 2
 
 
 def test_the_turntable_has_the_object_in_the_middle(monkeypatch):
@@ -113,7 +114,7 @@ def test_the_turntable_has_the_object_in_the_middle(monkeypatch):
     cameras = Cameras(R, T, torch.full((3, 2), 2.0), torch.full((3, 2), 0.3))
     scene = replace(ball(3, 32), cameras=cameras, masks=torch.ones(3, 1, 32, 32))
     config = replace(SHORT, iterations=1, bootstrap=0, turntable_frames=5)
-    result = reconstruction.reconstruct(scene, [1], config=config)
+    result = reconstruct(scene, [1], config=config)
     result.occupancy.box.copy_(torch.tensor([[0.5, 1.0, 0.0], [1.5, 2.0, 1.0]]))
     seen = []
     monkeypatch.setattr(reconstruction.Reconstruction, "render", lambda self, path, size, *rest, **how: (

@@ -17,6 +17,7 @@ from distillation import Distillation
 from export import mesh
 from export.pictures import PREVIEWS, add_preview, to_image
 from presets import PRESETS
+from reconstruction import Checkpoint, reconstruct
 from tests.support.fields import Analytic
 from tests.support.small import SHORT, ball, tiny_model
 
@@ -64,7 +65,7 @@ def interrupt(monkeypatch, owner, name, call, number=signal.SIGINT):
 def straight(tmp_path_factory):
     """The checkpoint of a run that nothing interrupted."""
     file = tmp_path_factory.mktemp("straight") / "field.pt"
-    reconstruction.reconstruct(ball(3, 32), [0, 1], tiny_model(), SHORT, checkpoint=file)
+    reconstruct(ball(3, 32), [0, 1], tiny_model(), SHORT, checkpoint=Checkpoint(file))
     return tensors(file)
 
 
@@ -83,7 +84,7 @@ def straight(tmp_path_factory):
 def test_an_interrupted_run_goes_on_without_a_trace(owner, name, call, completed, straight, tmp_path, monkeypatch,
                                                     heard):
     def run():
-        reconstruction.reconstruct(ball(3, 32), [0, 1], tiny_model(), SHORT, checkpoint=tmp_path / "field.pt")
+        reconstruct(ball(3, 32), [0, 1], tiny_model(), SHORT, checkpoint=Checkpoint(tmp_path / "field.pt"))
 
     if name == "load_state_dict":
         run()
@@ -102,7 +103,7 @@ def test_many_interruptions_leave_no_trace(straight, tmp_path, monkeypatch, hear
     for completed in range(1, 7):
         with monkeypatch.context() as m, pytest.raises(processes.Interrupted), processes.stoppable():
             interrupt(m, Distillation, "input_loss", 0)
-            reconstruction.reconstruct(ball(3, 32), [0, 1], tiny_model(), SHORT, checkpoint=tmp_path / "field.pt")
+            reconstruct(ball(3, 32), [0, 1], tiny_model(), SHORT, checkpoint=Checkpoint(tmp_path / "field.pt"))
         assert tensors(tmp_path / "field.pt")["completed"] == completed
     assert equal(tensors(tmp_path / "field.pt"), straight)
 
@@ -111,8 +112,8 @@ def test_a_broken_field_is_not_saved(tmp_path, monkeypatch, heard):
     with monkeypatch.context() as m, pytest.raises(FloatingPointError), processes.stoppable():
         m.setattr(distillation, "opacity_loss", lambda silhouette: silhouette.mean() * float("nan"))
         interrupt(m, Distillation, "step", 1)
-        reconstruction.reconstruct(ball(3, 32), [0, 1], config=replace(SHORT, occupancy_every=100),
-                            checkpoint=tmp_path / "field.pt")
+        reconstruct(ball(3, 32), [0, 1], config=replace(SHORT, occupancy_every=100),
+                            checkpoint=Checkpoint(tmp_path / "field.pt"))
     assert not (tmp_path / "field.pt").exists()
 
 
@@ -154,24 +155,24 @@ def test_the_command_ends_in_one_line_and_goes_on(tmp_path, monkeypatch, capsys,
 def test_more_iterations_go_on(tmp_path, capsys):
     """From the field and the optimizer of the shorter run; from there on as the longer one would."""
     file, longer = tmp_path / "field.pt", replace(SHORT, iterations=9, bootstrap=4)
-    short = reconstruction.reconstruct(ball(3, 32), [0, 1], tiny_model(), SHORT, checkpoint=file)
+    short = reconstruct(ball(3, 32), [0, 1], tiny_model(), SHORT, checkpoint=Checkpoint(file))
     with pytest.raises(ValueError, match="config differ: config.iterations is 6 there, 9 here"):
-        reconstruction.reconstruct(ball(3, 32), [0, 1], tiny_model(), longer, checkpoint=file)
+        reconstruct(ball(3, 32), [0, 1], tiny_model(), longer, checkpoint=Checkpoint(file))
     capsys.readouterr()
-    result = reconstruction.reconstruct(ball(3, 32), [0, 1], tiny_model(), longer, checkpoint=file, extend=True)
+    result = reconstruct(ball(3, 32), [0, 1], tiny_model(), longer, checkpoint=Checkpoint(file, extend=True))
     assert not result.field.training  # so a GPU rounds nothing of what it shows
     printed = capsys.readouterr().out
-    assert "going on at iteration 6" in printed and "of a run of 6" in printed
-    assert result.gone_on_from == [6] and short.gone_on_from == []
+    assert "resumed at iteration 6" in printed and "of a run of 6" in printed
+    assert result.resumed_from == [6] and short.resumed_from == []
     state = torch.load(file, weights_only=True)
-    assert state["completed"] == 9 and state["gone_on_from"] == [6]
-    again = reconstruction.reconstruct(ball(3, 32), [0, 1], tiny_model(), longer, checkpoint=file)
-    assert again.gone_on_from == [6]
+    assert state["completed"] == 9 and state["resumed_from"] == [6]
+    again = reconstruct(ball(3, 32), [0, 1], tiny_model(), longer, checkpoint=Checkpoint(file))
+    assert again.resumed_from == [6]
 
     # Fewer iterations, or another seed, are no longer run of the same.
     for config, seed in ((SHORT, 0), (replace(longer, iterations=12), 1)):
         with pytest.raises(ValueError, match="differ"):
-            reconstruction.reconstruct(ball(3, 32), [0, 1], tiny_model(), config, seed, checkpoint=file, extend=True)
+            reconstruct(ball(3, 32), [0, 1], tiny_model(), config, seed, checkpoint=Checkpoint(file, extend=True))
 
 
 def test_an_interrupted_extension_leaves_no_trace(tmp_path, monkeypatch, heard):
@@ -179,7 +180,7 @@ def test_an_interrupted_extension_leaves_no_trace(tmp_path, monkeypatch, heard):
     longer = replace(short, iterations=10)
 
     def run(file, config=longer):
-        reconstruction.reconstruct(ball(3, 32), [0, 1], tiny_model(), config, checkpoint=tmp_path / file, extend=True)
+        reconstruct(ball(3, 32), [0, 1], tiny_model(), config, checkpoint=Checkpoint(tmp_path / file, extend=True))
 
     for file in ("stopped.pt", "straight.pt"):
         run(file, short)
@@ -198,7 +199,7 @@ def test_a_strip_of_previews(tmp_path, monkeypatch):
     """One picture more whenever the state is saved, of a view that was not given; only the last ones are kept."""
     strip, side = tmp_path / "previews.png", reconstruction.PREVIEW
     monkeypatch.setattr(distillation, "SAVE_SECONDS", -1)  # in every iteration, and at the end
-    reconstruction.reconstruct(ball(3, 32), [0, 1], config=SHORT, checkpoint=tmp_path / "field.pt", previews=strip)
+    reconstruct(ball(3, 32), [0, 1], config=SHORT, checkpoint=Checkpoint(tmp_path / "field.pt", previews=strip))
     with Image.open(strip) as picture:
         assert picture.size == ((SHORT.iterations + 1) * side, side)
     newest = torch.rand(3, side, side)
@@ -219,12 +220,12 @@ def test_a_strip_of_previews(tmp_path, monkeypatch):
 @pytest.mark.parametrize("missing", ["occupancy", "optimizer", "completed", "exposures"])
 def test_a_state_without_a_part(missing, tmp_path):
     file = tmp_path / "field.pt"
-    reconstruction.reconstruct(ball(3, 32), [0, 1], config=SHORT, checkpoint=file)
+    reconstruct(ball(3, 32), [0, 1], config=SHORT, checkpoint=Checkpoint(file))
     state = torch.load(file, weights_only=True)
     del state[missing]
     files.save_tensors(state, file)
     with pytest.raises(ValueError, match="field.pt: not a whole state of a field"):
-        reconstruction.reconstruct(ball(3, 32), [0, 1], config=SHORT, checkpoint=file)
+        reconstruct(ball(3, 32), [0, 1], config=SHORT, checkpoint=Checkpoint(file))
 
 
 def test_a_longer_run_may_have_more_rays_a_pixel():
@@ -245,7 +246,7 @@ def test_a_visual_hull_is_seen_wherever_the_object_is():
     shift = torch.tensor([0.4, -0.3, 0.4]) @ scene.cameras.R
     scene = replace(scene, cameras=replace(scene.cameras, T=scene.cameras.T - shift))
     config = replace(SHORT, iterations=1, bootstrap=0, field=replace(SHORT.field, occupancy_cells=128))
-    ours = reconstruction.reconstruct(scene, [1, 2, 4], config=config)
+    ours = reconstruct(scene, [1, 2, 4], config=config)
     assert not torch.allclose(ours.frame.R, torch.eye(3), atol=0.1)
     hull = ours.hull(scene.cameras, 32)
     seen = scene.masks[:, 0] > 0.5
@@ -264,8 +265,8 @@ def test_a_scene_in_any_unit_is_the_same_scene(scale, with_model):
         model.trained_distance = 9.8
     scene = ball(3, 32)
     small = scene.with_cameras(lambda cameras: cameras.scaled(scale))
-    first = reconstruction.reconstruct(scene, [0, 1], model, SHORT)
-    second = reconstruction.reconstruct(small, [0, 1], model, SHORT)
+    first = reconstruct(scene, [0, 1], model, SHORT)
+    second = reconstruct(small, [0, 1], model, SHORT)
     shown = first.render(scene.cameras, 32).images, second.render(small.cameras, 32).images
     assert torch.equal(*shown) and shown[0].max() > 0.1
     assert torch.equal(second.mesh().vertices, scale * first.mesh().vertices)
@@ -273,13 +274,13 @@ def test_a_scene_in_any_unit_is_the_same_scene(scale, with_model):
     # Released weights were trained in CO3D's own unit.
     if with_model:
         model.trained_distance = None
-        assert reconstruction.reconstruct(scene, [0, 1], model, SHORT).unit == 1
+        assert reconstruct(scene, [0, 1], model, SHORT).unit == 1
 
 
 def test_the_turntable_shows_the_whole_box():
     """It reaches as far as it may in the picture that shows the most of it."""
     scene = ball(3, 32)
-    result = reconstruction.reconstruct(scene, [0, 1], config=replace(SHORT, turntable_frames=5))
+    result = reconstruct(scene, [0, 1], config=replace(SHORT, turntable_frames=5))
     opaque = Analytic(lambda x: x.new_full(x.shape[:-1], 50.0), torch.ones_like)
     result = result._replace(field=opaque)
     for factor in (1.0, 3.0):

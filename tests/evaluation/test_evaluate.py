@@ -164,7 +164,7 @@ def test_an_interrupted_evaluation_goes_on(run, tmp_path, capsys, monkeypatch):
     assert e.value.code == 143 and len(lines) == 1 and "has 2 of 6 iterations" in lines[0]
     summary, made = run("--targets", 1)
     assert [name for name, _ in made] == ["toy_1000_00001"]
-    assert "going on at iteration 2" in capsys.readouterr().out
+    assert "resumed at iteration 2" in capsys.readouterr().out
     assert summary["sequences"] == run("--targets", 1, "--out", tmp_path / "straight")[0]["sequences"]
 
 

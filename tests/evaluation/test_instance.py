@@ -11,12 +11,12 @@ from PIL import Image
 
 import distill
 import presets
-import reconstruction
 import sparsefusion
 from evaluation.flags import SAMPLE, SHIPPED_FEATURE_NET, config_from_flags, instance_from_flags, note_new_categories
 from evaluation.instance import baselines
 from export.pictures import LABELS, WIDEST
 from presets import PRESETS
+from reconstruction import Checkpoint, reconstruct
 from tests.support.helpers import one_line
 from tests.support.small import SHORT, tiny_model
 
@@ -138,7 +138,7 @@ def test_the_eft_is_asked_where_its_view_sees_the_hull(fast, tiny_weights, tmp_p
     monkeypatch.setattr(baselines, "eft_images", listen)
     command(tmp_path, "--weights", tiny_weights, "--targets", 3, "--views", 5, "--set", "occupancy_cells=96")
     (scene, inputs, targets, model, config, seed, hull, _, views), = asked
-    ours = reconstruction.reconstruct(scene, inputs, model, config, seed, checkpoint=tmp_path / "field.pt")
+    ours = reconstruct(scene, inputs, model, config, seed, checkpoint=Checkpoint(tmp_path / "field.pt"))
     one_by_one = [ours.hull(scene.cameras[[i]], 32) for i in targets]
     assert torch.equal(hull, torch.cat(one_by_one)) and not torch.equal(hull[0], hull[1])
     assert torch.equal(views.images.sum(1) > 0, hull)
@@ -215,7 +215,7 @@ def test_a_rerun_goes_on(fast, tiny_weights, tmp_path, capsys):
     assert "has the results of these settings already" in capsys.readouterr().out
     (tmp_path / "metrics.json").unlink()
     again = command(tmp_path, *flags)
-    assert "going on at iteration 6" in capsys.readouterr().out and again["methods"] == first["methods"]
+    assert "resumed at iteration 6" in capsys.readouterr().out and again["methods"] == first["methods"]
     before = (tmp_path / "metrics.json").read_bytes()
     with pytest.raises(SystemExit):
         command(tmp_path, *flags, "--seed", 1)
@@ -247,8 +247,8 @@ def test_without_out_nothing_is_replaced(fast, tmp_path, monkeypatch, capsys):
     assert f"go to {second}" in run("--seed", "1") and (folder / "metrics.json").read_bytes() == before
     assert f"go to {second}" in run("--seed", "1") and f"{second} has the results" in run("--seed", "1")
     printed = run("--iterations", "8")
-    assert "going on at iteration 6" in printed and f"results in {folder}\n" in printed
-    assert json.loads((folder / "metrics.json").read_text())["gone_on_from"] == [6]
+    assert "resumed at iteration 6" in printed and f"results in {folder}\n" in printed
+    assert json.loads((folder / "metrics.json").read_text())["resumed_from"] == [6]
     assert {path.name for path in Path("output").iterdir()} == {folder.name, second.name}
 
 

@@ -107,7 +107,7 @@ def test_a_forgotten_graph_is_made_anew():
     def loss(given):
         return scale[0] * work.loss(given)
 
-    work.optimization.begin(i)
+    work.optimization.begin(0)
     before = [float(work.optimization.update(loss, batch(0, "cuda"))) for i in range(5)]
     scale[0] = 3.0
     work.optimization.begin(5)
