@@ -24,21 +24,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpu.groupnorm import Convolved, add, convolve, group_norm
-
 
 @dataclass(frozen=True)
 class UNetConfig:
     """The network's numbers; the defaults are the released model's [released: load_model.py:57-69]."""
     channels: int = 4                                          # number of channels of the latent
     cond_channels: int = 256                                   # number of channels of the EFT's feature map
-    cond_unshuffle: int = 1                                    # cells of the feature map to a latent cell, an axis
+    cond_unshuffle: int = 1                                    # cells of the feature map per latent cell and axis
     widths: tuple[int, ...] = (256, 256, 512, 1024, 1024)      # channels at the start, then after each stage
     attention: tuple[bool, ...] = (False, False, False, True)  # whether a stage has a transformer block
     kernels: tuple[int, ...] = (3, 7, 15)                      # sizes of the first convolutions, side by side
     groups: int = 8                                            # number of groups in every GroupNorm
     heads: int = 8                                             # number of attention heads
-    head_dim: int = 64                                         # channels of an attention head
+    head_dim: int = 64                                         # channels per attention head
     frequencies: int = 8                                       # learned frequencies in the embedding of log-SNR
     time_dim: int = 1024                                       # channels of the embedding of log-SNR
     token_dim: int = 256                                       # channels of a time token
@@ -169,7 +167,7 @@ class TransformerBlock(nn.Module):
 
 
 class GlobalContext(nn.Module):
-    """A gate from the whole map (Cao et al. 2019): (B, C, H, W) -> a factor in [0, 1] for a channel, (B, C)."""
+    """A gate from the whole map (Cao et al. 2019): (B, C, H, W) -> a factor in [0, 1] per channel, (B, C)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -178,18 +176,11 @@ class GlobalContext(nn.Module):
         widen = nn.Conv2d(channels // 2, channels, 1)
         self.net = nn.Sequential(narrow, nn.SiLU(), widen, nn.Sigmoid())
 
-    def forward(self, x: Convolved) -> Tensor:
-        # The key is linear, so its own bias and that of the map shift all keys alike, which the softmax does not see.
-        # The mean does.
-        weights = convolve(x.map, self.key).map.flatten(2).softmax(dim=-1)    # (B, 1, N)
-        pooled = torch.einsum("bcn,bin->bc", x.map.flatten(2), weights)
-        if x.bias is not None:
-            pooled = pooled + x.bias
-
-        # As linear layers, which add their bias as they go; convolutions of a single pixel do not.
-        narrow, activation, widen, gate = self.net
-        hidden = activation(F.linear(pooled, narrow.weight.flatten(1), narrow.bias))
-        return gate(F.linear(hidden, widen.weight.flatten(1), widen.bias))
+    def forward(self, x: Tensor) -> Tensor:
+        # A mean over all positions, which a softmax weighs.
+        weights = self.key(x).flatten(2).softmax(dim=-1)                      # (B, 1, N)
+        pooled = torch.einsum("bcn,bin->bc", x.flatten(2), weights)
+        return self.net(pooled[..., None, None]).flatten(1)
 
 
 class ResBlock(nn.Module):
@@ -212,16 +203,23 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        # First half, and a look at the time tokens.
-        h = convolve(group_norm(x, self.norm1), self.conv1)
-        if self.cross_attention is not None:
-            seen = h.complete()
-            h = Convolved(seen + to_map(self.cross_attention(to_tokens(seen), tokens), seen))
+        # First half, and attention to the time tokens.
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.attend(h, tokens)
 
-        # Second half: the time becomes a scale and a shift a channel. Then the gate.
-        h = convolve(group_norm(h, self.norm2, modulation=self.time(t)), self.conv2)
-        gate = None if self.gate is None else self.gate(h)
-        return add(convolve(x, self.shortcut), h, gate)
+        # Second half: the time becomes a scale and a shift per channel. Then the gate.
+        scale, shift = self.time(t)[..., None, None].chunk(2, dim=1)          # (B, c_out, 1, 1) each
+        h = self.norm2(h) * (scale + 1) + shift
+        h = self.conv2(F.silu(h))
+        if self.gate is not None:
+            h = h * self.gate(h)[..., None, None]
+        return self.shortcut(x) + h
+
+    def attend(self, h: Tensor, tokens: Tensor) -> Tensor:
+        """Cross-attention to the time tokens, residual, or nothing: h (B, c_out, H, W), tokens (B, T, token_dim)."""
+        if self.cross_attention is None:
+            return h
+        return h + to_map(self.cross_attention(to_tokens(h), tokens), h)
 
 
 class ParallelConv(nn.Module):
@@ -368,7 +366,7 @@ class UNet(nn.Module):
         cond = F.pixel_unshuffle(cond, self.config.cond_unshuffle)
         x = torch.cat([cond, z], dim=1)
         x = torch.cat([conv(x) for conv in self.init_convs], dim=1)
-        return self.after_first(x, log_snr)
+        return self.trunk(x, log_snr)
 
     def embed_features(self, cond: Tensor) -> Tensor:
         """What the first convolutions make of features (B, cond_channels, s, s): (B, widths[0], h, w)."""
@@ -379,6 +377,11 @@ class UNet(nn.Module):
             maps.append(F.conv2d(cond, weight, conv.bias, padding=conv.padding))
         return torch.cat(maps, dim=1)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, but those that embed log-SNR: in half precision these stay in float32."""
+        return self.final_conv.weight.dtype
+
     def predict(self, z: Tensor, log_snr: Tensor, embedded: Tensor) -> Tensor:
         """As `forward`, with what `embed_features` made of the features, once for all steps of a sampler."""
         z = z.to(self.dtype)
@@ -386,15 +389,10 @@ class UNet(nn.Module):
         for conv in self.init_convs:
             weight = conv.weight[:, -z.shape[1]:]
             maps.append(F.conv2d(z, weight, padding=conv.padding))
-        return self.after_first(torch.cat(maps, dim=1) + embedded.to(self.dtype), log_snr)
+        return self.trunk(torch.cat(maps, dim=1) + embedded.to(self.dtype), log_snr)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights, but those that embed log-SNR: in half precision these stay in float32."""
-        return self.final_conv.weight.dtype
-
-    def after_first(self, x: Tensor, log_snr: Tensor) -> Tensor:
-        """What comes after the first convolutions: their result (B, widths[0], h, w), log-SNR (B,) -> the noise."""
+    def trunk(self, x: Tensor, log_snr: Tensor) -> Tensor:
+        """All after the first convolutions: their result (B, widths[0], h, w), log-SNR (B,) -> noise (B, 4, h, w)."""
         t, tokens = self.embed_time(log_snr)
         t = t.to(self.dtype)
         tokens = tokens.to(self.dtype)

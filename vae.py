@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpu.graphs import Graphed, half_copy
-from gpu.groupnorm import add, convolve, group_norm
+from gpu.groupnorm import fuse, fused_vae_block
 
 AT_ONCE = 4  # pictures that a GPU encodes or decodes at once: more are no faster, and the largest maps take memory
 
@@ -58,9 +58,9 @@ class VAEBlock(nn.Module):
         self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = convolve(group_norm(x, self.norm1), self.conv1)
-        h = convolve(group_norm(h, self.norm2), self.conv2)
-        return add(convolve(x, self.shortcut), h)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.shortcut(x) + h
 
 
 class VAEAttention(nn.Module):
@@ -76,7 +76,7 @@ class VAEAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Project to queries, keys and values: (B, 1, N, C) each, 1 being the head.
-        h = group_norm(x, self.norm, silu=False)
+        h = self.norm(x)
         query = self._tokens(self.q(h))
         key = self._tokens(self.k(h))
         value = self._tokens(self.v(h))
@@ -162,7 +162,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.mid(self.features(x)[-1])
-        return self.conv_out(group_norm(h, self.norm_out))
+        return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class Decoder(nn.Module):
@@ -193,7 +193,7 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for stage in self.levels:
             h = stage(h)
-        return self.conv_out(group_norm(h, self.norm_out))
+        return self.conv_out(F.silu(self.norm_out(h)))
 
 
 # ---------------------------------------------------------------------------------------------- the autoencoder
@@ -216,7 +216,7 @@ class VAE(nn.Module):
         """On CUDA: from now on, what needs no weights' gradients runs on this moment's weights in half precision."""
         self.fast = None
         if self.quant_conv.weight.is_cuda:
-            half = half_copy(self)
+            half = fuse(half_copy(self), {VAEBlock: fused_vae_block})
             encode = Graphed("the autoencoder's encoder", half.encode, self.encode_exactly, AT_ONCE)
             decode = Graphed("the autoencoder's decoder", half.decode, self.decode_exactly, AT_ONCE)
             self.fast = FastVAE(half, encode, decode)

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpu.graphs import Graphed, half_copy
-from unet import UNet, UNetConfig
+from gpu.groupnorm import fuse, fused_unet_block
+from unet import ResBlock, UNet, UNetConfig
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class VLDM(nn.Module):
         """On CUDA: from now on, what needs no gradients runs on this moment's weights in half precision."""
         self.fast = None
         if self.unet.final_conv.weight.is_cuda:
-            half = half_copy(self.unet, UNet.EXACT)
+            half = fuse(half_copy(self.unet, UNet.EXACT), {ResBlock: fused_unet_block})
             embed_features = Graphed("the UNet's first layer", half.embed_features, self.unet.embed_features)
             predict = Graphed("the UNet", half.predict, self.unet.predict)
             self.fast = FastUNet(embed_features, predict)

@@ -1,10 +1,10 @@
-"""Group normalization (Wu and He 2018) followed by a modulation and SiLU, and the sum at the end of a residual block,
-as VAE and UNet have them everywhere.
+"""The residual blocks of VAE and UNet in their fused form: group normalization (Wu and He 2018) with the modulation and
+SiLU that follow it, and the sum at the end of a block.
 
-Plain torch, on any device, is the reference. On a GPU in half precision the kernels of `groupnorm.cu` take its place:
-torch's own reorder a map whose channels are last in memory before and after, and its moments, the modulation and SiLU
-are passes of their own. So is the bias of a convolution, which there waits for whoever reads the result (`Convolved`).
-Statistics are in float32 either way.
+The plain form is the blocks' own, in `vae.py` and `unet.py`; `fuse` puts these in its place in a network's copy for a
+GPU. There, in half precision, the kernels of `groupnorm.cu` run: torch's own reorder a map whose channels are last in
+memory before and after, and its moments, the modulation and SiLU are passes of their own. So is the bias of a
+convolution, which here waits for whoever reads the result (`Convolved`). Statistics are in float32 either way.
 
 Shapes: `B` images, `C` channels, `H W` rows and columns, `P` pixels of a map, `G` groups, `K` chunks of an image.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +29,53 @@ BLOCKS = 528       # on the whole GPU, about: what keeps its processors busy
 MOST_CHUNKS = 128  # of an image, whose sums every block adds up
 MOST_COLUMNS = 1024  # of channels: a block has no more threads
 
+
+# ---------------------------------------------------------------------------------------------- blocks
+
+def fuse(network: nn.Module, blocks: dict[type, Callable]) -> nn.Module:
+    """The same network, whose parts of some classes run a fused form, a function of the part and its inputs; so do all
+    its group normalizations.
+    """
+    forms = blocks | {nn.GroupNorm: lambda norm, x: group_norm(x, norm, silu=False)}
+    for part in network.modules():
+        if type(part) in forms:
+            part.forward = partial(forms[type(part)], part)
+    return network
+
+
+def fused_vae_block(block: nn.Module, x: Tensor) -> Tensor:
+    """`vae.VAEBlock`: (B, C_in, H, W) -> (B, C_out, H, W)."""
+    h = convolve(group_norm(x, block.norm1), block.conv1)
+    h = convolve(group_norm(h, block.norm2), block.conv2)
+    return add(convolve(x, block.shortcut), h)
+
+
+def fused_unet_block(block: nn.Module, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+    """`unet.ResBlock`: (B, C_in, H, W), the time (B, time_dim) and its tokens (B, T, token_dim) -> (B, C_out, H, W)."""
+    h = convolve(group_norm(x, block.norm1), block.conv1)
+    if block.cross_attention is not None:
+        h = Convolved(block.attend(h.complete(), tokens))
+    h = convolve(group_norm(h, block.norm2, modulation=block.time(t)), block.conv2)
+    gate = None if block.gate is None else fused_gate(block.gate, h)
+    return add(convolve(x, block.shortcut), h, gate)
+
+
+def fused_gate(gate: nn.Module, x: Convolved) -> Tensor:
+    """`unet.GlobalContext`: a map (B, C, H, W) -> a factor per channel, (B, C)."""
+    # The key is linear, so its own bias and that of the map shift all keys alike, which the softmax does not see. The
+    # mean does.
+    weights = convolve(x.map, gate.key).map.flatten(2).softmax(dim=-1)        # (B, 1, P)
+    pooled = torch.einsum("bcn,bin->bc", x.map.flatten(2), weights)
+    if x.bias is not None:
+        pooled = pooled + x.bias
+
+    # As linear layers, which add their bias as they go; convolutions of a single pixel do not.
+    narrow, activation, widen, factor = gate.net
+    hidden = activation(F.linear(pooled, narrow.weight.flatten(1), narrow.bias))
+    return factor(F.linear(hidden, widen.weight.flatten(1), widen.bias))
+
+
+# ---------------------------------------------------------------------------------------------- their parts
 
 class Convolved(NamedTuple):
     """What a convolution made, and its bias if that is still to be added."""
@@ -52,7 +99,7 @@ def group_norm(x: Tensor | Convolved, norm: nn.GroupNorm, silu: bool = True,
                modulation: Tensor | None = None) -> Tensor:
     """`norm` of a map (B, C, H, W), then (1 + scale) * it + shift, then SiLU unless told otherwise: like x.
 
-    modulation (B, 2 C): scale and shift a channel, side by side. On a GPU and in half precision it is differentiable in
+    modulation (B, 2 C): scale and shift per channel, side by side. On a GPU and in half precision it is differentiable in
     x alone, and only without a modulation.
     """
     x = x if isinstance(x, Convolved) else Convolved(x)
@@ -61,7 +108,7 @@ def group_norm(x: Tensor | Convolved, norm: nn.GroupNorm, silu: bool = True,
         return _NormByKernels.apply(x.map, x.bias, norm, silu, modulation, compiled)
 
     # Plain torch; in place where no gradient needs the numbers before.
-    x = norm(x.complete())
+    x = F.group_norm(x.complete(), norm.num_groups, norm.weight, norm.bias, norm.eps)
     if modulation is not None:
         scale, shift = modulation[..., None, None].chunk(2, dim=1)            # (B, C, 1, 1) each
         x = torch.addcmul(shift, x, scale + 1)
@@ -85,7 +132,7 @@ def add(shortcut: Convolved, x: Convolved, gate: Tensor | None = None) -> Tensor
 
 
 def _is_for_kernels(x: Tensor, weight: Tensor | None) -> bool:
-    """Whether kernels serve for a map and a layer's weight: on a GPU, in half precision, where weights do not learn."""
+    """Whether kernels are used for a map and a layer's weight: on a GPU, in half precision, where weights do not learn."""
     if weight is None or not x.is_cuda or x.dtype != torch.float16 or weight.dtype != torch.float16:
         return False
     return not (weight.requires_grad and torch.is_grad_enabled())
@@ -101,7 +148,7 @@ class Kernels(NamedTuple):
 
 
 def _kernels_for(x: Tensor, weight: Tensor | None, vector: int) -> Kernels | None:
-    """The kernels for a map and a layer's weight, for columns of `vector` channels; None where plain torch serves."""
+    """The kernels for a map and a layer's weight, for columns of `vector` channels; None where plain torch is used."""
     if not _is_for_kernels(x, weight) or x.shape[1] // vector > MOST_COLUMNS or len(x) == 0:
         return None
     return _compile(vector, x.device.index)

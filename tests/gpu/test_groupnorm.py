@@ -52,8 +52,9 @@ def test_sum_of_a_residual_block(noise, gated):
 
 
 @pytest.mark.parametrize("kind", ["UNet", "encoder", "decoder"])
-def test_a_bias_may_wait(kind, monkeypatch, noise):
-    """Whole networks say the same when every bias waits for whoever reads the map, and plain torch adds it there."""
+@pytest.mark.parametrize("waits", [False, True])
+def test_fused_networks_are_the_plain_ones(kind, waits, monkeypatch, noise):
+    """Also where every bias waits for whoever reads the map, and plain torch adds it there."""
     torch.manual_seed(0)
     if kind == "UNet":
         network = unet.UNet(unet.UNetConfig(cond_channels=4, widths=(16, 16, 32), attention=(False, True), groups=4,
@@ -71,11 +72,13 @@ def test_a_bias_may_wait(kind, monkeypatch, noise):
     network.requires_grad_(False)
     known = run(*given)
 
+    groupnorm.fuse(network, {unet.ResBlock: groupnorm.fused_unet_block, vae.VAEBlock: groupnorm.fused_vae_block})
     waited = []
-    monkeypatch.setattr(groupnorm, "_is_for_kernels", lambda x, weight: waited.append(weight) or weight is not None)
-    monkeypatch.setattr(groupnorm, "_compile", lambda vector, device: None)
+    if waits:
+        monkeypatch.setattr(groupnorm, "_is_for_kernels", lambda x, weight: waited.append(weight) or weight is not None)
+        monkeypatch.setattr(groupnorm, "_compile", lambda vector, device: None)
     parity.assert_close(run(*given), known, std=1e-5)
-    assert len(waited) > 10
+    assert len(waited) > 10 or not waits
 
 
 @pytest.mark.parametrize("how", [dict(stride=2, padding=1), dict(dilation=2), dict(groups=2), {}])
