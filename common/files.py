@@ -112,7 +112,7 @@ def digest(*tensors: torch.Tensor) -> str:
 
 # ---------------------------------------------------------------------------------------------- names
 
-DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}  # of Windows
+DEVICE = re.compile(r"(con|prn|aux|nul|(com|lpt)\d)\s*(\.|$)", re.IGNORECASE)  # of Windows, whatever its ending
 LONGEST_NAME = 70  # characters
 
 
@@ -124,8 +124,7 @@ def safe_name(name: str) -> str:
     """
     spelled = re.sub(r"[^\w.+@=, ()\[\]-]", "_", name)
     spelled = spelled.strip(". ")[:LONGEST_NAME]
-    device = spelled.partition(".")[0].strip().lower() in DEVICES
-    if spelled == name and name and not device:
+    if spelled == name and name and not DEVICE.match(name):
         return name
 
     # Windows looks at what stands before the first dot.
