@@ -8,15 +8,12 @@ Settings say under "config" what the numbers of the distillation are, and under 
 """
 from __future__ import annotations
 
-import sys
-import time
 from pathlib import Path
 
 from common import files
-from common.machine import peak_gb, versions
 from common.settings import differences
 from export.pictures import LABELS
-from reconstruction import OUTPUT_FIELDS, Reconstruction
+from reconstruction import OUTPUT_FIELDS
 
 # What is shown, and what else a run leaves.
 PICTURES = ("comparison.png", "turntable.gif", "mesh.ply")
@@ -57,18 +54,6 @@ def claim(folder: Path, settings: dict, extend: bool = False) -> None:
         for name in LEFT_BESIDE + PICTURES:
             (folder / name).unlink(missing_ok=True)
     files.save_json(settings, folder / "settings.json")
-
-
-def account(ours: Reconstruction, device: str, began: float) -> dict:
-    """How a result came about, and what it took since the moment `began` of the monotonic clock."""
-    return {
-        "command": " ".join(sys.argv),
-        "gone_on_from": ours.gone_on_from,
-        "versions": versions(device),
-        "seconds": round(time.monotonic() - began + ours.earlier_seconds, 1),
-        "distillation_seconds": round(ours.seconds, 1),
-        "peak_gb": peak_gb(device),
-    }
 
 
 def finished(folder: Path, settings: dict) -> dict | None:
