@@ -57,7 +57,7 @@ def read_json(path: str | Path) -> dict:
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
-        raise ValueError(f"{path}: not a JSON file; delete it or choose another folder") from None
+        data = None
     if not isinstance(data, dict):
         raise ValueError(f"{path}: not a JSON object; delete it or choose another folder")
     return data

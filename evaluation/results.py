@@ -12,7 +12,6 @@ from pathlib import Path
 
 from common import files
 from common.settings import differences
-from export.pictures import LABELS
 from reconstruction import OUTPUT_FIELDS
 
 # What is shown, and what else a run leaves.
@@ -61,9 +60,7 @@ def finished(folder: Path, settings: dict) -> dict | None:
     if not all((folder / name).exists() for name in ("metrics.json", "field.pt", *PICTURES)):
         return None
     result = files.read_json(folder / "metrics.json")
-    methods = result.get("methods")
-    whole = isinstance(methods, dict) and methods.keys() <= LABELS.keys()
-    return result if whole and not differences(result.get("settings"), settings) else None
+    return None if differences(result.get("settings"), settings) else result
 
 
 def choose_folder(parent: Path, name: str, settings: dict, overwrite: bool) -> Path:
