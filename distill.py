@@ -18,8 +18,8 @@ from evaluation import results
 from evaluation.flags import (add_instance_flags, config_from_flags, instance_from_flags, note_new_categories,
                               trained_categories)
 from evaluation.instance import Instance, run_instance
-from evaluation.sources import (ENOUGH, CO3DSequence, OwnPhotographs, Source, check_inputs, find_sequence,
-                                find_views, random_views)
+from evaluation.sources import (ENOUGH, OwnPhotographs, Source, check_inputs, find_sequence, find_views,
+                                random_views)
 from evaluation.tables import table
 from photographs.reading import read_capture
 
@@ -92,16 +92,15 @@ def instance_of_command(args: argparse.Namespace) -> Instance:
     """What all flags say."""
     # Of own photographs their number decides about a prior.
     source = find_source(args)
-    if isinstance(source, CO3DSequence):
-        config = config_from_flags(args, args.no_prior)
-        instance = instance_from_flags(args, source, config, args.input_frames, args.no_prior)
-        if instance.weights:
-            note_new_categories(args.weights, [source.entry.category])
-    else:
+    input_frames = args.input_frames
+    no_prior = args.no_prior
+    if isinstance(source, OwnPhotographs):
         input_frames = choose_photographs(source, args)
         no_prior = without_prior(args, len(input_frames))
-        config = config_from_flags(args, no_prior)
-        instance = instance_from_flags(args, source, config, input_frames, no_prior)
+    elif not no_prior:
+        note_new_categories(args.weights, [source.entry.category])
+    config = config_from_flags(args, no_prior)
+    instance = instance_from_flags(args, source, config, input_frames, no_prior)
 
     # What takes longer than somebody may hope.
     if instance.weights and args.device == "cpu" and sparsefusion.read_preset(args.weights).name == "paper":

@@ -166,7 +166,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--instances", type=cli.views, default=10, metavar="N",
                    help="the first N sequences of every category; 0 for all (default: 10)")
     p.add_argument("--list", type=Path, metavar="F",
-                   help="the sequences of a list.json instead of --category, --instances, --protocol")
+                   help="the sequences of a list.json, instead of --category, --instances, --protocol")
     p.add_argument("--out", type=Path, default=Path("output/evaluation"), metavar="DIR",
                    help="results, a folder a sequence (default: output/evaluation)")
 

@@ -332,7 +332,7 @@ def command(args: argparse.Namespace) -> None:
     for root in args.root:
         available(root, args.category, TRAINING)
     size = config.model.image_size
-    data = load_packed(args.root, args.category, None, config.frames, size, split=TRAINING).to(args.device)
+    data = load_packed(args.root, args.category, config.frames, size, split=TRAINING).to(args.device)
     print(f"{len(data)} sequences of {data.rgba.shape[1]} pictures")
 
     # A network to train. Its file will tell what it has seen.

@@ -1,14 +1,13 @@
 """The released weights, matched key by key: which file holds what, and what its layers are called here.
 
 A table of rules turns the released names into ours. What is missing, left over or of another shape ends in
-one line that lists it; nothing is dropped silently.
+one line that names it; nothing is dropped silently.
 
 What differs from the released code: there only the VLDM's file must fit; of the EFT's and the VAE's it takes what it
 knows, whatever else is there or missing [released: load_model.py:37-40, 94, 153]. Here every file must fit.
 """
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -55,41 +54,30 @@ def fits(value, wanted: Tensor) -> bool:
 def fill(module: nn.Module, state: dict, part: Part, path: str | Path) -> dict[str, Tensor]:
     """Copy the released `state` of the file `path` into a module; returns what of it is known to be unused.
 
-    Raises `ValueError` with the first few keys that do not fit; for a missing one with our name and the nearest key.
+    Raises `ValueError` with the first key that does not fit: a released one, or ours for one that is missing.
     """
     wanted = module.state_dict()
     found = {}
     unused = {}
-    left_over = {}  # our name -> released key
-    problems = []
 
-    # Every released key is unused, or one of ours, or nobody's.
+    # Every released key is unused, or one of ours.
     for key, value in state.items():
         name = our_name(key, part.rules)
         if isinstance(value, Tensor) and any(re.search(pattern, key) for pattern in part.unused):
             unused[key] = value
-        elif name not in wanted or name in found:
-            left_over[name] = key
-            problems.append(f"key {key!r}: expected no such key, found {describe(value)}")
-        else:
-            found[name] = value
-            if not fits(value, wanted[name]):
-                problems.append(f"key {key!r}: expected {describe(wanted[name])}, found {describe(value)}")
+            continue
+        if name not in wanted or name in found:
+            raise ValueError(f"{path}: key {key!r}: expected no such key, found {describe(value)}")
+        if not fits(value, wanted[name]):
+            raise ValueError(f"{path}: key {key!r}: expected {describe(wanted[name])}, found {describe(value)}")
+        found[name] = value.reshape(wanted[name].shape)
 
     # Every weight of ours must be among them.
     missing = [name for name in wanted if name not in found]
-    for name in missing[:3]:
-        near = difflib.get_close_matches(name, left_over, 1)
-        hint = f"; nearest is {left_over[near[0]]!r}" if near else ""
-        problems.append(f"our {name!r}: expected {describe(wanted[name])}, found no key for it{hint}")
-
-    # Three of the problems make the message; the others are counted.
-    more = len(problems) + len(missing[3:]) - 3
-    if more > 0:
-        problems[3:] = [f"and {more} more"]
-    if problems:
-        raise ValueError(f"{path}: {'; '.join(problems)}")
-    module.load_state_dict({name: value.reshape(wanted[name].shape) for name, value in found.items()})
+    if missing:
+        raise ValueError(f"{path}: our {missing[0]!r}: expected {describe(wanted[missing[0]])}, found no key for it "
+                         f"({len(missing)} missing)")
+    module.load_state_dict(found)
     return unused
 
 

@@ -180,20 +180,15 @@ def _find(name: str, types: dict[str, type], fixed) -> str:
 
 
 def _parse(path: str, text: str, kind):
-    """A value of a field's type from text; a tuple's have commas between them."""
-    if get_origin(kind) is not tuple:
-        return _parse_one(path, text, kind)
+    """A value of a field's type from text: true or false, a number, a word, or several with commas between them."""
+    # As many as the type of a tuple says, or any number of them.
+    if get_origin(kind) is tuple:
+        parts = text.split(",")
+        kinds = get_args(kind)
+        if kinds[-1] is not Ellipsis and len(parts) != len(kinds):
+            raise ValueError(f"--set {path}={text}: {len(kinds)} values with commas between them are needed")
+        return tuple(_parse(path, part, kinds[0]) for part in parts)
 
-    # As many as the type says, or any number of them.
-    parts = text.split(",")
-    kinds = get_args(kind)
-    if kinds[-1] is not Ellipsis and len(parts) != len(kinds):
-        raise ValueError(f"--set {path}={text}: {len(kinds)} values with commas between them are needed")
-    return tuple(_parse_one(path, part, kinds[0]) for part in parts)
-
-
-def _parse_one(path: str, text: str, kind: type):
-    """True or false, a number, or a word."""
     try:
         value = BOOLS[text.lower()] if kind is bool else kind(text)
         if kind is float and not math.isfinite(value):

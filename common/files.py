@@ -57,7 +57,7 @@ def read_json(path: str | Path) -> dict:
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
-        raise ValueError(f"{path}: not a JSON file; delete it or choose another folder") from None
+        data = None
     if not isinstance(data, dict):
         raise ValueError(f"{path}: not a JSON object; delete it or choose another folder")
     return data
@@ -112,7 +112,7 @@ def digest(*tensors: torch.Tensor) -> str:
 
 # ---------------------------------------------------------------------------------------------- names
 
-DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}  # of Windows
+DEVICE = re.compile(r"(con|prn|aux|nul|(com|lpt)\d)\s*(\.|$)", re.IGNORECASE)  # of Windows, whatever its ending
 LONGEST_NAME = 70  # characters
 
 
@@ -124,8 +124,7 @@ def safe_name(name: str) -> str:
     """
     spelled = re.sub(r"[^\w.+@=, ()\[\]-]", "_", name)
     spelled = spelled.strip(". ")[:LONGEST_NAME]
-    device = spelled.partition(".")[0].strip().lower() in DEVICES
-    if spelled == name and name and not device:
+    if spelled == name and name and not DEVICE.match(name):
         return name
 
     # Windows looks at what stands before the first dot.

@@ -20,8 +20,9 @@ def differences(found, wanted, ignore: tuple[str, ...] = (), extend: bool = Fals
     `ignore`: paths that do not count. With `extend`, the number of iterations may be larger here, and with it what
     follows from it.
     """
-    found = _flat(found)
-    wanted = _flat(wanted)
+    # As JSON has them, which knows no tuples.
+    found = _flat(json.loads(json.dumps(found, default=str)))
+    wanted = _flat(json.loads(json.dumps(wanted, default=str)))
     if extend and found.get("config.iterations", math.inf) < wanted["config.iterations"]:
         ignore += LENGTH
     paths = [path for path in wanted | found if path not in ignore and found.get(path) != wanted.get(path)]
@@ -39,17 +40,11 @@ def differences(found, wanted, ignore: tuple[str, ...] = (), extend: bool = Fals
     return f"{', '.join(parts)} differ: {', '.join(values)}{more}"
 
 
-def _flat(settings) -> dict:
-    """Nested settings as one dictionary, path -> value; as JSON has them, which knows no tuples."""
+def _flat(settings, path: str = "") -> dict:
+    """Nested settings as one dictionary, path -> value; what is no dictionary is a value."""
+    if not isinstance(settings, dict):
+        return {path: settings}
     flat = {}
-
-    def add(path: str, value) -> None:
-        """What is no dictionary is a value."""
-        if not isinstance(value, dict):
-            flat[path] = value
-            return
-        for name, inner in value.items():
-            add(f"{path}.{name}" if path else name, inner)
-
-    add("", json.loads(json.dumps(settings, default=str)))
+    for name, value in settings.items():
+        flat |= _flat(value, f"{path}.{name}" if path else name)
     return flat

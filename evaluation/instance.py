@@ -4,6 +4,7 @@ Shapes: `T` target views, `S` side of the image.
 """
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,6 +19,7 @@ import sparsefusion
 from cameras import Scene
 from checkpoints import released
 from common import files
+from common.machine import peak_gb, versions
 from distillation import DistillConfig
 from evaluation import baselines, results
 from evaluation.sources import Source, choose_targets, find_views, random_views
@@ -231,7 +233,13 @@ def run_instance(instance: Instance, out: Path, overwrite: bool = False, extend:
         "perceptual_name": distance_name,
         "world": world,
         "settings": settings,
-    } | results.account(ours, instance.device, began)
+        "command": " ".join(sys.argv),
+        "resumed_from": ours.resumed_from,
+        "versions": versions(instance.device),
+        "seconds": round(time.monotonic() - began + ours.earlier_seconds, 1),
+        "distillation_seconds": round(ours.seconds, 1),
+        "peak_gb": peak_gb(instance.device),
+    }
     files.save_json(result, out / "metrics.json")
     (out / "field_alone.pt").unlink(missing_ok=True)
     return result

@@ -8,15 +8,11 @@ Settings say under "config" what the numbers of the distillation are, and under 
 """
 from __future__ import annotations
 
-import sys
-import time
 from pathlib import Path
 
 from common import files
-from common.machine import peak_gb, versions
 from common.settings import differences
-from export.pictures import LABELS
-from reconstruction import OUTPUT_FIELDS, Reconstruction
+from reconstruction import OUTPUT_FIELDS
 
 # What is shown, and what else a run leaves.
 PICTURES = ("comparison.png", "turntable.gif", "mesh.ply")
@@ -59,26 +55,12 @@ def claim(folder: Path, settings: dict, extend: bool = False) -> None:
     files.save_json(settings, folder / "settings.json")
 
 
-def account(ours: Reconstruction, device: str, began: float) -> dict:
-    """How a result came about, and what it took since the moment `began` of the monotonic clock."""
-    return {
-        "command": " ".join(sys.argv),
-        "resumed_from": ours.resumed_from,
-        "versions": versions(device),
-        "seconds": round(time.monotonic() - began + ours.earlier_seconds, 1),
-        "distillation_seconds": round(ours.seconds, 1),
-        "peak_gb": peak_gb(device),
-    }
-
-
 def finished(folder: Path, settings: dict) -> dict | None:
     """What `metrics.json` of a folder holds, if it was made from these settings and everything else is there, too."""
     if not all((folder / name).exists() for name in ("metrics.json", "field.pt", *PICTURES)):
         return None
     result = files.read_json(folder / "metrics.json")
-    methods = result.get("methods")
-    whole = isinstance(methods, dict) and methods.keys() <= LABELS.keys()
-    return result if whole and not differences(result.get("settings"), settings) else None
+    return None if differences(result.get("settings"), settings) else result
 
 
 def choose_folder(parent: Path, name: str, settings: dict, overwrite: bool) -> Path:

@@ -13,13 +13,14 @@ import vldm
 from cameras import depth_range
 from checkpoints import convert
 from common import files
+from datasets.co3d import load_sequence
 from tests.support import parity
 from tests.support.helpers import Evil, one_line, same
 from tests.support.small import SHORT, TINY, ball, tiny_model
 from tests.support.thin import SMALL
-from training.packed import load_packed
 
 SAMPLE = Path(__file__).resolve().parent.parent / "sample" / "co3d"
+FRAMES = [1, 8, 16, 24]  # of a toy, from all around
 
 
 # --- files ---
@@ -86,7 +87,7 @@ def test_broken_checkpoints(tmp_path):
 
 def test_shapes_and_ranges():
     model, g = tiny_model(), torch.Generator().manual_seed(0)
-    scene = load_packed([SAMPLE], "toys", ["toy_1000_00000"], 4, TINY.image_size, workers=1)[0]
+    scene = load_sequence(SAMPLE, "toys", "toy_1000_00000", TINY.image_size, FRAMES)
     views = scene.cameras
     features, images = model.condition(scene.images[:2], scene.cameras[:2], scene.cameras[2:], views)
     assert features.shape == (2, 16, 8, 8) and images.shape == (2, 3, 8, 8) and 0 <= images.min() and images.max() <= 1
@@ -132,7 +133,7 @@ def shaky_model():
     torch.manual_seed(0)
     model = sparsefusion.SparseFusion(replace(TINY, eft=replace(TINY.eft, dropout=0.3)))
     model = sparsefusion.ready(model, "cpu")
-    scene = load_packed([SAMPLE], "toys", ["toy_1000_00000"], 4, TINY.image_size, workers=1)[0]
+    scene = load_sequence(SAMPLE, "toys", "toy_1000_00000", TINY.image_size, FRAMES)
     given = (scene.images[:2], scene.cameras[:2])
     return model, given, scene.cameras[2:], scene.cameras
 
@@ -208,7 +209,7 @@ def test_training_mode_of_the_eft_leaves_no_trace():
 
 def test_training_mode_without_dropout_is_batch_statistics():
     model = tiny_model()
-    scene = load_packed([SAMPLE], "toys", ["toy_1000_00000"], 4, TINY.image_size, workers=1)[0]
+    scene = load_sequence(SAMPLE, "toys", "toy_1000_00000", TINY.image_size, FRAMES)
     given = (scene.images[:2], scene.cameras[:2], scene.cameras[2:3], scene.cameras)
     shaken = model.condition(*given, train_mode=True).features
     other = replace(TINY, eft=replace(TINY.eft, dropout=0.0))

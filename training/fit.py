@@ -1,7 +1,7 @@
 """The training loop: Adam with warm-up, cosine decay, clipped gradients and an average of the weights; it saves
 itself and resumes.
 
-The loop knows no model and no data: a `Training` brings the module, the loss of a step, and what to write at the end.
+The loop knows no model and no data: a training brings the module, the loss of a step, and what to write at the end.
 The schedule is not the released one, which is one sequence a step and Adam at 5e-5, halved every 50 k steps
 [released: train.py:272-281, 435-439].
 """
@@ -11,11 +11,9 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from common import files
 from common.processes import Interrupted, uninterruptible
@@ -46,26 +44,18 @@ class FitConfig:
             raise ValueError(f"ema {self.ema} is not at least 0 and below 1")
 
 
-class Training(Protocol):
-    """What is trained, how, and what comes of it."""
-    module: nn.Module
-
-    def loss(self, generator: torch.Generator) -> tuple[Tensor, Numbers]:
-        """What one step minimizes, a scalar, and what it shows."""
-
-    def finish(self, average: dict[str, Tensor], out: Path) -> None:
-        """Write the weights file from the averaged weights of the module."""
-
-
 class Fit:
-    """A training in progress.
+    """A training in progress: of `training.module`.
+
+    `training.loss(generator)` is what one step minimizes, a scalar, and what it shows, `Numbers`;
+    `training.finish(average, out)` writes the weights file from the averaged weights of the module, by name.
 
     Step k draws from generators seeded by (seed, k), so an interrupted run goes on as it would have. Every two
     minutes and at the end the state goes to `<out>.state`, and the training writes `out`. `settings` is plain data
     that decides the result: a state with other settings is refused.
     """
 
-    def __init__(self, training: Training, config: FitConfig, out: Path, seed: int, device: str, settings: dict):
+    def __init__(self, training, config: FitConfig, out: Path, seed: int, device: str, settings: dict):
         self.training = training
         self.config = config
         self.out = out
@@ -164,20 +154,17 @@ class Fit:
                 shown[name] = 0.98 * shown.get(name, x) + 0.02 * x
 
             # Once in a while: say how it goes, stop in time, save.
-            last = self.completed == self.config.steps
-            if step % 50 and not last:
+            if step % 50 and self.completed < total:
                 continue
             now = time.monotonic()
             progress.note = ", ".join(f"{name} {x:.4f}" for name, x in shown.items())
-            if step % 500 == 0 or last:
-                seconds = now - began
-                tqdm.write(f"step {self.completed} of {total}, {seconds:.0f} s: {progress.note}")
             if minutes and now - began > 60 * minutes:
-                tqdm.write(f"stopped after {minutes} minutes at step {self.completed}; the same command resumes")
+                print(f"stopped after {minutes} minutes; the same command resumes")
                 break
             if now - saved > self.config.save_seconds:
                 self.save()
                 saved = now
+        print(f"step {self.completed} of {total}, {time.monotonic() - began:.0f} s: {progress.note}")
 
 
 def learning_rate(step: int, config: FitConfig) -> float:

@@ -183,25 +183,25 @@ def test_annotations_are_parsed_once_until_they_change(tree, cache, monkeypatch)
 
 
 def test_packed(tree):
-    packed = load_packed([tree], "thing", None, 3, 40, workers=2)
-    assert packed.names == ["a", "b"] and packed.frames == [["12", "9", "3"], ["3", "6", "9"]]
+    packed = load_packed([tree], "thing", 3, 40, workers=2)
+    assert packed.names == ["a", "b"]
     assert packed.rgba.shape == (2, 3, 4, 40, 40) and packed.valid.shape == (2, 3, 1, 40, 40)
     assert packed.cameras.R.shape == (2, 3, 3, 3)
     assert packed.rgba.dtype == packed.valid.dtype == torch.uint8
-    for n, name in enumerate(packed.names):
-        scene, expected = packed[n], load_sequence(tree, "thing", name, 40, [int(i) for i in packed.frames[n]])
-        parity.assert_close(scene.images, expected.images, atol=0.51 / 255)
-        assert torch.equal(scene.masks, expected.masks) and torch.equal(scene.valid, expected.valid)
-        assert torch.equal(scene.cameras.focal, expected.cameras.focal)
-        assert scene.names == expected.names and scene.sequence == name
-    one = load_packed([tree], "thing", None, 4, 40, workers=1)
+    for n, (name, frames) in enumerate([("a", [12, 9, 3]), ("b", [3, 6, 9])]):
+        expected = load_sequence(tree, "thing", name, 40, frames)
+        parity.assert_close(packed.rgba[n, :, :3] / 255, expected.images, atol=0.51 / 255)
+        assert torch.equal(packed.rgba[n, :, 3:] / 255, expected.masks)
+        assert torch.equal(packed.valid[n].float(), expected.valid)
+        assert torch.equal(packed.cameras[n].focal, expected.cameras.focal)
+    one = load_packed([tree], "thing", 4, 40, workers=1)
     assert one.names == ["a"] and len(one) == 1 and one.to("cpu").names == ["a"]
-    assert load_packed([tree, tree], "thing", None, 3, 40, workers=1).names == ["a", "b", "a", "b"]
+    assert load_packed([tree, tree], "thing", 3, 40, workers=1).names == ["a", "b", "a", "b"]
     with pytest.raises(ValueError, match="no sequence has 5 frames"):
-        load_packed([tree], "thing", None, 5, 40)
+        load_packed([tree], "thing", 5, 40)
     (tree / "thing/b/images/frame000006.png").write_bytes(b"\x89PNG broken")
     with pytest.raises(ValueError, match="frame000006.png: not a readable picture"):
-        load_packed([tree], "thing", ["a", "b"], 3, 40, workers=1)
+        load_packed([tree], "thing", 3, 40, workers=1)
 
 
 # ---------------------------------------------------------------------------------------------- what can be wrong
@@ -305,7 +305,7 @@ def test_toy_file(tmp_path):
     halved = torch.nn.functional.avg_pool2d(items[0]["images"], 2)  # what bilinear is at half the size
     parity.assert_close(small.images, halved, atol=1e-6)
     assert torch.equal(small.masks, items[0]["masks"][..., ::2, ::2])
-    packed = load_packed([tmp_path], "hydrant", None, 3, 16, workers=1)
+    packed = load_packed([tmp_path], "hydrant", 3, 16, workers=1)
     assert packed.rgba.shape == (2, 3, 4, 16, 16) and packed.names == ["toy0", "toy1"]
 
 

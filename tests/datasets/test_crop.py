@@ -115,6 +115,6 @@ def test_scenes_move_whatever_the_order_of_their_fields():
     assert {x.device.type for x in parts} == {"meta"}
     assert moved.names == ["3", "6"] and moved.sequence == "a"
     rgba, valid = torch.zeros(1, 2, 4, 4, 4).byte(), torch.ones(1, 2, 1, 4, 4).byte()
-    moved = PackedScenes(rgba, valid, cameras.unsqueeze(0), ["a"], [["3", "6"]]).to("meta")
+    moved = PackedScenes(rgba, valid, cameras.unsqueeze(0), ["a"]).to("meta")
     assert {x.device.type for x in (moved.rgba, moved.valid, moved.cameras.T)} == {"meta"}
-    assert moved.names == ["a"] and moved.frames == [["3", "6"]]
+    assert moved.names == ["a"]

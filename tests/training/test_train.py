@@ -64,7 +64,7 @@ def test_colors_at_pixel_centers():
 # --- data ---
 
 def test_a_query_view_is_none_of_its_inputs():
-    data = load_packed([SAMPLE], "toys", None, 5, 32, workers=1)
+    data = load_packed([SAMPLE], "toys", 5, 32, workers=1)
     for seed in range(20):
         batch = train.draw_batch(data, 3, (1, 3), torch.Generator().manual_seed(seed))
         assert 1 <= batch.images.shape[1] <= 3 and len(batch.target) == 3
@@ -78,14 +78,14 @@ def test_a_query_view_is_none_of_its_inputs():
 @functools.cache
 def packed(root, category, frames, size, split):
     """What was decoded once serves every training: it is only read."""
-    return load_packed([root], category, None, frames, size, workers=1, split=split)
+    return load_packed([root], category, frames, size, workers=1, split=split)
 
 
 @pytest.fixture
 def training(tmp_path, monkeypatch):
     """A function that runs `train.py` on the shipped sample with a tiny preset and returns the weights file."""
     monkeypatch.setitem(presets.MODELS, "nano", TINY)
-    monkeypatch.setattr(train, "load_packed", lambda roots, category, names, frames, size, split: packed(
+    monkeypatch.setattr(train, "load_packed", lambda roots, category, frames, size, split: packed(
         *roots, category, frames, size, split))
 
     def run(what, out, *flags):
