@@ -9,7 +9,6 @@ Shapes: `V` input views, `Q` query views, `B` batch, `C` feature channels, `S` i
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -29,7 +28,7 @@ from cameras import Cameras, depth_range
 from common import files
 from common.machine import randn
 from common.progress import Progress
-from gpu.graphs import TOLERANCE
+from gpu.graphs import half_is_accurate
 
 ROOT = Path(__file__).resolve().parent
 SHIPPED = ROOT / "sample" / "nano.pt"
@@ -148,7 +147,7 @@ class SparseFusion(nn.Module):
         rays = max(1, EFT_BYTES[images.device.type] // self.eft.ray_bytes(len(images)))
         together = 1 if train_mode or where is not None else max(1, rays // size**2)
         gpus = [images.device] if images.is_cuda else []  # whose random numbers dropout takes
-        half = not train_mode and self._half_serves_eft(images, inputs, queries[:1], depth_range)
+        half = not train_mode and self._half_is_accurate_eft(images, inputs, queries[:1], depth_range)
         views = []
         with _training(self.eft, train_mode), torch.autocast("cuda", torch.float16, enabled=half):
             # The inputs are encoded once; every query viewpoint looks at the same maps.
@@ -168,7 +167,7 @@ class SparseFusion(nn.Module):
         colors = torch.cat([view.color for view in views])
         return Condition(features, colors)
 
-    def _half_serves_eft(self, images: Tensor, inputs: Cameras, query: Cameras,
+    def _half_is_accurate_eft(self, images: Tensor, inputs: Cameras, query: Cameras,
                          depth_range: tuple[float, float]) -> bool:
         """On a GPU: whether the EFT says the same in half precision and in float32 of 256 rays of a query view (1,).
         If not, a line says so.
@@ -182,14 +181,8 @@ class SparseFusion(nn.Module):
                 view = self.eft.image(maps[None], images[None], inputs.unsqueeze(0), query, 16, *depth_range, 256)
             features.append(view.features)
 
-        # A number that is not finite makes the error one that is not below anything.
         exact, rounded = features
-        error = float((rounded - exact).square().mean().sqrt() / exact.std())
-        if error < TOLERANCE:
-            return True
-        print(f"the EFT runs in float32: in half precision it is off by {error:.3f} of the result's spread, more than "
-              f"{TOLERANCE}", file=sys.stderr)
-        return False
+        return half_is_accurate("the EFT", rounded, exact)
 
     @torch.no_grad()
     def denoise(self, images: Tensor, features: Tensor, noise_levels: Sequence[float], generator: torch.Generator,

@@ -259,7 +259,7 @@ class VAE(nn.Module):
         Differentiable in the images. A CUDA graph can capture it after a first call.
         """
         symmetric = 2 * images - 1
-        if self.fast is None or not self.fast.encode.half_serves:
+        if self.fast is None or not self.fast.encode.half_is_accurate:
             return self.encoder.features(symmetric)
 
         # The gradient of a mean over pixels is too small a number for half precision, but not times the pixels.

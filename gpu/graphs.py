@@ -65,7 +65,7 @@ def half_copy(network: nn.Module, exact: tuple[str, ...] = ()) -> nn.Module:
     return half
 
 
-def half_serves(name: str, half: Tensor, exact: Tensor) -> bool:
+def half_is_accurate(name: str, half: Tensor, exact: Tensor) -> bool:
     """Whether what a network said in half precision is close to what it says in float32; a line says so if not."""
     exact = exact.float()
     error = float((half.float() - exact).square().mean().sqrt() / exact.std())
@@ -89,7 +89,7 @@ class Graphed:
         self.most = min(most, SIZES[-1])
         self.half = half
         self.full = full
-        self.half_serves = True
+        self.half_is_accurate = True
         self.proven = False
         self.captures = {}
         self.pool = None  # the memory of all graphs
@@ -120,12 +120,12 @@ class Graphed:
     def prove(self, inputs: tuple[Tensor, ...]) -> None:
         """Decide for half precision or float32, on the first and the last image."""
         ends = [x[[0, -1]] for x in inputs]
-        self.half_serves = half_serves(self.name, self.half(*ends), self.full(*ends))
+        self.half_is_accurate = half_is_accurate(self.name, self.half(*ends), self.full(*ends))
         self.proven = True
 
     def capture(self, inputs: list[Tensor]) -> Capture:
         """The graph of one forward pass that reads these tensors."""
-        function = self.half if self.half_serves else self.full
+        function = self.half if self.half_is_accurate else self.full
 
         # The first call of a shape loads kernels, which no graph may contain.
         stream = _side_stream()

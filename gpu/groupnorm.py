@@ -99,8 +99,8 @@ def group_norm(x: Tensor | Convolved, norm: nn.GroupNorm, silu: bool = True,
                modulation: Tensor | None = None) -> Tensor:
     """`norm` of a map (B, C, H, W), then (1 + scale) * it + shift, then SiLU unless told otherwise: like x.
 
-    modulation (B, 2 C): scale and shift per channel, side by side. On a GPU and in half precision it is differentiable in
-    x alone, and only without a modulation.
+    modulation (B, 2 C): scale and shift per channel, side by side. On a GPU and in half precision it is differentiable
+    in x alone, and only without a modulation.
     """
     x = x if isinstance(x, Convolved) else Convolved(x)
     compiled = _kernels_for(x.map, norm.weight, _vector(norm))
@@ -132,7 +132,7 @@ def add(shortcut: Convolved, x: Convolved, gate: Tensor | None = None) -> Tensor
 
 
 def _is_for_kernels(x: Tensor, weight: Tensor | None) -> bool:
-    """Whether kernels are used for a map and a layer's weight: on a GPU, in half precision, where weights do not learn."""
+    """Whether kernels are used: for a map on a GPU and a layer's weight, both in half precision, that does not learn."""
     if weight is None or not x.is_cuda or x.dtype != torch.float16 or weight.dtype != torch.float16:
         return False
     return not (weight.requires_grad and torch.is_grad_enabled())

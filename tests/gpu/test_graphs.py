@@ -30,7 +30,7 @@ def captured(monkeypatch):
 
     def capture(self, inputs):
         captured.append([tuple(x.shape) for x in inputs])
-        graph = StandIn(self.half if self.half_serves else self.full, inputs)
+        graph = StandIn(self.half if self.half_is_accurate else self.full, inputs)
         return graphs.Capture(graph, graph.inputs, graph.output)
 
     monkeypatch.setattr(Graphed, "capture", capture)
@@ -61,14 +61,14 @@ def test_a_large_batch_goes_in_parts(captured, noise, most, count, sizes):
 @pytest.mark.parametrize("wrong", [lambda x: x + 0.1, lambda x: x * float("nan"), lambda x: x / 0])
 def test_half_precision_that_is_too_wrong_is_not_taken(captured, noise, capsys, wrong):
     function, x = Graphed("the network", wrong, lambda x: 3 * x), noise(2, 4)()
-    assert torch.equal(function(x), 3 * x) and torch.equal(function(-x), -3 * x) and not function.half_serves
+    assert torch.equal(function(x), 3 * x) and torch.equal(function(-x), -3 * x) and not function.half_is_accurate
     line, = capsys.readouterr().err.splitlines()
     assert "the network runs in float32" in line
 
 
 def test_half_precision_that_is_close_is_taken_without_a_word(captured, noise, capsys):
     function, x = Graphed("the network", lambda x: x.half(), lambda x: x), noise(2, 4)()
-    assert torch.equal(function(x), x.half().float()) and function(x).dtype == torch.float32 and function.half_serves
+    assert torch.equal(function(x), x.half().float()) and function(x).dtype == torch.float32 and function.half_is_accurate
     assert not capsys.readouterr().err
 
 
@@ -170,7 +170,7 @@ def test_a_model_on_a_gpu_is_the_model():
     shown = model.denoise(x.cuda(), features.cuda(), levels, torch.Generator().manual_seed(0), SHORT.sampler)
     expected = exact.denoise(x, features, levels, torch.Generator().manual_seed(0), SHORT.sampler)
     parity.assert_close(shown, expected, atol=0.02)
-    assert model.vae.fast.encode.half_serves and model.vldm.fast.predict.half_serves
+    assert model.vae.fast.encode.half_is_accurate and model.vldm.fast.predict.half_is_accurate
 
     def gradient(model, a, b):
         return torch.autograd.grad(model.feature_distance(a, b).sum(), a)[0]
