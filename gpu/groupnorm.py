@@ -132,7 +132,7 @@ def add(shortcut: Convolved, x: Convolved, gate: Tensor | None = None) -> Tensor
 
 
 def _is_for_kernels(x: Tensor, weight: Tensor | None) -> bool:
-    """Whether kernels are used: for a map on a GPU and a layer's weight, both in half precision, that does not learn."""
+    """Whether kernels are used: for a map and a weight that does not learn, on a GPU and in half precision."""
     if weight is None or not x.is_cuda or x.dtype != torch.float16 or weight.dtype != torch.float16:
         return False
     return not (weight.requires_grad and torch.is_grad_enabled())

@@ -68,7 +68,8 @@ def test_half_precision_that_is_too_wrong_is_not_taken(captured, noise, capsys, 
 
 def test_half_precision_that_is_close_is_taken_without_a_word(captured, noise, capsys):
     function, x = Graphed("the network", lambda x: x.half(), lambda x: x), noise(2, 4)()
-    assert torch.equal(function(x), x.half().float()) and function(x).dtype == torch.float32 and function.half_is_accurate
+    assert torch.equal(function(x), x.half().float()) and function(x).dtype == torch.float32
+    assert function.half_is_accurate
     assert not capsys.readouterr().err
 
 
