@@ -277,7 +277,7 @@ def _fit_circle(cameras: Cameras, at: Tensor) -> Circle | None:
     normal = axes[2]
 
     # The SVD leaves the normal's sign open. A mean center over 1.5 units along it turns it round, so that it points
-    # back to the origin [released: camera_utils.py:211-217]. Nearer than that the sign would stay the SVD's whim;
+    # back to the origin [released: camera_utils.py:211-217]. Nearer than that the sign that the SVD gives is arbitrary;
     # there the cameras' vertical decides.
     upright = upright_axis(cameras)
     height = normal @ mean

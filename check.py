@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _command(args: argparse.Namespace) -> None:
     """Read, examine, print, draw."""
-    # An even choice of what is there, or of what is asked for.
+    # An even choice of what is there, or of the names given.
     source = _find_source(args)
     views = find_views(source, args.frames, "--frames") if args.frames else list(range(len(source.names)))
     chosen = evenly_spaced(len(views), min(args.views or MOST, MOST))

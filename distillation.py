@@ -48,7 +48,7 @@ from sparsefusion import Condition, SparseFusion
 from volume import Occupancy, SampleBuffer
 
 MOST_FURTHER = 20_000  # iterations that many input views may add
-LONG = 4000  # iterations from which on a field without a prior learns more from several rays a pixel than from one
+LONG = 4000  # iterations from which on a field without a prior learns more from several rays per pixel than from one
 SAVE_SECONDS = 60  # between two checkpoints of a running distillation
 UNLIKE = 2  # times as bright or dark as other photographs is one that was exposed otherwise
 LOOK_EVERY = 16    # iterations, at most, between two looks at the losses
@@ -290,7 +290,7 @@ def guess_exposures(images: Tensor, masks: Tensor) -> Tensor:
     """Logarithmic gains (V,) of photographs (V, 3, S, S) with masks (V, 1, S, S) that were exposed otherwise than most.
 
     The object in such a one is over `UNLIKE` times as bright or as dark as in the median photograph. Others have 0:
-    that much is their side of the object, and what exposures they had is learned. Of two nobody can say which it is.
+    that much may be their side of the object; their exposures are learned. Of two it cannot be told which.
     """
     if len(images) < 3:
         return images.new_zeros(len(images))
@@ -607,8 +607,8 @@ class Distillation:
             return
         most = int(self.buffer.most)
         if most > self.buffer.size:
-            print(f"{most - self.buffer.size} of {most} samples of a rendering counted as empty, for lack of room; "
-                  "there is room for all of them now")
+            print(f"{most - self.buffer.size} of {most} samples of a rendering counted as empty, beyond the buffer's "
+                  "capacity; it is larger now")
         if most > self.buffer.size or most < self.buffer.size / 2:
             self.buffer = self.new_buffer()
             self.optimization.forget_graphs()

@@ -127,7 +127,7 @@ def perceptual_distance(layers: Callable[[Tensor], Sequence[Tensor]], a: Tensor,
 class AttributeNet(nn.Module):
     """A small network that reads the attributes of a toy from one masked image; its layers measure, no loss uses them.
 
-    LPIPS asks a network that learned to name what is in photographs; this one learned to tell toys apart. Batch norm,
+    LPIPS uses a network that learned to classify photographs; this one learned the attributes of toys. Batch norm,
     because a normalization of each image for itself would hide its brightness. Measure in evaluation mode.
     """
 

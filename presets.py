@@ -62,7 +62,7 @@ PRESETS = {
     ),
     # Photographs without a prior, a dozen of them or more: highlights move, exposure varies, masks are rough, and
     # resizing without a filter aliases. (The gains of the exposures are NeRF in the Wild's appearance codes,
-    # Martin-Brualla et al. 2021, reduced to three numbers a view.)
+    # Martin-Brualla et al. 2021, reduced to three numbers per view.)
     "plain": DistillConfig(
         iterations=1000, bootstrap=666, image_size=256, render_size=64, input_pixels=4096, picture_side=2,
         lr_grid=3e-2, lr_mlp=1e-2, final_lr_fraction=0.05, betas=(0.9, 0.99), eps=1e-15,

@@ -65,7 +65,7 @@ class Reconstruction(NamedTuple):
         images = []
         silhouettes = []
         for i in Progress(range(len(cameras)), title):
-            # Several rays a pixel are a larger picture, reduced.
+            # Several rays per pixel are a larger picture, reduced.
             view = volume.render_image(self.field, cameras[i], side * size, side * size, None, self.occupancy)
             images.append(F.avg_pool2d(view.color, side))
             silhouettes.append(F.avg_pool2d(view.opacity, side))
@@ -203,7 +203,7 @@ def condition_prior(model: SparseFusion, turned: Scene, inputs: list[int], confi
 
 
 def query_viewpoints(cameras: Cameras, config: DistillConfig, seed: int) -> Cameras:
-    """Where to imagine: on the circle through a scene's cameras (B,), and at all of them [released:
+    """The query viewpoints: on the circle through a scene's cameras (B,), and at all of them [released:
     distillation.py:73-76]. (Q,)
     """
     generator = torch.Generator().manual_seed(seed)
@@ -323,7 +323,7 @@ def reconstruction_settings(scene: Scene, inputs: list[int], model: SparseFusion
 def _identity(function: Distance | None) -> str | None:
     """What tells a loss from others: a module's class and weights, or a function's name.
 
-    Raises `ValueError` for one without: of two lambdas nobody can say whether they are the same.
+    Raises `ValueError` for one without: two lambdas cannot be compared.
     """
     if function is None:
         return None

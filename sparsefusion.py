@@ -54,7 +54,7 @@ class Preset:
     def __post_init__(self):
         halvings = len(self.vae.widths) - 1
         if self.image_size < 1 or self.image_size % 2**halvings:
-            raise ValueError(f"image_size {self.image_size} cannot be halved {halvings} times, once a stage of the VAE")
+            raise ValueError(f"image_size {self.image_size} cannot be halved {halvings} times, once per VAE stage")
         if self.vae.channels != self.unet.channels:
             raise ValueError(f"vae.channels {self.vae.channels} are not the UNet's channels {self.unet.channels}")
         if self.eft.width != self.unet.cond_channels:
@@ -62,7 +62,7 @@ class Preset:
 
     @property
     def latent_size(self) -> int:
-        """h: side of the latent; the VAE halves the image once a stage but the last."""
+        """h: side of the latent; the VAE halves the image once per stage but the last."""
         return self.image_size >> (len(self.vae.widths) - 1)
 
     @property
@@ -133,8 +133,8 @@ class SparseFusion(nn.Module):
         images (V, 3, S, S) in [0, 1] with black background, `inputs` (V,) their cameras, `queries` (Q,). `scene` (B,):
         all cameras of the scene, whose object is at the origin; they decide on its units. `size` rays a side (default:
         the preset's `map_size`). `train_mode` turns dropout and batch statistics on; a view's dropout follows from
-        `seed`, its place among the queries and the rays asked about. `title` shows a progress bar. `where` (Q, size,
-        size): the rays to ask about, boolean; the others get zeros.
+        `seed`, its position among the queries and the rays. `title` shows a progress bar. `where` (Q, size,
+        size): the rays to evaluate, boolean; the others are zero.
         """
         # In the units that the weights know.
         scale, *depth_range = self.eft_units(scene)
@@ -159,8 +159,8 @@ class SparseFusion(nn.Module):
                     if train_mode:
                         torch.manual_seed(seed * 1_000_003 + first)
                     some = queries[first:first + together]
-                    asked = None if where is None else where[first]
-                    views.append(self.eft.image(*given, some, size, *depth_range, rays, asked))
+                    rays_wanted = None if where is None else where[first]
+                    views.append(self.eft.image(*given, some, size, *depth_range, rays, rays_wanted))
 
         # Side by side.
         features = torch.cat([view.features for view in views])
@@ -244,12 +244,12 @@ def _training(module: nn.Module, enabled: bool) -> Iterator[None]:
 
 def save(model: SparseFusion, path: Path, half: bool = True, stage: str = "prior",
          trained_on: Sequence[dict] = ()) -> None:
-    """One file: the preset and the weights, floating point ones in half precision unless told otherwise.
+    """One file: the preset and the weights, floating point ones in half precision if `half`.
 
     `stage` is "vae" where only the autoencoder is trained yet. `trained_on`: of every training so far, oldest first,
     what was trained ("vae" or "prior"), on which "category", and whatever else is worth knowing about its data.
     """
-    # Half precision is what the file is for; training goes on from full precision.
+    # Half precision is what the file is for; training resumes from full precision.
     weights = model.state_dict()
     if half:
         weights = {name: x.half() if x.is_floating_point() else x for name, x in weights.items()}
@@ -295,7 +295,7 @@ def read_preset(path: Path) -> Preset:
 
 
 def read_trained_on(path: Path) -> list[dict]:
-    """The trainings that made a file that `save` wrote, as `save` was told; none where nobody told."""
+    """The trainings recorded in a file of `save`, oldest first."""
     trainings = _header(path).get("trained_on")
     if not isinstance(trainings, list):
         trainings = []
@@ -331,7 +331,7 @@ def _header(path: Path) -> dict:
 
 @lru_cache(maxsize=8)
 def _read_header(path: Path, date: int, size: int) -> dict:
-    """Several parts of a command ask for it, and to read it means to read the names of a thousand tensors."""
+    """Cached: several parts of a command use it, and reading it reads the names of a thousand tensors."""
     data = files.read_tensors(path)
     return {name: x for name, x in data.items() if name != "weights"}
 

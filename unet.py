@@ -1,9 +1,9 @@
 """The network that predicts the noise in a latent, given the EFT's features of the query view (Sec. 3.1).
 
-It is the UNet of Imagen (Saharia et al. 2022) without text: where Imagen's is told a sentence, this one sees a feature
-map, beside the noisy latent. It goes down and up in stages, a resolution each: three residual blocks, a transformer
-block in some, a change of resolution. Every residual block is told the time, and so are the attention layers, by two
-tokens. The defaults of `UNetConfig` are the released architecture.
+It is the UNet of Imagen (Saharia et al. 2022) without text: where Imagen's is conditioned on a sentence, this one sees
+a feature map, beside the noisy latent. It goes down and up in stages, a resolution each: three residual blocks, a
+transformer block in some, a change of resolution. Every residual block is conditioned on the time, and so are the
+attention layers, by two tokens. The defaults of `UNetConfig` are the released architecture.
 
 What differs from the released code: no number. What Imagen needs for text is left out.
 
@@ -126,7 +126,7 @@ class Attention(nn.Module):
         key = torch.cat([null_key, key], dim=2)
         value = torch.cat([null_value, value], dim=2)
 
-        # A single key and value head serves all queries' heads.
+        # All query heads share a single key and value head.
         key = key.expand(-1, self.heads, -1, -1)
         value = value.expand(-1, self.heads, -1, -1)
         h = F.scaled_dot_product_attention(query, key, value)                 # (B, heads, N, head_dim)
@@ -348,7 +348,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.final_conv.bias)
 
     def embed_time(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
-        """log-SNR (B,) -> what the blocks are told (B, time_dim), and the time tokens (B, T, token_dim)."""
+        """log-SNR (B,) -> what modulates the blocks (B, time_dim), and the time tokens (B, T, token_dim)."""
         # The number itself, and sines and cosines of it.
         x = log_snr.unsqueeze(-1)                                             # (B, 1)
         angle = x * self.time_frequencies * 2 * math.pi                       # (B, F)

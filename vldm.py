@@ -1,8 +1,9 @@
 """The view-conditioned latent diffusion model (Sec. 3.1): noising, the training loss, the predicted noise, and what
 becomes of it: ancestral sampling from pure noise, multi-step denoising by PLMS, DDIM or DPM-Solver++ (Sec. 3.2).
 
-The diffusion runs in continuous time (Kingma et al. 2021): the network of `unet.py` is told the signal-to-noise ratio,
-not a step number. The defaults of `DiffusionConfig` and `SamplerConfig` are the paper's numbers.
+The diffusion runs in continuous time (Kingma et al. 2021): the network of `unet.py` is conditioned on the
+signal-to-noise ratio, not on a step number. The defaults of `DiffusionConfig` and `SamplerConfig` are the paper's
+numbers.
 
     t, s          times in [0, 1], 0 is the clean latent; s is an earlier one, s < t
     log_snr       log(alpha^2 / sigma^2), falls as t grows

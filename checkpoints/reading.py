@@ -42,7 +42,7 @@ class InertNumbers:
         pass
 
 
-# A framework that is not here cannot be called: nobody gains by naming it. Of these packages, which are here, a
+# A framework that is not here cannot be called: naming it has no effect. Of these packages, which are here, a
 # checkpoint may name data; it gets a stand-in for them, too.
 PRESENT = sys.stdlib_module_names | {"torch", "numpy", "PIL"}
 DATA = re.compile(

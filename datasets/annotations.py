@@ -4,8 +4,8 @@
     <category>/set_lists/set_lists_*.json  optional: {"test": [[sequence, frame number, image path], ...], ...}
 
 These are hundreds of megabytes of JSON. What is needed of them goes into a zip file in the user's cache folder, with a
-JSON list of frames for every sequence, so that nobody has to read more than the sequence that is wanted. It is plain
-data, whoever wrote it, and made anew when a source's date or size changes.
+JSON list of frames for every sequence, so that reading one sequence reads no other. It is plain
+data, and made anew when a source's date or size changes.
 """
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def _usable_frame(record: dict, splits: dict[str, list[str]]) -> Frame | None:
     if not sequence or "\0" in sequence or not sequence.isprintable():
         raise TypeError("not a name")
 
-    # The camera stays JSON, which only the frames that somebody decodes need parsed.
+    # The camera stays JSON, parsed for decoded frames only.
     return Frame(sequence, number, time, image, mask["path"], json.dumps(viewpoint), splits.get(image, []))
 
 

@@ -119,7 +119,7 @@ class _Tree(Annotations):
 
     def sources(self, sequence: str, numbers: list[int]) -> list:
         """Of every file that these frames are read from its name, date and size; and their cameras."""
-        # Of a file that is missing the name alone: whoever decodes it will say so.
+        # A missing file is known by its name; decoding it raises the error.
         rows = []
         for frame in self._chosen(sequence, numbers):
             for file in (self.root / frame.image, self.root / frame.mask):

@@ -95,7 +95,7 @@ def save_list(entries: list[Entry], path: str | Path) -> None:
 
 def read_list(path: str | Path) -> list[Entry]:
     """The list in a file of `save_list`. Raises `ValueError` with one line for anything else."""
-    # Somebody may have written it by hand.
+    # Entries may be written by hand.
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
         entries = [_entry(row) for row in rows]

@@ -2,7 +2,7 @@
 
     python -m experiments.bench [--json FILE] [--device cpu]
 
-prints a row a part. Its bytes and operations are those of the algorithm, every access counted, as if there were no
+prints a row per part. Its bytes and operations are those of the algorithm, every access counted, as if there were no
 cache. The floor is the time that they take at the rates of a large copy and of a large float32 matrix product, both
 measured in the same run: the larger of the two times. Reached is the floor's share in the median time; a part that
 lives in the caches may come above 100 %. Sizes are smaller on a CPU.
@@ -142,7 +142,7 @@ def _forward_and_backward(encode: Callable, x: Tensor, table: Tensor, levels: ha
 
 
 def field_network(device: torch.device) -> Iterator[Part]:
-    """The paper's field network, 32 numbers a point to 4, and its gradient: by kernels and by plain torch in float32.
+    """The paper's field network, 32 numbers per point to 4, and its gradient: by kernels and by plain torch in float32.
 
     Bytes are those of the points, the results and their gradients, as if nothing else passed through the memory. The
     kernels multiply in bfloat16 and may reach more than the float32 floor.
@@ -402,7 +402,7 @@ def measure(part: Part, machine: Machine, device: torch.device) -> Row:
     spread = times[round(0.9 * (len(times) - 1))] - times[round(0.1 * (len(times) - 1))]
     floor = max(part.bytes / machine.copy_gb_per_s, part.operations / machine.matrix_gflop_per_s) / 1e6
 
-    # How much room it takes.
+    # How much memory it takes.
     reserved = None
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,6 +1,6 @@
 """The surface of a field as a triangle mesh: marching tetrahedra, colors, the largest part, PLY.
 
-The field is asked on a grid of points. Every cube between eight of them is divided into six tetrahedra, and in each
+The field is evaluated on a grid of points. Every cube between eight of them is divided into six tetrahedra, and in each
 the surface where density passes a threshold is one triangle or two (Doi and Koide 1991). Unlike marching cubes, this
 has no ambiguous cases, so the mesh is always closed.
 
@@ -56,7 +56,7 @@ CASES = (
     "",                    # all inside
 )
 
-# Points that the field is asked at once: what fits a CPU's caches, what fills a GPU.
+# Points evaluated at once: what fits a CPU's caches, what fills a GPU.
 POINTS = {"cpu": 2**13, "cuda": 2**18}
 
 PLY_HEADER = """\

@@ -143,7 +143,7 @@ class Graphed:
 
 
 def _filled(x: Tensor, size: int) -> Tensor:
-    """A batch (size, ...) that begins with x (B, ...) and goes on with copies of its last."""
+    """A batch (size, ...) that begins with x (B, ...), then copies of its last row."""
     rest = x[-1:].expand(size - len(x), *x.shape[1:])
     return torch.cat([x, rest])
 

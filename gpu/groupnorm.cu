@@ -13,7 +13,7 @@
 // A map may still lack the bias of the convolution that made it: then `offset` (C) is added whenever it is read.
 // Pointers to what there is not are null.
 //
-// Letters: B images, P pixels, C channels, G groups, K chunks an image.
+// Shapes: B images, P pixels, C channels, G groups, K chunks per image.
 
 struct alignas(2 * VECTOR) Pack {
     unsigned short value[VECTOR];

@@ -4,7 +4,8 @@ SiLU that follow it, and the sum at the end of a block.
 The plain form is the blocks' own, in `vae.py` and `unet.py`; `fuse` puts these in its place in a network's copy for a
 GPU. There, in half precision, the kernels of `groupnorm.cu` run: torch's own reorder a map whose channels are last in
 memory before and after, and its moments, the modulation and SiLU are passes of their own. So is the bias of a
-convolution, which here waits for whoever reads the result (`Convolved`). Statistics are in float32 either way.
+convolution, which here waits for the operation that reads the result (`Convolved`). Statistics are in float32 either
+way.
 
 Shapes: `B` images, `C` channels, `H W` rows and columns, `P` pixels of a map, `G` groups, `K` chunks of an image.
 """
@@ -97,7 +98,7 @@ def convolve(x: Tensor, layer: nn.Conv2d | nn.Identity) -> Convolved:
 
 def group_norm(x: Tensor | Convolved, norm: nn.GroupNorm, silu: bool = True,
                modulation: Tensor | None = None) -> Tensor:
-    """`norm` of a map (B, C, H, W), then (1 + scale) * it + shift, then SiLU unless told otherwise: like x.
+    """`norm` of a map (B, C, H, W), then (1 + scale) * it + shift, then SiLU if `silu`: like x.
 
     modulation (B, 2 C): scale and shift per channel, side by side. On a GPU and in half precision it is differentiable
     in x alone, and only without a modulation.

@@ -10,7 +10,7 @@
 // What bounds it are the rows: for every point and level eight reads, or additions, at places without an order. Hence
 // the care below to have few of them, and none for the index arithmetic.
 //
-// Letters: N points, L levels, C features a level, T rows of a level. The compiler's options define CHANNELS, which is
+// Shapes: N points, L levels, C features per level, T rows of a level. The compiler's options define CHANNELS, which is
 // C (1, 2, 4 or 8), THREADS of a block, and RUN, the points of a thread in the gradient.
 
 // The features of one corner. The alignment lets a thread move them by one instruction for every 16 bytes.
@@ -101,7 +101,7 @@ __device__ float weight_of(const Cell& cell, int corner)
 
 // x (N, 3), table (T of all levels, C) -> features (N, L, C).
 //
-// The bounds leave the compiler registers for several rows, or it would wait for one before it asks for the next.
+// The bounds leave the compiler registers for several rows, or it would wait for one before it loads the next.
 extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
 encode_forward(const float* __restrict__ x, const Row* __restrict__ table, const float* __restrict__ scale,
                const unsigned* __restrict__ stride, const unsigned* __restrict__ rows,
@@ -201,7 +201,7 @@ encode_backward(const float* __restrict__ x, Row* __restrict__ table_grad, const
     Cell cell = {};
     bool begun = false;
     for (unsigned point = first; point < first + RUN && point < points; point++) {
-        // A sample that nobody sees has no gradient and changes nothing.
+        // A hidden sample has no gradient and changes nothing.
         Row grad = feature_grad[(unsigned long long)point * levels + index];
         bool zero = true;
         for (int channel = 0; channel < CHANNELS; channel++)

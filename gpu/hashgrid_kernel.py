@@ -53,7 +53,7 @@ def encode(x: Tensor, table: Tensor, grids: Grids, kernels: Kernels) -> Tensor:
 
 
 def kernel_options(channels: int) -> list[str]:
-    """What the compiler is told about tables of `channels` features per level."""
+    """The compiler's options for tables of `channels` features per level."""
     return [f"-DCHANNELS={channels}", f"-DTHREADS={THREADS}", f"-DRUN={RUN}"]
 
 

@@ -22,7 +22,7 @@ def compile_kernels(source: Path, names: tuple[str, ...], options: list[str], de
                     shared_bytes: int = 0) -> list[Callable] | None:
     """The kernels of a file with these names, for a GPU; None where they cannot be had; why is said once.
 
-    `shared_bytes`: of a block, the most that calls will ask for; a GPU may have fewer. A kernel is called with `grid`,
+    `shared_bytes`: of a block, the most that calls use; a GPU may have fewer. A kernel is called with `grid`,
     `block`, `args` (tensors become pointers, numbers `int` or `double`) and `shared_mem` bytes. Nothing compares the
     arguments with its signature. It runs on the current stream, and a CUDA graph can capture it.
     """
@@ -30,16 +30,16 @@ def compile_kernels(source: Path, names: tuple[str, ...], options: list[str], de
         text = source.read_text()
         with torch.cuda.device(device), without_toolkit():
             if shared_bytes >= ORDINARY_BYTES:
-                room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-                if shared_bytes > room:
-                    raise MemoryError(f"a block needs {shared_bytes} bytes of shared memory and can have {room}")
+                limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+                if shared_bytes > limit:
+                    raise MemoryError(f"a block needs {shared_bytes} bytes of shared memory and can have {limit}")
             first = torch.cuda._compile_kernel(text, names[0], nvcc_options=options)
 
             # What was compiled is the whole file: each of the others would take as long once more.
             module = torch.cuda._utils._CudaModule(first.module)
             compiled = [getattr(module, name) for name in names]
 
-            # A kernel that wants more than the ordinary has to ask for it.
+            # More than the default must be requested.
             if shared_bytes >= ORDINARY_BYTES:
                 for kernel in compiled:
                     kernel.set_shared_memory_config(shared_bytes)
@@ -48,12 +48,12 @@ def compile_kernels(source: Path, names: tuple[str, ...], options: list[str], de
     # A private function may be missing or fail in any way.
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        _say_plain_torch_serves(source.name, reason[:200])
+        _say_plain_torch_is_used(source.name, reason[:200])
         return None
 
 
 @cache
-def _say_plain_torch_serves(name: str, reason: str) -> None:
+def _say_plain_torch_is_used(name: str, reason: str) -> None:
     """Say, once, why a GPU is slow."""
     print(f"{name} cannot be used here; plain torch takes its place and is slower ({reason})", file=sys.stderr)
 
@@ -78,7 +78,7 @@ def current_device(device: torch.device) -> Iterator[None]:
 def without_toolkit() -> Iterator[None]:
     """Let torch compile kernels on a machine without a CUDA toolkit.
 
-    It asks for the toolkit's folder of headers, which these kernels do not need, and fails where it knows of none. For
+    It looks for the toolkit's folder of headers, which these kernels do not need, and fails without one. For
     now it knows of "".
     """
     # Imported no earlier, since it takes long, fails without setuptools, and is of use to a GPU alone.

@@ -8,7 +8,7 @@
 // them. What goes into a product is rounded to bfloat16; biases, sums and the
 // last layer's result are in float32. Sums are always in the same order, so that results repeat bit by bit.
 //
-// Letters: N points, P parameters, C channels of a layer's input, D of its output, L the layer. The compiler's options
+// Shapes: N points, P parameters, C channels of a layer's input, D of its output, L the layer. The compiler's options
 // define CHANNELS, the widths from the first input to the last output, LAST_RELU, whether a ReLU follows the last
 // layer, WARPS of a block, and SHARED, its bytes of shared memory. All widths are filled up with zeros to multiples
 // of 16.

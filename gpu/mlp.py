@@ -1,7 +1,7 @@
 """Small networks of linear layers and ReLU on millions of points, trained fast on a GPU: one kernel for the result and
 one for the gradient, in bfloat16.
 
-Plain torch is the reference, and what serves wherever the kernels of `mlp.cu` cannot be had. A layer of 64 numbers a
+Plain torch is the reference, and is used wherever the kernels of `mlp.cu` cannot be had. A layer of 64 numbers a
 point reads and writes far longer than it computes, so the kernels keep what is between two layers in registers.
 bfloat16 rather than float16, for gradients are too small for that. The idea is the fully fused network of Instant NGP
 (Mueller et al. 2021, "Real-time neural radiance caching for path tracing", Sec. 4).
@@ -49,7 +49,7 @@ class Network(NamedTuple):
 
 
 def _network_of(layers: nn.Sequential, x: Tensor) -> Network | None:
-    """The kernels for layers and points on a GPU; None where plain torch serves."""
+    """The kernels for layers and points on a GPU; None where plain torch is used."""
     if not _are_for_kernels(layers, x) or not _has_bfloat16(x.device.index):
         return None
     widths = (layers[0].in_features, *(layer.out_features for layer in layers[::2]))
@@ -86,7 +86,7 @@ def _compile(widths: tuple[int, ...], last_relu: bool, device: int) -> Network |
 
 
 def kernel_options(widths: tuple[int, ...], last_relu: bool) -> list[str]:
-    """What the compiler is told about a network."""
+    """The compiler's options for a network."""
     channels = ",".join(str(width) for width in widths)
     return [f"-DCHANNELS={channels}", f"-DLAST_RELU={int(last_relu)}", f"-DWARPS={WARPS}",
             f"-DSHARED={shared_bytes(widths)}"]

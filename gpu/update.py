@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gpu.graphs import recording
 
 NEVER = 2**62     # an iteration that no run reaches
-WARM_UPS = 2      # updates before one is captured: torch picks algorithms and makes room in the first ones
+WARM_UPS = 2      # updates before one is captured: torch picks algorithms and allocates memory in the first ones
 
 Function = Callable[[NamedTuple], Tensor]  # of a batch of tensors, such as a loss, a scalar
 
@@ -146,7 +146,7 @@ class _Graph:
         return self.result.clone()  # where other graphs do not write
 
     def _run_on_stream(self) -> Tensor:
-        """As usual, but on the stream of the capture, as torch asks for."""
+        """As usual, but on the stream of the capture, as torch requires."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             result = self.function(self.batch)

@@ -122,7 +122,7 @@ def _scene_of_squares(photographs: Photographs, squares: list[tuple[Tensor, ...]
 def object_box(mask: Tensor) -> Box:
     """The part of a photograph with a mask (H, W) that shows the object: all of it where its border cuts the object.
 
-    Then the object may go on there, and what is beside it in the photograph is worth as much.
+    Then the object may continue there, and what is beside it in the photograph is worth as much.
     """
     height, width = mask.shape
     box = box_of_mask(mask)

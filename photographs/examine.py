@@ -27,8 +27,8 @@ MOST = 12          # views that are compared; of more an even choice
 SIZE = 400         # pixels a side of the pictures that the command reads
 # What supports a name. Tuned on toys of seed 3000 and the first half of the chair's photographs (docs/check.md).
 CLEAR = 0.010      # cells: a misfit below it is none, if there are at least `ENOUGH` views
-ENOUGH = 6         # views; of fewer views more is asked
-FEW = 7            # power of `ENOUGH` / V by which more is asked
+ENOUGH = 6         # views; fewer need a clearer misfit
+FEW = 7            # power of `ENOUGH` / V by which the thresholds grow
 EXPLAINED = 0.25   # part of the misfit that a mistake, undone, may leave
 HALF = 0.5         # part that it may leave where masks are rough, if nearly every view says so:
 SURE = 3.0         # standard errors of the views' mean improvement

@@ -23,7 +23,7 @@ from volume import dilate
 TILE = 288     # pixels a side of a photograph in the picture
 TEXT = 18      # pixels of a line of text
 SHOWN = 4      # photographs in a row
-CELLS = 144    # rays a side that ask what the others allow
+CELLS = 144    # rays a side that are tested against the other masks
 FARTHEST = 30  # how far an epipolar line is followed, in radii of the cameras' cloud
 PAPER = (24, 24, 24)
 INK = (225, 225, 225)

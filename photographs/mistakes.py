@@ -1,7 +1,7 @@
 """The usual mistakes in writing cameras down, undone: what the cameras would be without each of them.
 
 Other conventions for a pose, mirrored axes, other units for a focal length, intrinsics of a picture of another size.
-Their names are what somebody who made the mistake would call it.
+A mistake's name says what was done.
 
 Shapes: `V` views.
 """

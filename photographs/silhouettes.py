@@ -65,7 +65,7 @@ def _silhouette(mask: Tensor, valid: Tensor) -> Silhouettes:
     corner = 1 - 2 * first / size
     side = torch.tensor(2 * GRID * cell / size)
 
-    # The object may go on outside the picture where its mask touches the border.
+    # The object may continue outside the picture where its mask touches the border.
     inside = _resample(mask, first, cell) > 0.5
     unknown = _resample(valid, first, cell) < 0.5
     touching = inside & dilate(unknown[None], BORDER)[0]
@@ -75,7 +75,7 @@ def _silhouette(mask: Tensor, valid: Tensor) -> Silhouettes:
     distance = _distance_to(~possible) - _distance_to(possible)
     distance = distance - distance.sign() / 2
 
-    # No rectangle's edge on a side where the object may go on. NDC point left and up, so the last cell is the least.
+    # No rectangle's edge on a side where the object may continue. NDC point left and up, so the last cell is the least.
     box = tight_box(inside).corners().float()
     edges = box + torch.tensor([[-2.0], [2.0]])
     if touching.any():

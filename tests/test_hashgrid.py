@@ -240,7 +240,7 @@ def fresh():
     """No kernels compiled before, nothing said, and nothing kept of what the test does."""
     def clear():
         hashgrid_kernel._compile.cache_clear()
-        kernels._say_plain_torch_serves.cache_clear()
+        kernels._say_plain_torch_is_used.cache_clear()
     clear()
     yield
     clear()

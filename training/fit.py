@@ -2,7 +2,7 @@
 itself and resumes.
 
 The loop knows no model and no data: a training brings the module, the loss of a step, and what to write at the end.
-The schedule is not the released one, which is one sequence a step and Adam at 5e-5, halved every 50 k steps
+The schedule is not the released one, which is one sequence per step and Adam at 5e-5, halved every 50 k steps
 [released: train.py:272-281, 435-439].
 """
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Fit:
     `training.loss(generator)` is what one step minimizes, a scalar, and what it shows, `Numbers`;
     `training.finish(average, out)` writes the weights file from the averaged weights of the module, by name.
 
-    Step k draws from generators seeded by (seed, k), so an interrupted run goes on as it would have. Every two
+    Step k draws from generators seeded by (seed, k), so an interrupted run resumes without a trace. Every two
     minutes and at the end the state goes to `<out>.state`, and the training writes `out`. `settings` is plain data
-    that decides the result: a state with other settings is refused.
+    that decides the result: a state with other settings is an error.
     """
 
     def __init__(self, training, config: FitConfig, out: Path, seed: int, device: str, settings: dict):
@@ -99,7 +99,7 @@ class Fit:
         print(f"resuming {self.out.name} at step {self.completed}")
 
     def save(self) -> None:
-        """The state, for going on, and the weights, for use."""
+        """The state, to resume from, and the weights, for use."""
         state = {
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),

@@ -116,7 +116,7 @@ def test_kernels_have_limits(monkeypatch):
 
 
 def test_what_cannot_be_compiled_is_said_once(monkeypatch, tmp_path, capsys):
-    kernels._say_plain_torch_serves.cache_clear()
+    kernels._say_plain_torch_is_used.cache_clear()
     source = tmp_path / "none.cu"
     for name in ("f", "g"):
         assert kernels.compile_kernels(source, (name,), [], 0) is None

@@ -226,7 +226,7 @@ def test_kernels_that_cannot_be_had(noise, monkeypatch):
 
 @GPU
 def test_more_layers_than_a_gpu_has_shared_memory_for(noise, capsys):
-    kernels._say_plain_torch_serves.cache_clear()
+    kernels._say_plain_torch_is_used.cache_clear()
     layers, x = network((32, *9 * [128], 4)).cuda(), noise(7, 32)().cuda()
     assert mlp.shared_bytes((32, *9 * [128], 4)) > 2**18
     assert torch.equal(mlp.run(layers, x, rounded=True), layers(x))
