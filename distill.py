@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
 
 def choose_photographs(source: OwnPhotographs, args: argparse.Namespace) -> tuple[str, ...]:
     """Names of the input photographs: those asked for, so many random ones, or all that are not held out."""
-    # Whatever somebody asks for goes first.
+    # What the flags say goes first.
     if args.input_frames:
         chosen = find_views(source, args.input_frames)
     elif "--views" in args.given:
@@ -102,7 +102,7 @@ def instance_of_command(args: argparse.Namespace) -> Instance:
     config = config_from_flags(args, no_prior)
     instance = instance_from_flags(args, source, config, input_frames, no_prior)
 
-    # What takes longer than somebody may hope.
+    # What takes much longer than on a GPU.
     if instance.weights and args.device == "cpu" and sparsefusion.read_preset(args.weights).name == "paper":
         print("note: the paper's size takes minutes an iteration on a CPU; it is meant for --device cuda")
     return instance

@@ -3,8 +3,8 @@
     python evaluate.py --root DIR --category C D --views 2 --weights F --out DIR
     torchrun --nproc-per-node N evaluate.py ...           the same, a share of the sequences for every process
 
-Each sequence has a folder of its own below --out; a finished one of the same settings is taken up, so an evaluation
-that was interrupted goes on. The list of sequences is written to `list.json`; `--list` reads one. A sequence that
+Each sequence has a folder of its own below --out; a finished one of the same settings is kept, so an evaluation
+that was interrupted resumes. The list of sequences is written to `list.json`; `--list` reads one. A sequence that
 cannot be read is named, counted and left out.
 """
 from __future__ import annotations
@@ -130,11 +130,11 @@ def command(args: argparse.Namespace) -> None:
     note_new_categories(args.weights, [entry.category for entry in entries])
     save_list(entries, args.out / "list.json")
 
-    # Results of other settings stop everything before anything is computed; those of the same are taken up.
+    # Results of other settings stop everything before anything is computed; those of the same are kept.
     mine = my_share(jobs)
     there = sum(finished(job, args.overwrite) is not None for job in mine)
     if there:
-        print(f"{args.out}: {there} of {len(mine)} sequences are there already and taken up")
+        print(f"{args.out}: {there} of {len(mine)} sequences are there already")
     problems = []
     evaluate_job = partial(evaluate_one, strict=args.strict, overwrite=args.overwrite)
     for problem in Progress(map_processes(evaluate_job, mine, args.workers), "sequences", total=len(mine)):
@@ -158,7 +158,7 @@ def command(args: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = cli.Parser(description=__doc__.splitlines()[0], epilog="The same command again goes on where it stopped.")
+    p = cli.Parser(description=__doc__.splitlines()[0], epilog="The same command again resumes where it stopped.")
     add_instance_flags(p, targets=0)
 
     # Which sequences, and where results go.
@@ -168,7 +168,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--list", type=Path, metavar="F",
                    help="the sequences of a list.json, instead of --category, --instances, --protocol")
     p.add_argument("--out", type=Path, default=Path("output/evaluation"), metavar="DIR",
-                   help="results, a folder a sequence (default: output/evaluation)")
+                   help="results, a folder per sequence (default: output/evaluation)")
 
     # How.
     p.add_argument("--workers", type=cli.count, default=1, metavar="N", help="sequences at a time, a process each")

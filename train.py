@@ -42,7 +42,7 @@ from vldm import latent_mask
 @dataclass(frozen=True)
 class TrainConfig:
     """The numbers of one training."""
-    batch: int = 32     # B: pictures per step; for the prior sequences
+    batch: int = 32     # B: pictures per step; for the prior sequences per step
     frames: int = 16    # evenly spaced frames of each sequence that are kept in memory
     min_views: int = 1  # fewest input views of the prior [released: 2, train.py:594]
     max_views: int = 4  # most input views of the prior [released: 5, train.py:594]
@@ -379,7 +379,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-views", type=cli.count, metavar="N", help="prior: most input views (default: 4)")
     p.add_argument("--steps", type=cli.count, metavar="N", help="updates in all (default: 10000)")
     p.add_argument("--minutes", type=cli.positive, metavar="M",
-                   help="stop after that long; the same command resumes there")
+                   help="stop after that long; the same command resumes")
     p.add_argument("--seed", type=cli.seed, default=0, help="of initial weights, views and noise (default: 0)")
     cli.add_settings(p, TrainConfig)
     cli.add_device(p)

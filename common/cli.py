@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(command: Callable, args: argparse.Namespace) -> None:
-    """Call a command. Bad input ends in one line and exit code 2; Ctrl-C and SIGTERM in one that says how to go on,
+    """Call a command. Bad input ends in one line and exit code 2; Ctrl-C and SIGTERM in one that says what is saved,
     and 130 or 143.
     """
     spare_the_cpu()
@@ -64,7 +64,7 @@ def run(command: Callable, args: argparse.Namespace) -> None:
         number = e.args[0]
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         saved = "".join(f"; {note}" for note in getattr(e, "__notes__", []))
-        print(f"stopped by {name}{saved}; the same command goes on from what is saved", file=sys.stderr)
+        print(f"stopped by {name}{saved}; the same command resumes from what is saved", file=sys.stderr)
         sys.exit(128 + number)
 
 
@@ -94,7 +94,7 @@ seed = whole_number(0)   # small enough that numbers of iterations can be mixed 
 
 def words(text: str) -> tuple[str, ...]:
     """Words with commas between them, for argparse."""
-    # Spaces behind commas are nobody's mistake.
+    # Spaces behind commas do not matter.
     parts = tuple(part.strip() for part in text.split(","))
     if not all(parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not words with commas between them")
@@ -124,8 +124,8 @@ def add_settings(parser: argparse.ArgumentParser, config: type) -> None:
 def apply_settings(config, settings: list[str], fixed=None):
     """A frozen dataclass with settings such as "field.levels=8" applied, all at once.
 
-    `fixed` is a config that a weights file brings along: its fields are named as such when somebody tries to set
-    them. Raises `ValueError` with one line for an unknown or ambiguous name, a value of another type, and values that
+    `fixed` is a config that a weights file brings along: its fields are named as such where a setting names
+    one. Raises `ValueError` with one line for an unknown or ambiguous name, a value of another type, and values that
     do not fit together.
     """
     types = field_types(type(config))

@@ -111,7 +111,7 @@ def map_processes(function: Callable, jobs: list, workers: int) -> Iterator:
                 list(pool.map(abs, range(workers)))
             yield from pool.map(partial(_do_job, function), jobs)
         except BrokenProcessPool:
-            # The pool asks the others to end and waits for them, but they wait for a job before they heed it.
+            # The pool asks the others to end and waits for them, but they wait for a job before they check.
             for process in multiprocessing.active_children():
                 if process not in strangers:
                     process.kill()
@@ -120,7 +120,7 @@ def map_processes(function: Callable, jobs: list, workers: int) -> Iterator:
 
 
 def _begin_process(threads: int) -> None:
-    """One of several processes: Ctrl-C is its parent's, whose SIGTERM it heeds where a step ends."""
+    """One of several processes: Ctrl-C is its parent's, whose SIGTERM ends it where a step ends."""
     torch.set_num_threads(threads)
     spare_the_cpu()
     threading.Thread(target=_end_with_parent, daemon=True).start()

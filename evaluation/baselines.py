@@ -36,9 +36,9 @@ def nearest_input(scene: Scene, inputs: list[int], targets: list[int]) -> Views:
 
 def eft_images(scene: Scene, inputs: list[int], targets: list[int], model: SparseFusion, config: DistillConfig,
                seed: int, hull: Tensor, title: str | None = None) -> Views:
-    """The EFT's picture at full resolution, a ray a pixel (Sec. 3.1).
+    """The EFT's picture at full resolution, a ray per pixel (Sec. 3.1).
 
-    hull (T, S, S), boolean: the pixels to ask about, from which the visual hull is seen. The others, about half of
+    hull (T, S, S), boolean: the pixels to render, from which the visual hull is seen. The others, about half of
     them with two views, are black. On toys the EFT says so itself, to less than a level of 8 bits.
     """
     size = scene.images.shape[-1]
@@ -49,7 +49,7 @@ def eft_images(scene: Scene, inputs: list[int], targets: list[int], model: Spars
 
 def vldm_samples(scene: Scene, inputs: list[int], targets: list[int], model: SparseFusion, config: DistillConfig,
                  seed: int, title: str | None = None) -> Views:
-    """One ancestral sample a view (Sec. 3.1): sharp, but every view imagines for itself.
+    """One ancestral sample per view (Sec. 3.1): sharp, but every view imagines for itself.
 
     A view's random numbers follow from the seed and its frame alone, whichever other views there are.
     """
@@ -74,7 +74,7 @@ def vldm_samples(scene: Scene, inputs: list[int], targets: list[int], model: Spa
 
 def put_back(images: Tensor, cut: Cameras, whole: Cameras) -> Tensor:
     """Pictures (T, 3, S, S) of cameras (T,) as cameras at the same places show them: black where they show nothing."""
-    # Where a pixel's light comes from, in either camera's NDC; four points a pixel, for the whole picture is coarser.
+    # Where a pixel's light comes from, in either camera's NDC; four points per pixel, for the whole picture is coarser.
     size = images.shape[-1]
     xy = pixel_grid(2 * size, 2 * size, device=images.device)
     slope = (xy - whole.principal[:, None]) / whole.focal[:, None]

@@ -68,7 +68,7 @@ def config_from_flags(args: argparse.Namespace, no_prior: bool = False) -> Disti
         settings = [*RELEASED, *settings]
     config = cli.apply_settings(config, settings, fixed=model)
 
-    # A number that somebody asks for is not added to.
+    # A number that is set is not added to.
     if any(setting.partition("=")[0] == "iterations" for setting in settings):
         config = replace(config, iterations_per_view=0)
     return config

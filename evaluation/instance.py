@@ -195,7 +195,7 @@ def write_outputs(scene: Scene, inputs: list[int], targets: list[int], pictures:
 def run_instance(instance: Instance, out: Path, overwrite: bool = False, extend: bool = False) -> dict:
     """Reconstruct, compare, measure, and write everything into the folder `out`; returns what `metrics.json` holds.
 
-    An earlier run of the same settings is taken up; with `extend` one of fewer iterations, too. Raises `ValueError`
+    An earlier run of the same settings is resumed; with `extend` one of fewer iterations, too. Raises `ValueError`
     for one of other settings, unless told to `overwrite` it, and for input that is missing or broken.
     """
     began = time.monotonic()

@@ -68,7 +68,7 @@ def choose_folder(parent: Path, name: str, settings: dict, overwrite: bool) -> P
 
     One line says so where it is not the first, or where the name is none for a folder.
     """
-    # A name in somebody's data does not say where files go.
+    # A name in the data does not say where files go.
     first = parent / files.safe_name(name)
     if first.name != name:
         print(f"{name!r} is no name for a folder; its results go to {first}")

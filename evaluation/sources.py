@@ -93,7 +93,7 @@ class OwnPhotographs:
         return capture.load_capture(self.photographs, size, cut).scene
 
     def default_inputs(self, targets: int | None) -> list[int]:
-        """Positions of the inputs where nobody chooses: those that the files name, or all but `targets` evenly spaced
+        """Positions of the inputs by default: those that the files name, or all but `targets` evenly spaced
         ones.
 
         `targets` is by default one of every eight, at most eight. Raises `ValueError` where no input is left.

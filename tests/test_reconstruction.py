@@ -137,7 +137,7 @@ def test_the_command_ends_in_one_line_and_goes_on(tmp_path, monkeypatch, capsys,
             command(tmp_path / "stopped")
         assert e.value.code == 128 + number
         lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1 and "the same command goes on" in lines[0] and saved in lines[0]
+        assert len(lines) == 1 and "the same command resumes" in lines[0] and saved in lines[0]
         assert not (tmp_path / "stopped" / "metrics.json").exists()
 
     # Once more, and beside it without a stop.

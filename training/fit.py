@@ -50,7 +50,7 @@ class Fit:
     `training.loss(generator)` is what one step minimizes, a scalar, and what it shows, `Numbers`;
     `training.finish(average, out)` writes the weights file from the averaged weights of the module, by name.
 
-    Step k draws from generators seeded by (seed, k), so an interrupted run resumes without a trace. Every two
+    Step k draws from generators seeded by (seed, k), so an interrupted run resumes as if it had not been. Every two
     minutes and at the end the state goes to `<out>.state`, and the training writes `out`. `settings` is plain data
     that decides the result: a state with other settings is an error.
     """
@@ -76,7 +76,7 @@ class Fit:
         self.completed = 0
 
     def resume(self) -> None:
-        """Go on from the state file, if there is one; `ValueError` where it is another training's."""
+        """Resume from the state file, if there is one; `ValueError` where it is another training's."""
         # Only a state of the same training will do.
         if not self.state_file.exists():
             return
@@ -99,7 +99,7 @@ class Fit:
         print(f"resuming {self.out.name} at step {self.completed}")
 
     def save(self) -> None:
-        """The state, to resume from, and the weights, for use."""
+        """The state, to resume, and the weights, for use."""
         state = {
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),

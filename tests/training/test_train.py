@@ -153,7 +153,7 @@ def test_an_interrupted_training_saves_and_goes_on_without_a_trace(number, train
     signal.signal(number, before)
     lines = capsys.readouterr().err.splitlines()
     assert e.value.code == 128 + number and len(lines) == 1
-    assert "stopped.pt.state has 2 of 3 steps" in lines[0] and "the same command goes on" in lines[0]
+    assert "stopped.pt.state has 2 of 3 steps" in lines[0] and "the same command resumes" in lines[0]
     assert same(load(whole), load(training("vae", "stopped.pt")))
     assert "resuming stopped.pt at step 2" in capsys.readouterr().out
 
