@@ -10,7 +10,7 @@
 // What bounds it are the rows: for every point and level eight reads, or additions, at places without an order. Hence
 // the care below to have few of them, and none for the index arithmetic.
 //
-// Letters: N points, L levels, C features a level, T rows of a level. The compiler's options define CHANNELS, which is
+// Shapes: N points, L levels, C features per level, T rows of a level. The compiler's options define CHANNELS, which is
 // C (1, 2, 4 or 8), THREADS of a block, and RUN, the points of a thread in the gradient.
 
 // The features of one corner. The alignment lets a thread move them by one instruction for every 16 bytes.
@@ -18,7 +18,7 @@ struct alignas(CHANNELS < 4 ? 4 * CHANNELS : 16) Row {
     float feature[CHANNELS];
 };
 
-// One of the grids. See `Levels` for what `hashgrid.py` passes.
+// One of the grids, `Level` of `hashgrid.py`.
 struct Level {
     float scale;
     unsigned stride[3];
