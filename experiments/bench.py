@@ -136,7 +136,8 @@ def _samples_of_rays(count: int) -> Tensor:
     return points @ turn + 0.5
 
 
-def _forward_and_backward(encode: Callable, x: Tensor, table: Tensor, levels: hashgrid.Levels, grad: Tensor) -> None:
+def _forward_and_backward(encode: Callable, x: Tensor, table: Tensor, levels: tuple[hashgrid.Level, ...],
+                          grad: Tensor) -> None:
     table.grad = None
     encode(x, table, levels).backward(grad)
 

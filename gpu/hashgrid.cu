@@ -18,7 +18,7 @@ struct alignas(CHANNELS < 4 ? 4 * CHANNELS : 16) Row {
     float feature[CHANNELS];
 };
 
-// One of the grids. See `Levels` for what `hashgrid.py` passes.
+// One of the grids, `Level` of `hashgrid.py`.
 struct Level {
     float scale;
     unsigned stride[3];

@@ -23,7 +23,7 @@ CHANNELS = (1, 2, 4, 8)  # C, features per level, that the kernels are written f
 THREADS = 256            # threads of a block
 RUN = 8                  # points, one behind the other, of a thread in the gradient
 
-# The grids as the kernels read them: scale (L, 1), stride (L, 3), rows (L, 1), offset (L, 1), first hashed level.
+# The levels as the kernels read them: scale (L,), stride (L, 3), rows (L,), offset (L,), first hashed level.
 Grids = tuple[Tensor, Tensor, Tensor, Tensor, int]
 
 
@@ -47,9 +47,22 @@ def kernels_for(x: Tensor, table: Tensor) -> Kernels | None:
     return _compile(channels, x.device.index)
 
 
-def encode(x: Tensor, table: Tensor, grids: Grids, kernels: Kernels) -> Tensor:
-    """Points (N, 3) of the unit cube -> features (N, L * C), differentiable in the table (rows, C)."""
-    return _EncodeByKernels.apply(x, table, grids, kernels)
+def encode(x: Tensor, table: Tensor, levels: tuple[NamedTuple, ...], kernels: Kernels) -> Tensor:
+    """Points (N, 3) of the unit cube -> features (N, L * C), differentiable in the table (rows, C).
+
+    levels: L of `hashgrid.Level`.
+    """
+    return _EncodeByKernels.apply(x, table, _grids(levels, x.device), kernels)
+
+
+@functools.cache
+def _grids(levels: tuple[NamedTuple, ...], device: torch.device) -> Grids:
+    """The levels as the kernels read them. They are copied to a GPU once, since a CUDA graph cannot capture that."""
+    scale = torch.tensor([level.scale for level in levels], dtype=torch.float32, device=device)
+    stride = torch.tensor([level.stride for level in levels], dtype=torch.int32, device=device)
+    rows = torch.tensor([level.rows for level in levels], dtype=torch.int32, device=device)
+    offset = torch.tensor([level.offset for level in levels], dtype=torch.int32, device=device)
+    return scale, stride, rows, offset, sum(not level.hashed for level in levels)
 
 
 def kernel_options(channels: int) -> list[str]:

@@ -4,6 +4,7 @@ the kernels of `hashgrid.cu` against plain torch, and what happens where they ca
 import importlib
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -26,12 +27,12 @@ def test_encoding_agrees_with_the_released_kernel(tag):
     c = json.loads(str(f["in_configs"]))[tag]
     encoding = HashGrid(c["L"], c["C"], c["log2"], c["base"], c["desired"], not c["gt"], float(f["in_bound"]))
     levels, offsets = f[f"mid_{tag}_levels"], f[f"out_{tag}_offsets"]
-    assert encoding.scale[:, 0].tolist() == levels[:, 0].tolist()
-    assert encoding.rows[:, 0].tolist() == levels[:, 2].tolist()
+    assert [level.scale for level in encoding.levels] == levels[:, 0].tolist()
+    assert [level.rows for level in encoding.levels] == levels[:, 2].tolist()
     if c["gt"]:  # of a hashed level every coordinate enters
-        assert [(row != 0).sum().item() for row in encoding.stride] == levels[:, 3].tolist()
-    assert encoding.hashed_from == c["L"] - int(levels[:, 4].sum())
-    assert encoding.offset[:, 0].tolist() + [len(encoding.table)] == offsets.tolist()
+        assert [3 - level.stride.count(0) for level in encoding.levels] == levels[:, 3].tolist()
+    assert [level.hashed for level in encoding.levels] == levels[:, 4].bool().tolist()
+    assert [level.offset for level in encoding.levels] + [len(encoding.table)] == offsets.tolist()
     encoding.table.data = parity.weight(f"gridencoder.{tag}.embeddings", encoding.table.shape)
     parity.assert_close(encoding.table[:4], f[f"mid_{tag}_emb_head"])
     parity.assert_close(encoding(f["in_x"]), f[f"out_{tag}"], atol=5e-5 if tag.startswith("small") else 2e-3)
@@ -50,10 +51,11 @@ def test_a_hashed_level_by_hand():
     """The eight rows of Instant NGP's Eq. 4, in integers without a width, and the features of a point as their mean."""
     encoding = tiny(levels=1, features=1, rows=6, base=100)
     scale, rows = 99, 64
-    assert encoding.scale.tolist() == [[scale]] and encoding.hashed_from == 0 and len(encoding.table) == rows
+    level, = encoding.levels
+    assert level.scale == scale and level.hashed and len(encoding.table) == rows
     cell = torch.tensor([37, 2, 81])
     u = cell / scale  # position u * scale + 0.5, half a cell from every side: all weights are 1/8
-    found, weights = hashgrid.corners(u[None], encoding.levels)
+    found, weights = hashgrid.corners(u[None], level)
     expected = []
     for step in itertools.product((0, 1), repeat=3):
         x, y, z = (cell + torch.tensor(step)).tolist()
@@ -78,21 +80,20 @@ def test_encoding_gradient_is_that_of_finite_differences(hashed):
 def test_no_level_behind_a_hashed_one_is_dense():
     """Growth by a whole number: rounding makes a middle level one corner larger than its rows, but not the next one."""
     levels = hashgrid.level_table(5, 16, 2, 72, hashed=True)
-    side = levels.scale[:, 0].ceil().long() + 2
-    fits = side**3 <= levels.rows[:, 0]
+    fits = [(math.ceil(level.scale) + 2) ** 3 <= level.rows for level in levels]
     assert not fits[2] and fits[3]
-    assert levels.hashed_from == 2
-    assert levels.stride[2].tolist() == levels.stride[3].tolist() == levels.stride[4].tolist()
+    assert [level.hashed for level in levels] == [False, False, True, True, True]
+    assert levels[2].stride == levels[3].stride == levels[4].stride
 
 
 def test_a_hash_is_an_integer_without_a_sign():
     """Where the rows are no power of two, the 32 bits of the hash must not be taken for a negative number."""
     levels = hashgrid.level_table(5, 16, 2, 72, hashed=True)
-    level, rows = 2, levels.rows[2].item()
-    assert rows & (rows - 1) and levels.hashed_from == level
+    level, rows = levels[2], levels[2].rows
+    assert rows & (rows - 1) and level.hashed and not levels[1].hashed
     x = torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
-    found = (hashgrid.corners(x, levels)[0][:, level] - levels.offset[level]).t()
-    cells = (x * levels.scale[level] + 0.5).floor().long()
+    found = hashgrid.corners(x, level)[0] - level.offset
+    cells = (x * level.scale + 0.5).floor().long()
     negative = 0
     for cell, row in zip(cells.tolist(), found.tolist()):
         hashes = []
@@ -102,6 +103,53 @@ def test_a_hash_is_an_integer_without_a_sign():
         negative += sum(h >= 2**31 for h in hashes)
         assert row == [h % rows for h in hashes]
     assert negative > 100
+
+
+def by_definition(x: torch.Tensor, table: torch.Tensor, levels: tuple[hashgrid.Level, ...]) -> torch.Tensor:
+    """The encoding of points (N, 3) in the cube, one corner after the other, in 64-bit integers: (N, L * C)."""
+    features = []
+    for level in levels:
+        position = x * level.scale + 0.5
+        cell = position.floor()
+        fraction = position - cell
+        total = torch.zeros(len(x), table.shape[1])
+        for step in itertools.product((0, 1), repeat=3):
+            step = torch.tensor(step)
+            a, b, c = ((cell.long() + step) * (torch.tensor(level.stride) % 2**32)).unbind(-1)
+            index = (a ^ b ^ c if level.hashed else a + b + c) % 2**32 % level.rows
+            weight = torch.where(step > 0, fraction, 1 - fraction).prod(-1)
+            total += weight[:, None] * table[level.offset + index]
+        features.append(total)
+    return torch.cat(features, -1)
+
+
+@pytest.mark.parametrize("name", ["nano", "instant_ngp", "one_feature_tiled", "eight_features_tiled",
+                                  "a_level_that_is_no_power_of_two_hashed", "eight_rows_a_level"])
+def test_encoding_is_that_of_its_definition(name):
+    """Dense, tiled and hashed levels; points outside of the cube and on its corners; the gradient as well."""
+    encoding = HashGrid(*GRIDS[name], 1.0, torch.Generator().manual_seed(0))
+    x = torch.rand(500, 3, generator=torch.Generator().manual_seed(1)) * 1.2 - 0.1
+    x[:8] = torch.tensor(list(itertools.product((0.0, 1.0), repeat=3)))
+    x[8:11] = torch.tensor([[0.5, 0.5, 1e30], [float("nan"), 0.5, 0.5], [0.5, float("-inf"), 0.5]])
+    found = hashgrid.encode(x, encoding.table, encoding.levels)
+    outside = ~((x >= 0) & (x <= 1)).all(-1)
+    assert 100 < outside.sum() < 400 and not found[outside].any()
+    safe = torch.where(outside[:, None], 0, x)
+    expected = by_definition(safe, encoding.table, encoding.levels) * ~outside[:, None]
+    parity.assert_close(found, expected, rtol=1e-5, atol=1e-9)
+    grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(2))
+    gradients = [torch.autograd.grad(features, encoding.table, grad)[0] for features in (found, expected)]
+    parity.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_read_the_same_levels():
+    levels = hashgrid.level_table(*GRIDS["nano"][:1], *GRIDS["nano"][2:])
+    scale, stride, rows, offset, hashed_from = hashgrid_kernel._grids(levels, torch.device("cpu"))
+    assert scale.dtype == torch.float32 and scale.tolist() == [level.scale for level in levels]
+    assert stride.dtype == rows.dtype == offset.dtype == torch.int32 and stride.is_contiguous()
+    assert (stride[4].long() % 2**32).tolist() == [1, 2654435761, 805459861] and stride[1].tolist() == [1, 18, 324]
+    assert rows.tolist() == [736, 5832, 50656, 65536, 65536] and hashed_from == 3
+    assert offset.tolist() == [0, 736, 6568, 57224, 122760]
 
 
 def test_no_points_no_error():
