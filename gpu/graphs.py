@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +27,6 @@ SIZES = (1, 4, 8, 12, 16, 20, 24, 28, 32)
 # 0.0025 on an H100). To compare: with the sample's prior five steps of PLMS are off by 0.05 to 0.08 of what denoising
 # changes.
 TOLERANCE = 0.02
-
-
-class Capture(NamedTuple):
-    """A CUDA graph of one forward pass."""
-    graph: torch.cuda.CUDAGraph
-    inputs: list[Tensor]  # what the graph reads, always at these addresses
-    output: Tensor        # what it writes, always at this one
 
 
 @contextmanager
@@ -51,6 +43,72 @@ def recording(graph: torch.cuda.CUDAGraph, **where) -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
+
+
+class Replay:
+    """A function of a batch as a CUDA graph: the first calls run as usual, then one is captured and replayed.
+
+    A batch is a tuple of tensors whose shapes never change, or of such tuples.
+    """
+
+    def __init__(self, function: Callable[[tuple], Tensor], batch: tuple, pool: tuple[int, int], warm_ups: int):
+        """`pool`: the memory of all graphs that run one after the other; `warm_ups` calls run as usual."""
+        self.function = function
+        self.pool = pool
+        self.warm_ups = warm_ups
+        self.batch = _clone(batch)
+        self.graph = None
+        self.result = None
+        self.calls = 0
+
+    def __call__(self, batch: tuple) -> Tensor:
+        # The graph's own batch takes the new numbers.
+        _copy(self.batch, batch)
+        self.calls += 1
+        if self.calls <= self.warm_ups:
+            return self.run_on_stream()
+        if self.graph is None:
+            self.capture()
+        self.graph.replay()
+        return self.result.clone()  # where other graphs do not write
+
+    def run_on_stream(self) -> Tensor:
+        """As usual, but on the stream of the capture, as torch requires. Kernels are loaded, which no graph may do."""
+        stream = _side_stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            result = self.function(self.batch)
+        torch.cuda.current_stream().wait_stream(stream)
+        return result
+
+    def capture(self) -> None:
+        """Record what one call does; nothing is done yet."""
+        self.graph = torch.cuda.CUDAGraph()
+        with recording(self.graph, pool=self.pool, stream=_side_stream()):
+            self.result = self.function(self.batch)
+
+
+def _clone(batch: tuple) -> tuple:
+    """The same numbers elsewhere."""
+    copies = (x.clone() if isinstance(x, Tensor) else _clone(x) for x in batch)
+    return type(batch)(*copies) if hasattr(batch, "_fields") else tuple(copies)
+
+
+def _copy(own: tuple, given: tuple) -> None:
+    """Take over the numbers of another batch of the same shapes."""
+    for mine, theirs in zip(own, given):
+        if isinstance(mine, Tensor):
+            mine.copy_(theirs)
+        else:
+            _copy(mine, theirs)
+
+
+@cache
+def _side_stream() -> torch.cuda.Stream:
+    """Where functions run as usual and are captured. Always the same one, because no stream gets memory that another
+    has used.
+    """
+    return torch.cuda.Stream()
 
 
 def half_copy(network: nn.Module, exact: tuple[str, ...] = ()) -> nn.Module:
@@ -91,7 +149,7 @@ class Graphed:
         self.full = full
         self.half_is_accurate = True
         self.proven = False
-        self.captures = {}
+        self.replays = {}
         self.pool = None  # the memory of all graphs
 
     @torch.no_grad()
@@ -106,16 +164,11 @@ class Graphed:
 
         # The smallest graph that the batch fits in.
         size = next(size for size in SIZES if size >= count)
-        key = (size, *(x.shape[1:] for x in inputs))
-        if key not in self.captures:
-            self.captures[key] = self.capture([_filled(x, size) for x in inputs])
-        captured = self.captures[key]
-
-        # What is left of an earlier batch behind this one does not matter.
-        for buffer, x in zip(captured.inputs, inputs):
-            buffer[:count].copy_(x)
-        captured.graph.replay()
-        return captured.output[:count].clone()
+        batch = tuple(_filled(x, size) for x in inputs)
+        shapes = tuple(x.shape for x in batch)
+        if shapes not in self.replays:
+            self.replays[shapes] = self.replay(batch)
+        return self.replays[shapes](batch)[:count]
 
     def prove(self, inputs: tuple[Tensor, ...]) -> None:
         """Decide for half precision or float32, on the first and the last image."""
@@ -123,32 +176,14 @@ class Graphed:
         self.half_is_accurate = half_is_accurate(self.name, self.half(*ends), self.full(*ends))
         self.proven = True
 
-    def capture(self, inputs: list[Tensor]) -> Capture:
-        """The graph of one forward pass that reads these tensors."""
+    def replay(self, batch: tuple[Tensor, ...]) -> Replay:
+        """The graph of one forward pass. All graphs share memory, as one runs after the other."""
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
         function = self.half if self.half_is_accurate else self.full
-
-        # The first call of a shape loads kernels, which no graph may contain.
-        stream = _side_stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            function(*inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-
-        # The capture. All graphs share the memory of the first, as one runs after the other.
-        graph = torch.cuda.CUDAGraph()
-        with recording(graph, pool=self.pool):
-            output = function(*inputs).float()
-        self.pool = self.pool or graph.pool()
-        return Capture(graph, inputs, output)
+        return Replay(lambda inputs: function(*inputs).float(), batch, self.pool, warm_ups=1)
 
 
 def _filled(x: Tensor, size: int) -> Tensor:
     """A batch (size, ...) that begins with x (B, ...), then copies of its last row."""
     rest = x[-1:].expand(size - len(x), *x.shape[1:])
     return torch.cat([x, rest])
-
-
-@cache
-def _side_stream() -> torch.cuda.Stream:
-    """Where functions are tried. Always the same one, because no stream gets memory that another has used."""
-    return torch.cuda.Stream()

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gpu.graphs import recording
+from gpu.graphs import Replay
 
 NEVER = 2**62     # an iteration that no run reaches
 WARM_UPS = 2      # updates before one is captured: torch picks algorithms and allocates memory in the first ones
@@ -35,7 +35,6 @@ class Optimization:
     def __init__(self, groups: list[Group], betas: tuple[float, float], eps: float, device: torch.device):
         self.peak_rates = [group.rate for group in groups]
         self.graphed = device.type == "cuda"
-        self.stream = torch.cuda.Stream(device) if self.graphed else None  # of all graphs, for they share memory
         self.forget_graphs()
 
         # A graph reads the rates where they stood when it was made, so there they are tensors.
@@ -78,7 +77,7 @@ class Optimization:
     def _replay(self, name: str, function: Function, batch: NamedTuple) -> Tensor:
         """A function of a batch, by the graph of that name, which is made if there is none."""
         if name not in self.graphs:
-            self.graphs[name] = _Graph(function, batch, self.pool, self.stream)
+            self.graphs[name] = Replay(function, batch, self.pool, WARM_UPS)
         return self.graphs[name](batch)
 
     def _descend(self, loss: Function, batch: NamedTuple) -> Tensor:
@@ -120,55 +119,3 @@ class Optimization:
             group["lr"] = torch.tensor(peak, device=self.iteration.device) if self.graphed else peak
             group["capturable"] = self.graphed
         self.forget_graphs()
-
-
-class _Graph:
-    """A function of a batch as a CUDA graph: the first calls run as usual, then one is captured and replayed."""
-
-    def __init__(self, function: Function, batch: NamedTuple, pool: tuple[int, int], stream: torch.cuda.Stream):
-        self.function = function
-        self.pool = pool
-        self.stream = stream
-        self.batch = _clone(batch)
-        self.graph = None
-        self.result = None
-        self.calls = 0
-
-    def __call__(self, batch: NamedTuple) -> Tensor:
-        # The graph's own batch takes the new numbers.
-        _copy(self.batch, batch)
-        self.calls += 1
-        if self.calls <= WARM_UPS:
-            return self._run_on_stream()
-        if self.graph is None:
-            self._capture()
-        self.graph.replay()
-        return self.result.clone()  # where other graphs do not write
-
-    def _run_on_stream(self) -> Tensor:
-        """As usual, but on the stream of the capture, as torch requires."""
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            result = self.function(self.batch)
-        torch.cuda.current_stream().wait_stream(self.stream)
-        return result
-
-    def _capture(self) -> None:
-        """Record what one call does; nothing is done yet."""
-        self.graph = torch.cuda.CUDAGraph()
-        with recording(self.graph, pool=self.pool, stream=self.stream):
-            self.result = self.function(self.batch)
-
-
-def _clone(batch: NamedTuple) -> NamedTuple:
-    """The same numbers elsewhere; batches may be nested."""
-    return type(batch)(*(x.clone() if isinstance(x, Tensor) else _clone(x) for x in batch))
-
-
-def _copy(own: NamedTuple, given: NamedTuple) -> None:
-    """Take over the numbers of another batch of the same shapes."""
-    for mine, theirs in zip(own, given):
-        if isinstance(mine, Tensor):
-            mine.copy_(theirs)
-        else:
-            _copy(mine, theirs)

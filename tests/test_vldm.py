@@ -285,6 +285,6 @@ def test_acceleration_on_cuda(tiny, noise):
         with torch.no_grad():
             _, of_half = fast.estimate(z, log_snr)
         parity.assert_close(of_half, exact.estimate(z, log_snr)[1].cpu(), std=0.03)
-    assert model.fast.predict.half_is_accurate and len(model.fast.predict.captures) == 1
+    assert model.fast.predict.half_is_accurate and len(model.fast.predict.replays) == 1
     state = model.state_dict()
     assert not [k for k in state if "fast" in k] and all(v.dtype == torch.float32 for v in state.values())
