@@ -180,9 +180,12 @@ def load_attribute_net(path: str | Path) -> AttributeNet:
     try:
         # The file holds nothing but weights: how many attributes the network reads is the length of its last bias.
         net = AttributeNet(len(weights["head.bias"]))
+        files.check_weights(weights, net)
         net.load_state_dict(weights)
-    except (LookupError, TypeError, RuntimeError) as e:
-        raise ValueError(f"{path}: not the weights of a perceptual network (`train.py perceptual` writes one)") from e
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as e:
+        reason = " ".join(str(e).split())[:160]
+        raise ValueError(f"{path}: not the weights of a perceptual network, as `train.py perceptual` writes them "
+                         f"({reason})") from e
     return net.eval().requires_grad_(False)
 
 

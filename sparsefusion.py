@@ -147,7 +147,7 @@ class SparseFusion(nn.Module):
         rays = max(1, EFT_BYTES[images.device.type] // self.eft.ray_bytes(len(images)))
         together = 1 if train_mode or where is not None else max(1, rays // size**2)
         gpus = [images.device] if images.is_cuda else []  # whose random numbers dropout takes
-        half = not train_mode and self._half_is_accurate_eft(images, inputs, queries[:1], depth_range)
+        half = not train_mode and self._runs_in_half(images, inputs, queries[:1], depth_range)
         views = []
         with _training(self.eft, train_mode), torch.autocast("cuda", torch.float16, enabled=half):
             # The inputs are encoded once; every query viewpoint looks at the same maps.
@@ -167,8 +167,7 @@ class SparseFusion(nn.Module):
         colors = torch.cat([view.color for view in views])
         return Condition(features, colors)
 
-    def _half_is_accurate_eft(self, images: Tensor, inputs: Cameras, query: Cameras,
-                         depth_range: tuple[float, float]) -> bool:
+    def _runs_in_half(self, images: Tensor, inputs: Cameras, query: Cameras, depth_range: tuple[float, float]) -> bool:
         """On a GPU: whether the EFT says the same in half precision and in float32 of 256 rays of a query view (1,).
         If not, a line says so.
         """
@@ -263,17 +262,21 @@ def load(path: Path, device: str = "cpu", stage: str = "prior") -> SparseFusion:
 
     A file of `train.py vae` has no prior yet, and is only taken where `stage` says "vae".
     """
-    # Preset and weights must be made for each other; a blank model takes either all of them or none.
     preset = read_preset(path)
     data = files.read_tensors(path)
-    weights = data["weights"]
     if stage == "prior" and data.get("stage", "prior") != "prior":
         raise ValueError(f"{path}: only its autoencoder is trained; `train.py prior --vae {path}` comes next")
+
+    # Preset and weights must be made for each other, which is known before any memory is reserved.
     try:
-        model = blank(preset, device)
+        with torch.device("meta"):
+            model = SparseFusion(preset)
+        weights = _in_current_spelling(data["weights"])
+        files.check_weights(weights, model)
         weights = {name: x.to(device) for name, x in weights.items()}  # as they are, since half is half the way
-        model.load_state_dict(_in_current_spelling(weights))
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as e:
+        model.load_state_dict({name: x.float() if x.is_floating_point() else x for name, x in weights.items()},
+                              assign=True)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as e:
         reason = " ".join(str(e).split())[:160]
         raise ValueError(f"{path}: preset and weights do not fit together ({reason})") from e
     model.fingerprint = files.fingerprint(path)

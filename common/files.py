@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -131,3 +132,15 @@ def safe_name(name: str) -> str:
     digits = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
     spelled = spelled.replace(".", "_")
     return f"{spelled}_{digits}"
+
+
+def check_weights(weights: dict[str, Tensor], module: nn.Module) -> None:
+    """Raises `ValueError` that names the first of the weights of a module which is not made of finite numbers of its
+    kind: floating point or whole.
+    """
+    kinds = {name: x.is_floating_point() for name, x in module.state_dict().items()}
+    for name, x in weights.items():
+        if x.is_complex() or x.is_floating_point() != kinds.get(name, x.is_floating_point()):
+            raise ValueError(f"{name} is made of {x.dtype}")
+        if not x.isfinite().all():
+            raise ValueError(f"{name} has numbers that are not finite")

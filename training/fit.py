@@ -20,6 +20,7 @@ from common.processes import Interrupted, uninterruptible
 from common.progress import Progress
 from common.settings import differences
 
+NEVER = 2**62  # a step that no training reaches
 Numbers = dict[str, Tensor]  # what a step shows: name -> scalar
 
 
@@ -70,8 +71,9 @@ class Fit:
         for name, x in self.module.state_dict().items():
             self.average[name] = x.detach().clone()
 
-        # Where it goes, and how far it is.
+        # Where it goes, how far it is, and the first step whose loss or gradient was not finite.
         self.generator = torch.Generator(device)
+        self.broken = torch.full((), NEVER, device=device)
         self.state_file = out.with_name(out.name + ".state")
         self.completed = 0
 
@@ -98,8 +100,15 @@ class Fit:
                              ) from None
         print(f"resuming {self.out.name} at step {self.completed}")
 
+    def check(self) -> None:
+        """Raises `FloatingPointError` where a loss or gradient so far, and with it all weights, was not finite."""
+        if self.broken < NEVER:
+            raise FloatingPointError(f"{self.out}: the training broke in step {int(self.broken)}, whose loss or "
+                                     "gradient is not a finite number; a smaller lr may help")
+
     def save(self) -> None:
         """The state, to resume, and the weights, for use."""
+        self.check()
         state = {
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -124,7 +133,9 @@ class Fit:
         # Down the clipped gradient; the average follows, faster at first.
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+        now = torch.where((loss + norm).detach().isfinite(), NEVER, step)
+        self.broken = torch.minimum(self.broken, now)
         self.optimizer.step()
         decay = min(self.config.ema, (step + 1) / (step + 10))
         update_average(self.average, self.module, decay)
@@ -156,6 +167,7 @@ class Fit:
             # Once in a while: say how it goes, stop in time, save.
             if step % 50 and self.completed < total:
                 continue
+            self.check()
             now = time.monotonic()
             progress.note = ", ".join(f"{name} {x:.4f}" for name, x in shown.items())
             if minutes and now - began > 60 * minutes:

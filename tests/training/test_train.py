@@ -303,3 +303,42 @@ def test_attributes_are_needed(tmp_path, capsys, monkeypatch):
     (tmp_path / "co3d" / "toys" / "sequence_annotations.jgz").unlink()
     argv = ["perceptual", "--root", tmp_path / "co3d", "--out", tmp_path / "x", "--frames", 5]
     one_line(capsys, train.main, argv, "sequence_annotations.jgz")
+
+
+# --- numbers that go wrong ---
+
+def test_a_training_that_breaks_stops_and_writes_nothing(tmp_path, capsys):
+    out = tmp_path / "p.pt"
+    command = ["perceptual", "--root", str(SAMPLE), "--steps", "8", "--frames", "3", "--device", "cpu", "--out", str(out),
+               "--set", "batch=2", "lr=1e30"]
+    with pytest.raises(SystemExit) as e:
+        train.main(command)
+    line, = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert e.value.code == 2 and "broke in step" in line and str(out) in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda x: x * float("nan"), "not finite"),
+    (lambda x: x.to(torch.int8), "torch.int8"),
+    (lambda x: x.to(torch.complex64), "torch.complex64"),
+    (lambda x: x[..., :1], "size mismatch|shape"),
+])
+def test_weights_that_are_none_are_named(change, words, tmp_path):
+    sparsefusion.save(tiny_model(), tmp_path / "w.pt")
+    data = files.read_tensors(tmp_path / "w.pt")
+    data["weights"]["vldm.unet.final_conv.weight"] = change(data["weights"]["vldm.unet.final_conv.weight"])
+    files.save_tensors(data, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=f"w.pt: preset and weights do not fit together .*({words})"):
+        sparsefusion.load(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("part, numbers", [("eft", {"stem": 10**6}), ("unet", {"widths": (10**6,) * 3}),
+                                           ("unet", {"tokens": 10**9}), ("vae", {"widths": (10**6, 10**6)})])
+def test_absurd_sizes_reserve_no_memory(part, numbers, tmp_path):
+    sparsefusion.save(tiny_model(), tmp_path / "w.pt")
+    data = files.read_tensors(tmp_path / "w.pt")
+    data["preset"][part] |= numbers
+    files.save_tensors(data, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="w.pt: "):
+        sparsefusion.load(tmp_path / "w.pt")
