@@ -327,7 +327,7 @@ def denoise(denoiser: Denoiser, x0: Tensor, noise_levels: Sequence[float], randn
             x0 = plms_estimate(denoiser, z[on], x0, log_snr_t, log_snr_s, on, history, move, sampler)
         elif sampler.solver == "dpmpp":
             history = [x0, *history[:1]]
-            x0 = dpmpp_estimate(history, log_snrs[max(k - 1, 0):k + 2, on])
+            x0 = dpmpp_estimate(history, log_snrs[max(k - 1, 0):k + 2, on]).clamp(-sampler.clip, sampler.clip)
         z = z.index_copy(0, on, move(x0))
     return z
 

@@ -292,6 +292,14 @@ def test_dpmpp_extrapolates_linearly_in_log_snr():
     assert torch.equal(ahead[:, 0, 0, 0], torch.tensor([3 + 2 / 2 * 2, 3 + 2 / 1 * 0.25]))
 
 
+@pytest.mark.parametrize("solver", ["plms", "ddim", "dpmpp"])
+def test_clean_latents_stay_within_the_clip(noise, solver):
+    """Extrapolated ones, too."""
+    denoiser = Analytic(lambda z, log_snr: -4 * z * log_snr.sin().reshape(-1, 1, 1, 1), clip=2.0)
+    steps = trajectory(denoiser, 3 * noise(2, 4, 2, 2)(), 0.9, noise(2, 4, 2, 2), solver=solver, plms_steps=7, clip=2.0)
+    assert all(step.x0.abs().max() <= 2 for step in steps) and any(step.x0.abs().max() == 2 for step in steps)
+
+
 # --- images of a batch ---
 
 LEVELS = [1.0, 0.7, 0.31, 0.12, 0.02]  # 10, 10, 6, 2 and 0 steps of PLMS
