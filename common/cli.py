@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -23,6 +24,9 @@ from common.processes import Interrupted, stoppable
 
 
 # ---------------------------------------------------------------------------------------------- errors
+
+OUT_OF_MEMORY = re.compile("can't allocate|not enough memory|out of memory|[Ss]torage size calculation overflowed")
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, exit code 2. What it returns says under `given` which flags stood
@@ -58,14 +62,24 @@ def run(command: Callable, args: argparse.Namespace) -> None:
         with stoppable():
             command(args)
     except (OSError, ValueError, FloatingPointError) as e:
-        print("error:", " ".join(str(e).splitlines()), file=sys.stderr)
-        sys.exit(2)
+        _end_with(str(e))
+    except (MemoryError, RuntimeError) as e:
+        # Torch has no exception of its own for the memory of a CPU.
+        if isinstance(e, RuntimeError) and not OUT_OF_MEMORY.search(str(e)):
+            raise
+        _end_with(f"not enough memory ({str(e)[:120]}); smaller pictures, fewer views or lower numbers need less")
     except Interrupted as e:
         number = e.args[0]
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         saved = "".join(f"; {note}" for note in getattr(e, "__notes__", []))
         print(f"stopped by {name}{saved}; the same command resumes from what is saved", file=sys.stderr)
         sys.exit(128 + number)
+
+
+def _end_with(error: str) -> None:
+    """One line, and the exit code of bad input."""
+    print("error:", " ".join(error.split()), file=sys.stderr)
+    sys.exit(2)
 
 
 # ---------------------------------------------------------------------------------------------- types of arguments

@@ -6,12 +6,13 @@ the new one, never half of one. Checkpoints of this program are dictionaries of 
 """
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,26 +25,38 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to; it becomes `path` when the block ends, and is removed if the block
     fails.
 
-    Folders on the way are made. The ending is kept, because writers of pictures go by it.
+    Folders on the way are made. The ending is kept, because writers of pictures go by it. Raises `OSError` with `path`
+    for what the system refuses within, such as writing to a full disk, and where `path` is no regular file: a device
+    would be replaced.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "no regular file, so it is not replaced", str(path))
+
     # The process is in the name, so that two runs do not write into one another's file.
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror or str(e), str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def save_tensors(data: dict, path: str | Path) -> None:
     """Write a dictionary of tensors and plain data, for `read_tensors`.
 
-    The file is opened here, because torch's own writer raises no `OSError` where a folder cannot be written.
+    The file is opened here, because torch's own writer raises no `OSError` where a folder cannot be written, and hides
+    one that comes up later.
     """
     with write_atomically(path) as temporary, open(temporary, "wb") as file:
-        torch.save(data, file)
+        try:
+            torch.save(data, file)
+        except RuntimeError as e:
+            raise e.__context__ if isinstance(e.__context__, OSError) else e from None
 
 
 def save_json(data, path: str | Path) -> None:

@@ -225,6 +225,15 @@ def test_bad_input_is_one_line(error, capsys):
     one_line(capsys, lambda argv: cli.run(command, argparse.Namespace()), [], "error: ", error)
 
 
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(10**15), lambda: torch.empty(2**40, 2**40),
+                                      lambda: [0] * 2**60])
+def test_too_little_memory_is_one_line(allocate, capsys):
+    with pytest.raises(SystemExit) as e:
+        cli.run(lambda args: allocate(), None)
+    line, = capsys.readouterr().err.splitlines()
+    assert e.value.code == 2 and line.startswith("error: not enough memory")
+
+
 def test_bugs_keep_their_traceback():
     def command(args):
         raise KeyError("bug")

@@ -2,12 +2,17 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from common import files
 from tests.support.helpers import Evil
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def names(folder):
@@ -52,6 +57,41 @@ def test_a_folder_that_is_none_is_an_oserror(tmp_path):
         with pytest.raises(OSError):
             save({}, tmp_path)
     assert names(tmp_path) == ["file"]
+
+
+FULL = """
+import resource, signal, sys
+import torch
+from common import files
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))
+save = {"pt": files.save_tensors, "json": files.save_json}[sys.argv[1].rpartition(".")[2]]
+try:
+    save({"weights": {}, "x": torch.rand(5000).tolist() if save is files.save_json else torch.rand(5000)}, sys.argv[1])
+except OSError as e:
+    print(e)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits of POSIX")
+@pytest.mark.parametrize("size", [0, 1, 100, 4096, 15_000])
+@pytest.mark.parametrize("name", ["a.pt", "a.json"])
+def test_a_full_disk_names_the_file_and_leaves_nothing(name, size, tmp_path):
+    """Wherever the writing ends; the limit of a file's size stands in for the disk's."""
+    (tmp_path / name).write_text("old")
+    command = [sys.executable, "-c", FULL, str(tmp_path / name), str(size)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert not result.stderr and str(tmp_path / name) in result.stdout and len(result.stdout.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "old"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes of POSIX")
+def test_what_is_no_regular_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(OSError, match="no regular file"):
+            files.save_json({}, path)
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_json(tmp_path):
