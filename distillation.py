@@ -39,6 +39,7 @@ import ngp
 import vldm
 import volume
 from cameras import HALF_SIDE, Cameras, Scene, pixel_grid
+from common import files
 from common.machine import rand
 from common.progress import Progress
 from gpu.update import Group, Optimization
@@ -651,13 +652,20 @@ class Distillation:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Resume from a state."""
+        """Resume from a state. Raises nearly anything where it is none of a distillation with these numbers."""
         for name in ("field", "occupancy", "exposures"):
+            files.check_weights(state[name], getattr(self, name))
             getattr(self, name).load_state_dict(state[name])
         self.optimization.load_state_dict(state["optimizer"])
-        self.targets = {i: x_hat.to(self.inputs.images) for i, x_hat in state["targets"].items()}
         self.completed = state["completed"]
-        self.seconds = state["seconds"]
+        self.seconds = float(state["seconds"])
+
+        # What was denoised ahead, unless there is nothing left to do, and no prior.
+        targets = {} if self.prior is None else state["targets"]
+        for i, x_hat in targets.items():
+            if x_hat.shape != self.eft_images[:1].shape:
+                raise ValueError(f"a target has the shape {tuple(x_hat.shape)}")
+            self.targets[i] = x_hat.to(self.inputs.images)
 
 
 def as_rows(images: Tensor) -> Tensor:

@@ -231,11 +231,13 @@ class Checkpoint(NamedTuple):
         if not self.path.exists():
             return None
         state = files.read_tensors(self.path, "field")
-        if not isinstance(state.get("completed"), int):
-            raise ValueError(f"{self.path}: not a whole state of a field (no iterations); delete it to start again")
         other = differences(state.get("settings", {}), wanted, extend=self.extend)
         if other:
             raise ValueError(f"{self.path}: a field of other settings ({other}); choose another --out, or --overwrite")
+        completed = state.get("completed")
+        if type(completed) is not int or not 0 <= completed <= wanted["config"]["iterations"]:
+            raise ValueError(f"{self.path}: not a whole state of a field ({completed!r} iterations); delete it to start"
+                             " again")
         return state
 
     def run(self, distillation: Distillation, state: dict | None, beside: dict, title: str | None,

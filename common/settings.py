@@ -6,7 +6,6 @@ A setting's path is its names with dots between them, `config.field.levels`.
 from __future__ import annotations
 
 import json
-import math
 
 # What follows from the number of iterations, in a run that resumes a shorter one.
 LENGTH = ("config.iterations", "config.bootstrap", "config.input_pixels", "config.pixel_side")
@@ -23,7 +22,8 @@ def differences(found, wanted, ignore: tuple[str, ...] = (), extend: bool = Fals
     # As JSON has them, which knows no tuples.
     found = _flat(json.loads(json.dumps(found, default=str)))
     wanted = _flat(json.loads(json.dumps(wanted, default=str)))
-    if extend and found.get("config.iterations", math.inf) < wanted["config.iterations"]:
+    there = found.get("config.iterations")
+    if extend and isinstance(there, int) and there < wanted["config.iterations"]:
         ignore += LENGTH
     paths = [path for path in wanted | found if path not in ignore and found.get(path) != wanted.get(path)]
     if not paths:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from common import files
 from common.settings import differences
+from export.pictures import LABELS
 from reconstruction import OUTPUT_FIELDS
 
 # What is shown, and what else a run leaves.
@@ -56,11 +57,32 @@ def claim(folder: Path, settings: dict, extend: bool = False) -> None:
 
 
 def finished(folder: Path, settings: dict) -> dict | None:
-    """What `metrics.json` of a folder holds, if it was made from these settings and everything else is there, too."""
+    """What `metrics.json` of a folder holds, if it was made from these settings and has what tables read, and everything
+    else is there, too.
+    """
     if not all((folder / name).exists() for name in ("metrics.json", "field.pt", *PICTURES)):
         return None
     result = files.read_json(folder / "metrics.json")
-    return None if differences(result.get("settings"), settings) else result
+    return None if differences(result.get("settings"), settings) or not _is_whole(result) else result
+
+
+def _is_whole(result: dict) -> bool:
+    """Whether what tables read of a `metrics.json` has its kinds."""
+    methods = result.get("methods")
+    if not isinstance(methods, dict) or not methods.keys() <= LABELS.keys() or not methods:
+        return False
+    numbers = [result.get("seconds")]
+    for row in methods.values():
+        if not isinstance(row, dict) or not row:
+            return False
+        numbers += row.values()
+
+    # Names, and finite numbers.
+    names = [result.get("sequence"), result.get("perceptual_name")]
+    for entry in ("input_frames", "target_frames"):
+        names += result[entry] if isinstance(result.get(entry), list) else [None]
+    return (all(isinstance(name, str) for name in names)
+            and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in numbers))
 
 
 def choose_folder(parent: Path, name: str, settings: dict, overwrite: bool) -> Path:

@@ -113,9 +113,18 @@ class Optimization:
         return self.adam.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """Resume from what Adam remembered, which may come from another device."""
-        self.adam.load_state_dict(state)
+        """Resume from what Adam remembered, which may come from another device. See `load_adam`."""
+        load_adam(self.adam, state)
         for group, peak in zip(self.adam.param_groups, self.peak_rates):
             group["lr"] = torch.tensor(peak, device=self.iteration.device) if self.graphed else peak
             group["capturable"] = self.graphed
         self.forget_graphs()
+
+
+def load_adam(adam: torch.optim.Adam, state: dict) -> None:
+    """Resume from what Adam remembered. Raises `ValueError` where that is of other parameters, or not finite."""
+    adam.load_state_dict(state)
+    for parameter, moments in adam.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if moments[name].shape != parameter.shape or not moments[name].isfinite().all():
+                raise ValueError(f"{name} of an optimizer is not one of its parameter")

@@ -1,5 +1,7 @@
 """Runs that stop and go on: interrupted at any moment, extended, with a strip of previews; states that are none."""
+import copy
 import json
+import math
 import signal
 from dataclasses import asdict, replace
 
@@ -226,6 +228,35 @@ def test_a_state_without_a_part(missing, tmp_path):
     files.save_tensors(state, file)
     with pytest.raises(ValueError, match="field.pt: not a whole state of a field"):
         reconstruct(ball(3, 32), [0, 1], config=SHORT, checkpoint=Checkpoint(file))
+
+
+@pytest.mark.parametrize("path, value", [
+    (("completed",), -1), (("completed",), 7), (("completed",), 2**70), (("completed",), "6"), (("completed",), True),
+    (("seconds",), None), (("seconds",), "long"), (("resumed_from",), 3), (("field", "encoding.table"), torch.zeros(3)),
+    (("field", "encoding.table"), math.nan), (("exposures", "log_gains"), math.inf),
+    (("optimizer", "state", 0, "exp_avg"), torch.zeros(3)), (("optimizer", "state", 0, "exp_avg"), math.nan),
+    (("optimizer", "state", 0, "exp_avg_sq"), None), (("targets",), None), (("targets",), {4: torch.zeros(1, 3, 8, 8)}),
+])
+def test_a_state_that_was_edited(path, value, tmp_path, half_done):
+    """Refused in one line; a number stands for a tensor with it."""
+    state = copy.deepcopy(half_done)
+    part = state
+    for name in path[:-1]:
+        part = part[name]
+    part[path[-1]] = part[path[-1]] + value if isinstance(value, float) else value
+    files.save_tensors(state, tmp_path / "field.pt")
+    with pytest.raises(ValueError, match="field.pt: not a whole state of a field"):
+        reconstruct(ball(3, 32), [0, 1], tiny_model(), SHORT, checkpoint=Checkpoint(tmp_path / "field.pt"))
+
+
+@pytest.fixture(scope="module")
+def half_done(tmp_path_factory):
+    """The state of a run that was interrupted after four iterations."""
+    file = tmp_path_factory.mktemp("half") / "field.pt"
+    with pytest.MonkeyPatch.context() as m, pytest.raises(processes.Interrupted), processes.stoppable():
+        interrupt(m, Distillation, "distillation_loss", 0)
+        reconstruct(ball(3, 32), [0, 1], tiny_model(), SHORT, checkpoint=Checkpoint(file))
+    return torch.load(file, weights_only=True)
 
 
 def test_a_longer_run_may_have_more_rays_a_pixel():

@@ -19,6 +19,7 @@ from common import files
 from common.processes import Interrupted, uninterruptible
 from common.progress import Progress
 from common.settings import differences
+from gpu.update import load_adam
 
 NEVER = 2**62  # a step that no training reaches
 Numbers = dict[str, Tensor]  # what a step shows: name -> scalar
@@ -90,11 +91,13 @@ class Fit:
 
         # All that a step changes.
         try:
+            files.check_weights(state["module"], self.module)
+            files.check_weights(state["average"], self.module)
             self.module.load_state_dict(state["module"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_adam(self.optimizer, state["optimizer"])
             for name, x in self.average.items():
                 x.copy_(state["average"][name])
-            self.completed = int(state["completed"])
+            self.completed = range(self.config.steps + 1)[state["completed"]]
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
             raise ValueError(f"{self.state_file}: not a whole state ({type(e).__name__}); delete it to start again"
                              ) from None

@@ -77,8 +77,24 @@ def test_only_a_runs_own_files_go(folder):
 
 # --- what is there already ---
 
+RESULT = {"settings": SETTINGS, "methods": {"ngp": {"psnr": 20.0}}, "sequence": "s", "perceptual_name": "none",
+          "input_frames": ["1"], "target_frames": ["2"], "seconds": 3}
+
+
+@pytest.mark.parametrize("change", [
+    {"methods": None}, {"methods": {}}, {"methods": {"magic": {"psnr": 20.0}}}, {"methods": {"ngp": None}},
+    {"methods": {"ngp": {"psnr": "20"}}}, {"methods": {"ngp": {"psnr": True}}}, {"input_frames": [1]},
+    {"target_frames": "2"}, {"seconds": None}, {"seconds": "3"}, {"perceptual_name": 1}, {"sequence": None},
+], ids=str)
+def test_numbers_that_were_edited_are_not_finished(change, folder):
+    for name in ("field.pt", *results.PICTURES):
+        (folder / name).write_text("")
+    files.save_json(RESULT | change, folder / "metrics.json")
+    assert results.finished(folder, SETTINGS) is None
+
+
 def test_finished_is_whole_and_of_the_same_settings(folder):
-    result = {"settings": SETTINGS, "methods": {"ngp": {"psnr": 20.0}}}
+    result = RESULT
     files.save_json(result, folder / "metrics.json")
     for name in ("field.pt", *results.PICTURES):
         assert results.finished(folder, SETTINGS) is None
