@@ -11,17 +11,19 @@ The three-stage layout is that of GPNR (Suhail et al., ECCV 2022). All geometry 
 camera, so for a given depth range the result does not depend on the world's origin, nor on the order of the inputs.
 
 Differences from the released code (its `sparsefusion/eft.py`): the trunk ends after its third stage; the linear layer
-that opens a transformer is applied to each part of its input, before the parts are sampled, broadcast and added, and
-the linear layers of an attention that meet only as products are multiplied beforehand (`EncoderLayer`), which gives
-the same numbers for less work; in evaluation mode dropout is off and the batch norms use their running
-statistics, while the released demo stays in training mode [released: load_model.py:33-45, 179; distillation.py:97-109].
+that opens a transformer is applied to each part of its input, before the parts are sampled, broadcast and added
+(`SplitLinear`), and in evaluation mode the linear layers of an attention are multiplied beforehand
+(`EncoderLayer.attend_folded`), which gives the same numbers for less work; in evaluation mode dropout is off and the
+batch norms use their running statistics, while the released demo stays in training mode [released:
+load_model.py:33-45, 179; distillation.py:97-109].
 
-Shapes: `*` optional batch of query viewpoints, `V` input views, `R` rays, `D` points a ray, `B` images, `C` channels
-of the trunk, `N` width of the transformers, `L` tokens that attend to each other, `T` others beside them, `n` numbers
-in a part of a token, `H W` image rows and columns, `h w` those of a map.
+Shapes: `*` optional batch of query viewpoints, `V` input views, `R` rays, `D` points per ray, `B` images, `C` channels
+of the trunk, `N` width of the transformers, `L` tokens that attend to each other, `d` numbers per head, `n` numbers in
+a part of a token, `H W` image rows and columns, `h w` those of a map.
 """
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,13 +40,13 @@ class EFTConfig:
     """The numbers of an EFT. [paper]: Sec. 3.1 and the supplement. Range of depths: [released: train.py:349-351]."""
     stem: int = 64                                 # channels of the trunk's first convolution, ResNet-18's
     stages: tuple[int, int, int] = (64, 128, 256)  # channels of the trunk's stages 1 to 3 [released: eft.py:96-106]
-    blocks: int = 2                                # residual blocks of a stage, ResNet-18's
+    blocks: int = 2                                # residual blocks per stage, ResNet-18's
     width: int = 256                               # width of the transformers and of the feature handed on [paper]
-    layers: int = 4                                # encoder layers of a transformer [paper]
-    heads: int = 1                                 # attention heads of an encoder layer [released: eft.py:20-34]
+    layers: int = 4                                # encoder layers per transformer [paper]
+    heads: int = 1                                 # attention heads per encoder layer [released: eft.py:20-34]
     feedforward: int = 256                         # hidden width of the feed-forward part [released: eft.py:20-34]
     dropout: float = 0.1                           # dropout of the encoder layers in training [released: eft.py:20-34]
-    depths: int = 20                               # points a ray [paper]
+    depths: int = 20                               # points per ray [paper]
     harmonics: int = 6                             # frequencies 1, 2, ..., 2^5 of the harmonic embedding [paper]
     depth_margin: float = 5.0                      # rays run so far before and behind the mean camera distance
 
@@ -54,7 +56,7 @@ class EFTConfig:
 class SplitLinear(nn.Linear):
     """A linear layer on a concatenation that is never built: W [a, b] = W_a a + W_b b.
 
-    Every part is multiplied at its own shape and then broadcast: a query ray once, not once a view and point. Called
+    Every part is multiplied at its own shape and then broadcast: a query ray once, not once per view and point. Called
     with a concatenation, it is the ordinary layer.
     """
 
@@ -75,14 +77,6 @@ class SplitLinear(nn.Linear):
         return sum(products[1:], start=products[0])
 
 
-class Folded(NamedTuple):
-    """The linear layers of an attention, multiplied where they meet only as products."""
-    query: Tensor        # (heads * N, N) W_k^T W_q of every head, scaled: a token as what the others are multiplied by
-    query_bias: Tensor   # (heads * N,) W_k^T b_q, scaled
-    value: Tensor        # (N, heads * N) W_o W_v of every head: a mean of tokens as what the layer returns
-    value_bias: Tensor   # (N, heads) W_o b_v
-
-
 class EncoderLayer(nn.TransformerEncoderLayer):
     """PyTorch's post-norm encoder layer (Vaswani et al., 2017) with its attention written out.
 
@@ -90,98 +84,62 @@ class EncoderLayer(nn.TransformerEncoderLayer):
     most of a tile on them, and on a GPU the one for float32 refuses more than 65,535 sequences when dropout is on.
     """
 
-    def forward(self, x: Tensor, axis: int = -2) -> Tensor:
-        """Tokens attend to each other along an axis: (..., L, N) along -2, (..., L, T, N) along -3. The same shape."""
-        x = normalize(self.norm1, x + self.dropout1(self.attend(x, axis)))
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (..., L, N) attend to each other along L. The same shape."""
+        attended = self.attend(x) if self.training else self.attend_folded(x)
+        x = normalize(self.norm1, x + self.dropout1(attended))
         hidden = self.dropout(F.relu(self.linear1(x)))
         return normalize(self.norm2, x + self.dropout2(self.linear2(hidden)))
 
-    def attend(self, x: Tensor, axis: int) -> Tensor:
-        """Self-attention along an axis. Shapes as in `forward`."""
-        heads = self.self_attn.num_heads
-        bias = self.self_attn.out_proj.bias
-        dropout = self.self_attn.dropout if self.training else 0.0
-        folded = self.folded()
+    def attend(self, x: Tensor) -> Tensor:
+        """softmax(Q K^T / sqrt(d)) V of every head (Vaswani et al., Eq. 1): (..., L, N) -> (..., L, N)."""
+        attention = self.self_attn
+        projected = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+        projected = projected.unflatten(-1, (3, attention.num_heads, -1))      # (..., L, 3, heads, d)
+        query, key, value = projected.movedim(-4, -2).unbind(-4)               # (..., heads, L, d) each
 
-        # A token, asked by every head. Its products with the tokens say how well they fit.
-        query = F.linear(x, folded.query, folded.query_bias)
-        query = query.unflatten(-1, (heads, -1)).movedim(-2, 0)  # (heads, ..., N)
-        mixed, total = MIXERS[axis](query, x, dropout)
-        mixed = mixed.movedim(0, -2).flatten(-2)  # (..., heads * N)
+        scores = query @ key.mT / math.sqrt(query.shape[-1])                   # (..., heads, L, L)
+        weights = F.dropout(scores.softmax(-1), attention.dropout, self.training)
+        mixed = weights @ value                                                # (..., heads, L, d)
+        return attention.out_proj(mixed.transpose(-2, -3).flatten(-2))
 
-        # The weights add up to one, unless some of them were dropped.
-        if dropout == 0:
-            bias = bias + folded.value_bias.sum(1)
-            return F.linear(mixed, folded.value, bias)
-        bias = F.linear(total.movedim(0, -1), folded.value_bias, bias)
-        return F.linear(mixed, folded.value) + bias
+    def attend_folded(self, x: Tensor) -> Tensor:
+        """`attend` without dropout, for half the work: (..., L, N) -> (..., L, N).
 
-    def folded(self) -> Folded:
-        """Half the work: (W_q x + b_q) (W_k y + b_k) = (W_k^T W_q x + W_k^T b_q) y + what is the same for all y.
+        (W_q x + b_q) (W_k y + b_k) is (W_k^T W_q x + W_k^T b_q) y and what is the same for all y, which drops out of
+        the softmax. Values are mixed with weights that add up to one, so W_v and W_o can wait until after it.
+        """
+        fold, fold_bias, unfold, unfold_bias = self.folded_layers()
+        query = F.linear(x, fold, fold_bias)
+        query = query.unflatten(-1, (self.self_attn.num_heads, -1)).transpose(-2, -3)  # (..., heads, L, N)
 
-        What is the same for all y drops out of the softmax. Values are mixed with weights that add up to one, so
-        W_v and W_o can wait until after it. The products of weights are in float32, whatever the tokens are in.
+        tokens = x.unsqueeze(-3)                                                       # (..., 1, L, N)
+        if x.shape[-2] == 2:
+            # A softmax of two numbers is the logistic function of their difference. For two views this takes a tenth
+            # of the network's time less than matrices of two rows.
+            first, second = tokens.split(1, dim=-2)
+            share = (query * (second - first)).sum(-1, keepdim=True).sigmoid()         # (..., heads, 2, 1)
+            mixed = torch.lerp(first, second, share.to(x.dtype))                       # (..., heads, 2, N)
+        else:
+            mixed = (query @ tokens.mT).softmax(-1) @ tokens                           # (..., heads, L, N)
+        return F.linear(mixed.transpose(-2, -3).flatten(-2), unfold, unfold_bias)
+
+    def folded_layers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The linear layers of `attend_folded`, multiplied in float32 whatever the tokens are in: W_k^T W_q / sqrt(d)
+        of every head (heads * N, N) and its bias (heads * N,), W_o W_v of every head (N, heads * N) and its bias (N,).
         """
         attention = self.self_attn
         heads = attention.num_heads
         with torch.autocast(attention.in_proj_weight.device.type, enabled=False):
-            # The layers of every head.
-            query, key, value = attention.in_proj_weight.unflatten(0, (3, heads, -1))  # (heads, N / heads, N) each
+            query, key, value = attention.in_proj_weight.unflatten(0, (3, heads, -1))  # (heads, d, N) each
             query_bias, _, value_bias = attention.in_proj_bias.unflatten(0, (3, heads, -1))
-            out = attention.out_proj.weight.unflatten(1, (heads, -1))                  # (N, heads, N / heads)
-            out = out.transpose(0, 1)
+            out = attention.out_proj.weight.unflatten(1, (heads, -1))                  # (N, heads, d)
 
-            # Queries and keys, divided by the root of their length.
-            key = key.mT * key.shape[1] ** -0.5
-            joint_query = key @ query  # (heads, N, N)
-            joint_query_bias = key @ query_bias.unsqueeze(-1)
-
-            # Values and what the layer returns.
-            joint_value = out @ value  # (heads, N, N)
-            joint_value = joint_value.transpose(0, 1)
-            joint_value_bias = out @ value_bias.unsqueeze(-1)
-            joint_value_bias = joint_value_bias.squeeze(-1).t()
-        return Folded(joint_query.flatten(0, 1), joint_query_bias.flatten(), joint_value.flatten(1), joint_value_bias)
-
-
-class Mixed(NamedTuple):
-    """What attention makes of tokens (..., L, N) or (..., L, T, N), for every head."""
-    tokens: Tensor  # (heads, ..., N) their weighted means
-    total: Tensor   # (heads, ...) sums of the weights: 1, unless some were dropped
-
-
-def mix_along_rows(query: Tensor, x: Tensor, dropout: float) -> Mixed:
-    """Attention of queries (heads, ..., L, N) along L of tokens (..., L, N), as matrix products."""
-    scores = query @ x.transpose(-1, -2)  # (heads, ..., L, L)
-    weights = F.dropout(scores.softmax(-1), dropout)
-    weights = weights.to(x.dtype)
-    return Mixed(weights @ x, weights.sum(-1))
-
-
-def mix_across_views(query: Tensor, x: Tensor, dropout: float) -> Mixed:
-    """Attention of queries (heads, ..., L, T, N) along L of tokens (..., L, T, N)."""
-    if x.shape[-3] == 2 and dropout == 0:
-        return mix_pairs(query, x)
-
-    # The axis becomes that of a matrix's rows.
-    query = query.transpose(-2, -3)
-    tokens, total = mix_along_rows(query, x.transpose(-2, -3), dropout)
-    return Mixed(tokens.transpose(-2, -3), total.transpose(-1, -2))
-
-
-def mix_pairs(query: Tensor, x: Tensor) -> Mixed:
-    """The same for L = 2, as products of matrices of two rows would be mostly overhead."""
-    first, second = x.split(1, dim=-3)
-    difference = (query * (second - first)).sum(-1, keepdim=True)  # (heads, ..., 2, T, 1)
-
-    # A softmax of two numbers is the logistic function of their difference.
-    share = difference.sigmoid().to(x.dtype)
-    total = torch.ones_like(share[..., 0])
-    return Mixed(torch.lerp(first, second, share), total)
-
-
-# By the axis along which tokens attend to each other.
-MIXERS = {-2: mix_along_rows, -3: mix_across_views}
+            key = key / math.sqrt(key.shape[1])
+            fold = torch.einsum("hdn,hdm->hnm", key, query).flatten(0, 1)
+            fold_bias = torch.einsum("hdn,hd->hn", key, query_bias).flatten()
+            unfold = torch.einsum("nhd,hdm->nhm", out, value).flatten(1)
+            return fold, fold_bias, unfold, attention.out_proj(value_bias.flatten())
 
 
 def normalize(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -294,32 +252,13 @@ def sample_maps(maps: Tensor, xy: Tensor) -> Tensor:
     """Bilinear samples of maps (*, V, C, h, w) at NDC positions (*, V, R, D, 2): (*, V, R, D, C).
 
     The leading axes of the maps broadcast, so that many query views share the same maps. NDC +-1 is the center of a
-    border pixel; outside, the border's values go on [released: eft.py:251-257, 289-296]. A sample is the weighted sum
-    of four rows of a table, a row a pixel: on a CPU an eighth of `grid_sample`'s time, which goes channel by channel.
+    border pixel; outside, the border's values go on [released: eft.py:251-257, 289-296].
     """
-    # NDC run left and up, columns and rows right and down. A point in a camera's plane has no place; it gets pixel 0.
-    height, width = maps.shape[-2:]
-    last = xy.new_tensor([width - 1, height - 1])
-    place = ((1 - xy) * (last / 2)).nan_to_num(0).clamp(xy.new_zeros(2), last)  # (*, V, R, D, 2) column, row
-
-    # The pixel to the upper left, of those that have neighbors to the right and below, and how far beyond it.
-    corner = place.floor().clamp(max=(last - 1).clamp(min=0))
-    column, row = (place - corner).unbind(-1)
-    weights = torch.stack([(1 - row) * (1 - column), (1 - row) * column, row * (1 - column), row * column], -1)
-
-    # The four pixels by their rows in the table.
-    table = maps.movedim(-3, -1)  # (*, V, h, w, C)
-    tables = table.shape[:-3]
-    first = torch.arange(tables.numel(), device=xy.device).view(*tables, 1, 1) * (height * width)
-    column, row = corner.long().unbind(-1)
-    right = min(1, width - 1)
-    below = width * min(1, height - 1)
-    pixels = first + row * width + column  # (*, V, R, D)
-    pixels = pixels.unsqueeze(-1) + torch.tensor([0, right, below, below + right], device=xy.device)
-
-    rows = table.reshape(-1, table.shape[-1]).float()
-    samples = F.embedding_bag(pixels.view(-1, 4), rows, mode="sum", per_sample_weights=weights.view(-1, 4))
-    return samples.to(maps.dtype).view(*pixels.shape[:-1], rows.shape[-1])
+    views = xy.shape[:-3]
+    images = maps.expand(*views, *maps.shape[-3:]).flatten(0, -4).float()
+    grid = -xy.flatten(0, -4)  # NDC run left and up, columns and rows right and down
+    samples = F.grid_sample(images, grid, padding_mode="border", align_corners=True)  # (* V, C, R, D)
+    return samples.movedim(1, -1).unflatten(0, views).to(maps.dtype)
 
 
 # ---------------------------------------------------------------------------------------------- transformers
@@ -327,10 +266,9 @@ def sample_maps(maps: Tensor, xy: Tensor) -> Tensor:
 class Transformer(nn.Module):
     """Linear layer and GELU, then encoder layers; no positional encoding. A token is a concatenation of parts."""
 
-    def __init__(self, config: EFTConfig, axis: int, **sizes: int):
-        """axis: along which tokens attend to each other, -2 or -3."""
+    def __init__(self, config: EFTConfig, **sizes: int):
+        """A name and a number of components for every part of a token."""
         super().__init__()
-        self.axis = axis
         self.input = SplitLinear(config.width, **sizes)
         self.encoder = nn.ModuleList()
         for _ in range(config.layers):
@@ -338,23 +276,23 @@ class Transformer(nn.Module):
             self.encoder.append(layer)
 
     def forward(self, products: Tensor) -> Tensor:
-        """Tokens (..., L, N) or (..., L, T, N), as `input.multiply` left them: what the others told them, as many."""
-        tokens = F.gelu(products + self.input.bias.to(products.dtype))
+        """Tokens (..., L, N) as `input.multiply` left them -> (..., L, N), after they have attended along L."""
+        tokens = F.gelu(products + self.input.bias.to(products.dtype)).contiguous()
         for layer in self.encoder:
-            tokens = layer(tokens, self.axis)
+            tokens = layer(tokens)
         return tokens
 
 
-def weighted_sum(tokens: Tensor, logit: nn.Linear, axis: int) -> Tensor:
-    """The mean of tokens along an axis, which goes, weighted by the softmax of what `logit` says of each."""
-    weights = logit(tokens).softmax(axis)
-    return (weights * tokens).sum(axis)
+def weighted_sum(tokens: Tensor, logit: nn.Linear) -> Tensor:
+    """The mean of tokens (..., L, N) along L, weighted by the softmax of their logits: (..., N)."""
+    weights = logit(tokens).softmax(-2)
+    return (weights * tokens).sum(-2)
 
 
 # ---------------------------------------------------------------------------------------------- the whole
 
 class Prediction(NamedTuple):
-    """What the EFT says about query rays."""
+    """Features and colors of query rays."""
     features: Tensor  # (*, R, N), or (*, N, size, size) of a whole view
     color: Tensor     # (*, R, 3), or (*, 3, size, size) of a whole view; in [0, 1]
 
@@ -372,17 +310,16 @@ class EFT(nn.Module):
         ray_size = 6 * depth_size
         channels = self.trunk.channels
         width = config.width
-        self.visual = Transformer(config, -3, reference_ray=ray_size, depth=depth_size, features=channels, color=3)
-        self.epipolar = Transformer(config, -2, query_ray=ray_size, reference_ray=ray_size, depth=depth_size,
-                                    visual=width)
-        self.views = Transformer(config, -3, query_ray=ray_size, reference_ray=ray_size, epipolar=width)
+        self.visual = Transformer(config, reference_ray=ray_size, depth=depth_size, features=channels, color=3)
+        self.epipolar = Transformer(config, query_ray=ray_size, reference_ray=ray_size, depth=depth_size, visual=width)
+        self.views = Transformer(config, query_ray=ray_size, reference_ray=ray_size, epipolar=width)
 
         self.depth_logit = nn.Linear(width, 1)
         self.view_logit = nn.Linear(width, 1)
         self.color = nn.Linear(width, 3)
 
     def ray_bytes(self, views: int) -> int:
-        """Bytes of all tokens of a ray in float32: how much memory goes with a ray, and with every input view."""
+        """Bytes of all tokens of a ray in float32, with so many input views."""
         return 4 * views * self.config.depths * self.config.width
 
     def encode(self, images: Tensor) -> Tensor:
@@ -407,28 +344,27 @@ class EFT(nn.Module):
         with torch.autocast(xy.device.type, enabled=False):  # positions and angles need float32
             geometry = self.geometry(cameras, query, xy, near, far)
 
-        # Every point picks up features and a color where the input views see it.
+        # Features and a color of every point, from where the input views see it.
         sampled_features = sample_maps(maps, geometry.xy_views)  # (*, V, R, D, N)
         sampled_colors = sample_maps(images, geometry.xy_views)  # (*, V, R, D, 3)
 
-        # T1, across the views of a point: tokens (*, V, R D, .). `encode` has multiplied the features already.
-        grid = sampled_features.shape[-3:-1]             # (R, D)
-        depth = geometry.depths.unsqueeze(-3)            # (*, 1, 1, D, n)
+        # T1, across the views of a point: tokens (*, R, D, V, N). `encode` has multiplied the features already.
+        depth = geometry.depths.unsqueeze(-3)                    # (*, 1, 1, D, n)
         products = self.visual.input.multiply(depth=depth, color=sampled_colors, reference_ray=geometry.reference_rays)
-        visual = self.visual((sampled_features + products).flatten(-3, -2)).unflatten(-2, grid)
+        visual = self.visual((sampled_features + products).movedim(-4, -2))
 
-        # T2, along the points of a ray in a view: tokens (*, V, R, D, .), of which (*, V, R, N) remains.
-        query_ray = geometry.query_rays[..., None, :, None, :]
-        products = self.epipolar.input.multiply(query_ray=query_ray, depth=depth,
-                                                reference_ray=geometry.reference_rays, visual=visual)
-        epipolar = weighted_sum(self.epipolar(products), self.depth_logit, axis=-2)
+        # T2, along the points of a ray in a view: tokens (*, V, R, D, N), of which (*, V, R, N) remains.
+        query_ray = geometry.query_rays[..., None, :, None, :]   # (*, 1, R, 1, n)
+        products = self.epipolar.input.multiply(query_ray=query_ray, depth=depth, reference_ray=geometry.reference_rays,
+                                                visual=visual.movedim(-2, -4))
+        epipolar = weighted_sum(self.epipolar(products), self.depth_logit)
 
-        # T3, across the views of a ray: tokens (*, V, R, .), of which (*, R, N) remains. The reference ray of the
+        # T3, across the views of a ray: tokens (*, R, V, N), of which (*, R, N) remains. The reference ray of the
         # middle point stands for those of all [released: eft.py:445-448].
-        query_ray = geometry.query_rays.unsqueeze(-3)
+        query_ray = geometry.query_rays.unsqueeze(-3)            # (*, 1, R, n)
         reference_ray = geometry.reference_rays[..., self.config.depths // 2, :]
         products = self.views.input.multiply(query_ray=query_ray, reference_ray=reference_ray, epipolar=epipolar)
-        features = weighted_sum(self.views(products), self.view_logit, axis=-3)
+        features = weighted_sum(self.views(products.transpose(-2, -3)), self.view_logit)
 
         color = self.color(features).float().sigmoid()
         return Prediction(features.float(), color)
@@ -469,22 +405,22 @@ class EFT(nn.Module):
 
         `size` is the conditioning map's (H / 8) or the image's own, H; the outer rays pass through the outermost pixels
         of the full image. `chunk` rays of every view go at a time: 128 fit a CPU's caches, a GPU wants thousands.
-        `where` (size, size): the rays to ask about, boolean; the others get zeros.
+        `where` (size, size): the rays to evaluate, boolean; the others get zeros.
         """
         grid = pixel_grid(size, size, full=images.shape[-1], device=images.device)
         if where is not None:
             grid = grid[where.flatten()]
 
-        def ask(xy: Tensor) -> Prediction:
-            """What the network says about the rays at NDC (R, 2)."""
+        def evaluate(xy: Tensor) -> Prediction:
+            """Features and colors of the rays at NDC (R, 2)."""
             return self(maps, images, cameras, query, xy, near, far)
 
         # Dropout draws from one stream of random numbers, so its chunks have an order.
         chunks = grid.split(chunk)
         if self.training or images.is_cuda:
-            parts = [ask(xy) for xy in chunks]
+            parts = [evaluate(xy) for xy in chunks]
         else:
-            parts = map_threads(ask, chunks)
+            parts = map_threads(evaluate, chunks)
         features = torch.cat([part.features for part in parts], dim=-2)  # (*, R, N)
         color = torch.cat([part.color for part in parts], dim=-2)        # (*, R, 3)
         return Prediction(as_map(features, size, where), as_map(color, size, where))
