@@ -86,7 +86,8 @@ class EncoderLayer(nn.TransformerEncoderLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (..., L, N) attend to each other along L. The same shape."""
-        attended = self.attend(x) if self.training else self.attend_folded(x)
+        dropped = self.training and self.self_attn.dropout > 0
+        attended = self.attend(x) if dropped else self.attend_folded(x)
         x = normalize(self.norm1, x + self.dropout1(attended))
         hidden = self.dropout(F.relu(self.linear1(x)))
         return normalize(self.norm2, x + self.dropout2(self.linear2(hidden)))
