@@ -253,7 +253,7 @@ def sample_maps(maps: Tensor, xy: Tensor) -> Tensor:
     """Bilinear samples of maps (*, V, C, h, w) at NDC positions (*, V, R, D, 2): (*, V, R, D, C).
 
     The leading axes of the maps broadcast, so that many query views share the same maps. NDC +-1 is the center of a
-    border pixel; outside, the border's values go on [released: eft.py:251-257, 289-296].
+    border pixel; outside, the border's values continue [released: eft.py:251-257, 289-296].
     """
     views = xy.shape[:-3]
     images = maps.expand(*views, *maps.shape[-3:]).flatten(0, -4).float()

@@ -1,15 +1,15 @@
 """The instance field: density and color of every point (Sec. 3.2).
 
-Instant NGP (Mueller et al. 2022). The hash encoding (`hashgrid.py`) looks a point up; a small network turns its
-features into density and color. `volume.py` knows where space is empty and integrates along rays. All of it is plain
-torch; for encoding and network a GPU has kernels.
+Instant NGP (Mueller et al. 2022). The hash encoding (`hashgrid.py`) has the features of a point; a small network turns
+them into density and color. `volume.py` has the empty space and the integral along rays. All of it is plain torch; for
+encoding and network a GPU has kernels.
 
 Differences from the released code, which runs two CUDA extensions:
 - the index of the encoding is Instant NGP's spatial hash, not a tiled one (`FieldConfig.hashed`);
-- a coarse grid of occupied cells (`volume.Occupancy`), carved by the input masks (`FieldConfig.carve`), decides where
-  to sample; theirs is off, and every sample in the cube is evaluated
+- samples are evaluated in the occupied cells of a coarse grid alone (`volume.Occupancy`), which the input masks carve
+  (`FieldConfig.carve`); theirs is off, and every sample in the cube is evaluated
   [released: distillation.py:505; nerf/renderer_df.py:647-650];
-- while it learns, a GPU's kernels round the network's factors to bfloat16; theirs is float32 [released:
+- in training mode a GPU's kernels round the network's factors to bfloat16; theirs is float32 [released:
   distillation.py:208, 514].
 
 Shapes: `N` points.
@@ -37,28 +37,28 @@ class FieldConfig:
     levels: int = 16                # L, grids of the encoding [released: ngp_encoder.py:50-53]
     features_per_level: int = 2     # C, features of a grid's corner [released: ngp_encoder.py:50-53]
     log2_hashmap_size: int = 16     # log2 of the most rows a level can have [released: nerf/network_grid.py:50]
-    base_resolution: int = 16       # cells a side of the coarsest grid [released: ngp_encoder.py:50-53]
-    finest_resolution: int = 8192   # cells a side of the finest grid, 2048 bound [released: nerf/network_grid.py:50]
+    base_resolution: int = 16       # cells per side of the coarsest grid [released: ngp_encoder.py:50-53]
+    finest_resolution: int = 8192   # cells per side of the finest, 2048 bound [released: nerf/network_grid.py:50]
     # True: a spatial hash (Instant NGP, Eq. 4). False: a tiled index, by which nine of these sixteen levels do not
     # depend on z [released: nerf/network_grid.py:50; gridencoder/src/gridencoder.cu:55-72].
     hashed: bool = True
     bound: float = 4.0              # half side of the field's cube, CO3D units [released: distillation.py:519]
     width: int = 64                 # channels of the network's hidden layers [released: nerf/network_grid.py:39-52]
     hidden_layers: int = 2          # hidden layers of the network [released: nerf/network_grid.py:14-33]
-    # Spherical harmonics below this degree tell the color where it is seen from (Instant NGP: 4); 0: it is the same
-    # from everywhere, as in the paper.
+    # The color depends on the viewing direction by spherical harmonics below this degree (Instant NGP: 4); 0: it does
+    # not, as in the paper.
     view_degree: int = 0
     blob_density: float = 5.0       # height of the Gaussian in the density logit [released: nerf/network_grid.py:69-88]
     blob_radius: float = 0.2        # standard deviation of the Gaussian in the density logit, CO3D units (DreamFusion)
     samples_per_ray: int = 64       # D, stratified samples of a ray [released: distillation.py:507]
     importance_samples: int = 64    # I, samples added where density is; 0: none [released: distillation.py:508]
     near: float = 0.1               # least t of a sample [released: distillation.py:520]
-    occupancy_cells: int = 128      # G, occupancy cells a side (Instant NGP, appendix E.2)
+    occupancy_cells: int = 128      # G, occupancy cells per side (Instant NGP, appendix E.2)
     occupancy_decay: float = 0.95   # factor of a cell's running maximum of density at an update (Instant NGP, E.2)
     occupancy_alpha: float = 0.01   # opacity of one cell's length below which the cell is empty (Instant NGP, E.2)
-    carve: bool = True              # whether cells that the input masks show to be empty are ruled out for good
-    mask_threshold: float = 0.1     # value above which a mask's pixel may be object: low, for carving is for good
-    forgiven_views: int = 6         # one view of so many may be wrong about a cell, for photographs' masks miss pieces
+    carve: bool = True              # whether cells that the input masks show to be empty are ruled out permanently
+    mask_threshold: float = 0.1     # value above which a mask's pixel may be object: low, as carving is permanent
+    forgiven_views: int = 6         # one view of so many may be wrong about a cell, as photographs' masks miss pieces
 
     def __post_init__(self):
         for name, least in _LEAST.items():
@@ -121,7 +121,7 @@ def spherical_harmonics(directions: Tensor, degree: int) -> Tensor:
     x, y, z = F.normalize(directions, dim=-1).unbind(-1)
     xx, yy, zz = x * x, y * y, z * z
 
-    # A band a degree, with Condon and Shortley's phase left out.
+    # One band per degree, with Condon and Shortley's phase left out.
     values = [0.28209479 * torch.ones_like(x)]
     values += [0.48860251 * y, 0.48860251 * z, 0.48860251 * x]
     values += [1.09254843 * x * y, 1.09254843 * y * z]
@@ -155,7 +155,7 @@ class Field(nn.Module):
         layers.append(_linear(channels, 4, generator))
         self.mlp = nn.Sequential(*layers)
 
-        # What the viewing direction adds to the logits of color; nothing at first.
+        # What the viewing direction adds to the logits of color; 0 at first.
         self.view_mlp = None
         if config.view_degree:
             hidden = _linear(channels + config.view_degree**2, config.width, generator)
@@ -172,10 +172,9 @@ class Field(nn.Module):
     def forward(self, x: Tensor, directions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Points (N, 3) -> density (N,), per unit of length, and color (N, 3) in [0, 1].
 
-        With the directions (N, 3) that the points are seen in, the color is as seen in them; without, it is what the
-        field says of all directions. In training mode a GPU may round what the network multiplies.
+        `directions` (N, 3): of the rays through the points, of any length; without them, or with a `view_degree` of 0,
+        the color is that of all directions. In training mode a GPU may round what the network multiplies.
         """
-        # While it learns, the network may round.
         features = self.encoding(x)
         if self.view_mlp is None or directions is None:
             logits = mlp.run(self.mlp, features, self.training)
@@ -184,8 +183,8 @@ class Field(nn.Module):
             hidden = mlp.run(self.mlp[:-1], features, self.training)
             logits = mlp.run(self.mlp[-1:], hidden, self.training)
             harmonics = spherical_harmonics(directions, self.config.view_degree)
-            seen = torch.cat([hidden, harmonics], -1)
-            color = logits[:, 1:] + mlp.run(self.view_mlp, seen, self.training)
+            inputs = torch.cat([hidden, harmonics], -1)
+            color = logits[:, 1:] + mlp.run(self.view_mlp, inputs, self.training)
         density = _TruncatedExp.apply(logits[:, 0] + self.blob(x))
         return density, torch.sigmoid(color)
 
@@ -194,7 +193,7 @@ class Field(nn.Module):
         return self(x)[0]
 
     def network_parameters(self) -> list[nn.Parameter]:
-        """All that it learns beside the encoding's table."""
+        """All parameters but the encoding's table."""
         return [x for name, x in self.named_parameters() if not name.startswith("encoding.")]
 
 

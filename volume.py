@@ -1,7 +1,7 @@
 """Empty space and volume rendering: where a field is evaluated, and the integral along a ray (Sec. 3.2).
 
 `Occupancy` is a coarse grid of cells: some are ruled out by the input masks, whose views leave the visual hull
-(`carve`), some are found empty by the field (`update`). Only in cells that may hold something is the field ever
+(`carve`), some because the field is empty there (`update`). Only in cells that may hold something is the field ever
 evaluated (Instant NGP, appendix E.2).
 
 Rays are integrated as in NeRF (Mildenhall et al. 2020): stratified samples, importance samples, and before a black
@@ -10,10 +10,10 @@ background. Samples in empty cells are never evaluated.
 Different from the released code: depth is in units of t along the ray, and 0 for a ray that misses the cube; theirs
 is a fraction of the ray's interval in the cube, and NaN [released: nerf/renderer_df.py:442-456].
 
-How many samples are in occupied cells is known only when they are placed, and a GPU that has to tell waits. So that it
-need not, a `SampleBuffer` gives their number a fixed room.
+How many samples are in occupied cells is known only when they are placed, and a program that reads the number waits for
+the GPU. So that it need not, a `SampleBuffer` has a fixed capacity for them.
 
-Shapes: `G` occupancy cells a side, `K` some of the cells, `V` views, `R` rays, `D` samples per ray, `I` importance
+Shapes: `G` occupancy cells per side, `K` some of the cells, `V` views, `R` rays, `D` samples per ray, `I` importance
 samples per ray, `N` = R D, `H W` rows and columns. Rays are not normalized: `o + t d` lies at depth t of the camera,
 and density is per unit of t [released: nerf/renderer_df.py:414-418].
 """
@@ -30,9 +30,9 @@ from cameras import Cameras, pixel_grid
 from common.machine import rand
 from ngp import Field, FieldConfig, cube, in_chunks
 
-# Rays of a picture that are followed at once: what fits a CPU's caches; what fills a GPU, but not its memory.
+# Rays of a picture that are rendered at once: what fits a CPU's caches; what fills a GPU, but not its memory.
 CHUNK = {"cpu": 2**11, "cuda": 2**13}
-DENSEST = math.exp(15)  # the largest density that is remembered of an occupancy cell
+DENSEST = math.exp(15)  # the largest density that an occupancy cell stores
 MASK_GAP = 2  # pixels that a mask may end before the picture's border and still count as touching it
 
 
@@ -47,7 +47,7 @@ class Occupancy(nn.Module):
         self.cell = 2 * config.bound / config.occupancy_cells  # side length
         self.threshold = -math.log(1 - config.occupancy_alpha) / self.cell  # density of a cell with that opacity
 
-        # A cell starts at twice the threshold: only after several updates that find nothing is it empty.
+        # A cell starts at twice the threshold: it is empty only after several updates without density.
         shape = (config.occupancy_cells,) * 3
         self.register_buffer("possible", torch.ones(shape, dtype=torch.bool))  # not ruled out by the masks
         self.register_buffer("density", torch.full(shape, 2 * self.threshold))  # running maximum
@@ -62,9 +62,14 @@ class Occupancy(nn.Module):
         return self.occupied.flatten()[index]
 
     def set_occupied(self, occupied: Tensor) -> None:
-        """Take over which cells are occupied, (G, G, G) boolean, and their bounding box."""
-        self.occupied.copy_(occupied)
+        """Store which cells are occupied, (G, G, G) boolean, and their bounding box. Raises `FloatingPointError` where
+        none is: the field has died.
+        """
         cells = occupied.nonzero()  # (K, 3)
+        if len(cells) == 0:
+            raise FloatingPointError("the field is empty everywhere and cannot recover from that; lower learning rates "
+                                     "or a smaller weight_opacity may help")
+        self.occupied.copy_(occupied)
         self.box[0] = cells.amin(0) * self.cell - self.config.bound
         self.box[1] = (cells.amax(0) + 1) * self.cell - self.config.bound
 
@@ -73,11 +78,11 @@ class Occupancy(nn.Module):
         """Rule out the cells that some view shows to be empty: the visual hull (Laurentini 1994), conservatively.
 
         masks (V, 1, H, W) in [0, 1] and the V cameras they belong to; valid (V, 1, H, W) is 1 where an image shows
-        anything (default: everywhere). A view refuses a cell if no pixel of its footprint is in the mask. What lies
-        outside the image is unknown and not refused if the mask touches the image's border, or ends up to `MASK_GAP`
-        pixels before it; where it does not, the view shows the whole object, so nothing is there. Of many views,
-        more than are forgiven have to see a cell in their masks. Without `config.carve` nothing is ruled out. Raises
-        `ValueError` where no cell is left.
+        anything (default: everywhere). A view votes against a cell if no pixel of its footprint is in the mask. What
+        lies outside the image is unknown and gets no such vote if the mask touches the image's border, or ends up to
+        `MASK_GAP` pixels before it; where it does not, the view shows the whole object, so nothing is there. The
+        tolerance is one vote per `config.forgiven_views` views; where it is not 0, more views than that must have a
+        cell in their masks. Without `config.carve` nothing is ruled out. Raises `ValueError` where no cell is left.
         """
         config = self.config
         if not config.carve:
@@ -85,19 +90,19 @@ class Occupancy(nn.Module):
         valid = torch.ones_like(masks) if valid is None else valid
         corners = self.corners()
 
-        # One refusal is enough where there are few views; of many, some are forgiven.
-        forgiven = len(masks) // config.forgiven_views
-        refusals = torch.zeros_like(self.possible, dtype=torch.int32)
-        seen = torch.zeros_like(refusals)
-        for mask, shown, camera in zip(masks > config.mask_threshold, valid > 0.5, cameras):
-            pixels = possible_pixels(mask, shown)
-            refusals += ~_footprint_hits(pixels, corners, camera)
-            seen += _footprint_hits(F.pad((mask & shown)[0], (1, 1, 1, 1)), corners, camera)
-        self.possible &= refusals <= forgiven
+        # One vote against a cell is enough where there are few views.
+        tolerance = len(masks) // config.forgiven_views
+        votes_against = torch.zeros_like(self.possible, dtype=torch.int32)
+        votes_for = torch.zeros_like(votes_against)
+        for mask, valid_pixels, camera in zip(masks > config.mask_threshold, valid > 0.5, cameras):
+            pixels = possible_pixels(mask, valid_pixels)
+            votes_against += ~_footprint_hits(pixels, corners, camera)
+            votes_for += _footprint_hits(F.pad((mask & valid_pixels)[0], (1, 1, 1, 1)), corners, camera)
+        self.possible &= votes_against <= tolerance
 
-        # What hardly any of many views shows is unknown, but nobody could tell what is there.
-        if forgiven:
-            self.possible &= seen > forgiven
+        # What hardly any of many views shows is unknown, and no loss would determine it.
+        if tolerance:
+            self.possible &= votes_for > tolerance
 
         if not self.possible.any():
             raise ValueError(f"masks and cameras: no part of the cube of half side {config.bound:g} round the world "
@@ -130,7 +135,7 @@ class Occupancy(nn.Module):
 
     @torch.no_grad()
     def update(self, field: Field, generator: torch.Generator | None = None) -> None:
-        """Ask the field at one point of every possible cell and empty the cells that absorb nothing.
+        """Evaluate the field at one point of every possible cell, and empty the cells that absorb nothing.
 
         The points are jittered by the generator; without one they are the centers.
         """
@@ -140,10 +145,10 @@ class Occupancy(nn.Module):
             jitter = rand(*cells.shape, generator=generator, device=cells.device)
         points = (cells + jitter) * self.cell - self.config.bound
 
-        # The running maximum forgets slowly what a cell once held, and would never forget an infinite density.
-        faded = self.density[self.possible] * self.config.occupancy_decay
-        found = in_chunks(field.density, points).clamp(max=DENSEST)
-        density = torch.maximum(faded, found)
+        # The running maximum decays slowly, and an infinite density would never decay.
+        decayed = self.density[self.possible] * self.config.occupancy_decay
+        current = in_chunks(field.density, points).clamp(max=DENSEST)
+        density = torch.maximum(decayed, current)
         self.density[self.possible] = density
 
         # Half the mean as well (Instant NGP: the mean), so that a field that is thin everywhere stays visible.
@@ -151,18 +156,18 @@ class Occupancy(nn.Module):
         self.set_occupied(self.possible & (self.density >= threshold))
 
 
-def possible_pixels(mask: Tensor, shown: Tensor) -> Tensor:
-    """Pixels of a view that may be object, (H + 2, W + 2) boolean; mask, shown (1, H, W).
+def possible_pixels(mask: Tensor, valid: Tensor) -> Tensor:
+    """Pixels of a view that may be object, (H + 2, W + 2) boolean; mask, valid (1, H, W).
 
     One more pixel around the image stands for everything outside of it.
     """
-    unknown = F.pad(~shown, (1, 1, 1, 1), value=True)
-    mask = F.pad(mask & shown, (1, 1, 1, 1))
+    unknown = F.pad(~valid, (1, 1, 1, 1), value=True)
+    mask = F.pad(mask & valid, (1, 1, 1, 1))
 
     # Masks of cut objects often end a pixel or two too early: those pixels may be object, too.
     gap = dilate(unknown, MASK_GAP) & dilate(mask, MASK_GAP)
 
-    # Where the mask touches what the view does not show, the object may go on there.
+    # Where the mask touches what the view does not show, the object may continue there.
     if (mask & dilate(unknown, MASK_GAP + 1)).any():
         mask = mask | gap | unknown
     return mask[0]
@@ -235,24 +240,24 @@ def cell_bounds(values: Tensor) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------------------------------------- rays and samples
 
 class Rendering(NamedTuple):
-    """What R rays see, before a black background."""
+    """R rays before a black background."""
     color: Tensor    # (R, 3) in [0, 1], premultiplied
     opacity: Tensor  # (R,) in [0, 1]
     depth: Tensor    # (R,) sum of weight * t: the mean depth times the opacity
 
 
 class Image(NamedTuple):
-    """What a view sees, before a black background."""
+    """A view before a black background."""
     color: Tensor    # (3, H, W) in [0, 1], premultiplied
     opacity: Tensor  # (1, H, W) in [0, 1]
 
 
 class SampleBuffer:
-    """Room for the samples of a rendering that are in occupied cells, for renderings whose shapes must be fixed, as in
-    a CUDA graph.
+    """A fixed capacity for the samples of a rendering that are in occupied cells, for renderings whose shapes must be
+    fixed, as in a CUDA graph.
 
-    Samples for which there is no room count as empty, and are counted: whoever renders with a buffer looks at `most`
-    now and then, and makes a larger one when it exceeds `size`.
+    Samples beyond the capacity `size` count as empty. `most` is the largest number that a rendering has had so far:
+    where it exceeds the capacity, a larger buffer is needed.
     """
 
     def __init__(self, size: int, device: torch.device | str):
@@ -260,13 +265,13 @@ class SampleBuffer:
         self.most = torch.zeros((), dtype=torch.long, device=device)  # samples in occupied cells of one rendering
 
     def pack(self, occupied: Tensor) -> Tensor:
-        """Positions of the True in a mask (N,), the rest of the buffer filled with N: (size,)."""
+        """Indices of the True in a mask (N,), the rest of the buffer filled with N: (size,)."""
         torch.maximum(self.most, occupied.sum(), out=self.most)
         return torch.nonzero_static(occupied, size=self.size, fill_value=len(occupied)).squeeze(-1)
 
 
 def sampled_box(field: Field, occupancy: Occupancy | None) -> Tensor:
-    """Where there is anything to see, (2, 3): the box around the occupied cells, or else the whole cube."""
+    """Where samples are placed, (2, 3): the box around the occupied cells, or else the whole cube."""
     if occupancy is None:
         return cube(field.config).to(field.encoding.table)
     return occupancy.box
@@ -337,35 +342,32 @@ def compositing_weights(density: Tensor, t: Tensor, last: Tensor) -> Tensor:
 
 def evaluate_samples(field: Field, rays_o: Tensor, rays_d: Tensor, t: Tensor, occupancy: Occupancy | None,
                      buffer: SampleBuffer | None = None) -> tuple[Tensor, Tensor]:
-    """Density (R, D) and color (R, D, 3) at `o + t d`; 0 in empty cells, where the field is not asked."""
+    """Density (R, D) and color (R, D, 3) at `o + t d`; 0 in empty cells, where the field is not evaluated."""
     # Three long rows are faster than many short ones.
     x = rays_o.t()[..., None] + rays_d.t()[..., None] * t  # (3, R, D)
     x = x.clamp(-field.config.bound, field.config.bound)
     x = x.reshape(3, -1).t()  # (N, 3)
+
+    # Indices of the samples in occupied cells, (K,). A buffer is filled up with N.
     if occupancy is None:
-        density, color = field(x, *_directions(field, rays_d, torch.arange(len(x), device=x.device), t))
-        return density.reshape(t.shape), color.reshape(*t.shape, 3)
-
-    # Which samples there are to ask for. What fills a buffer up is asked for, too, and lands behind the last sample.
-    occupied = occupancy(x)
-    if buffer is None:
-        places = occupied.nonzero().squeeze(-1)
+        index = torch.arange(len(x), device=x.device)
+    elif buffer is None:
+        index = occupancy(x).nonzero().squeeze(-1)
     else:
-        places = buffer.pack(occupied)
-    asked = places.clamp(max=len(x) - 1)
-    found_density, found_color = field(x[asked], *_directions(field, rays_d, asked, t))
+        index = buffer.pack(occupancy(x))
 
-    # All others are empty.
-    density = found_density.new_zeros(len(x) + 1).index_copy(0, places, found_density)[:-1]
-    color = found_color.new_zeros(len(x) + 1, 3).index_copy(0, places, found_color)[:-1]
+    # The field at these samples, in the directions of their rays.
+    samples = index.clamp(max=len(x) - 1)
+    density, color = field(x[samples], rays_d[samples // t.shape[1]])
+    density = scatter(density, index, len(x))
+    color = scatter(color, index, len(x))
     return density.reshape(t.shape), color.reshape(*t.shape, 3)
 
 
-def _directions(field: Field, rays_d: Tensor, samples: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-    """What a field whose color depends on it is also told: the directions (K, 3) of samples (K,) of t (R, D)."""
-    if field.config.view_degree == 0:
-        return ()
-    return (rays_d[samples // t.shape[1]],)
+def scatter(values: Tensor, index: Tensor, count: int) -> Tensor:
+    """Values (K, ...) at the rows `index` (K,) of (count, ...), zero elsewhere; at the row `count` they are dropped."""
+    rows = values.new_zeros(count + 1, *values.shape[1:])
+    return rows.index_copy(0, index, values)[:count]
 
 
 def render(field: Field, rays_o: Tensor, rays_d: Tensor, generator: torch.Generator | None = None,
@@ -375,7 +377,7 @@ def render(field: Field, rays_o: Tensor, rays_d: Tensor, generator: torch.Genera
 
     With a generator the samples are jittered. With an occupancy, samples lie in the box around the occupied cells and
     those in empty cells are skipped. `draws` overrides the generator's numbers with given ones (see `uniform_draws`).
-    Rays that miss are 0. With a `buffer`, which needs an occupancy, no shape depends on what is seen.
+    Rays that miss are 0. With a `buffer`, which needs an occupancy, no shape depends on the field.
     """
     box = sampled_box(field, occupancy).to(rays_o)
     near, far = ray_box_intersection(rays_o, rays_d, box, field.config.near)
@@ -384,20 +386,16 @@ def render(field: Field, rays_o: Tensor, rays_d: Tensor, generator: torch.Genera
         far = torch.maximum(near, far)  # of rays that miss: their samples have no length
         return _integrate(field, rays_o, rays_d, near, far, draws, occupancy, buffer)
 
-    # Only rays that meet the box are followed.
+    # Only rays that meet the box are rendered.
     hit = (far > near).nonzero().squeeze(-1)
     if draws is None:
         draws = uniform_draws(field.config, len(hit), generator, rays_o)
     else:
         draws = draws[0][hit], draws[1][hit]
-    seen = _integrate(field, rays_o[hit], rays_d[hit], near[hit], far[hit], draws, occupancy, None)
+    rendering = _integrate(field, rays_o[hit], rays_d[hit], near[hit], far[hit], draws, occupancy, None)
 
     # The other rays are black.
-    rays = len(rays_o)
-    color = seen.color.new_zeros(rays, 3).index_copy(0, hit, seen.color)
-    opacity = seen.opacity.new_zeros(rays).index_copy(0, hit, seen.opacity)
-    depth = seen.depth.new_zeros(rays).index_copy(0, hit, seen.depth)
-    return Rendering(color, opacity, depth)
+    return Rendering(*(scatter(part, hit, len(rays_o)) for part in rendering))
 
 
 def _integrate(field: Field, rays_o: Tensor, rays_d: Tensor, near: Tensor, far: Tensor, draws: tuple[Tensor, Tensor],
@@ -413,7 +411,7 @@ def _integrate(field: Field, rays_o: Tensor, rays_d: Tensor, near: Tensor, far: 
     grid = near + (far - near) * torch.linspace(0, 1, config.samples_per_ray, device=u.device, dtype=u.dtype)
     t = grid + (u - 0.5) * stratum
 
-    # Importance samples, where the stratified ones found something.
+    # Importance samples, where the stratified ones have weight.
     if config.importance_samples:
         with torch.no_grad():
             density, _ = evaluate_samples(field, rays_o, rays_d, t, occupancy, buffer)
@@ -432,9 +430,9 @@ def _integrate(field: Field, rays_o: Tensor, rays_d: Tensor, near: Tensor, far: 
 
 def render_image(field: Field, camera: Cameras, size: int, full: int, generator: torch.Generator | None = None,
                  occupancy: Occupancy | None = None, chunk: int | None = None) -> Image:
-    """A whole view, size x size, on rays that `cameras.pixel_grid` lays through an image of `full` pixels a side.
+    """A whole view, size x size, on rays that `cameras.pixel_grid` lays through an image of `full` pixels per side.
 
-    `chunk` rays are followed at once: by default what fits a CPU's caches or fills a GPU. See `render` for the
+    `chunk` rays are rendered at once: by default what fits a CPU's caches or fills a GPU. See `render` for the
     generator and the occupancy.
     """
     chunk = chunk or CHUNK[camera.T.device.type]

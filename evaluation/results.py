@@ -57,8 +57,8 @@ def claim(folder: Path, settings: dict, extend: bool = False) -> None:
 
 
 def finished(folder: Path, settings: dict) -> dict | None:
-    """What `metrics.json` of a folder holds, if it was made from these settings and has what tables read, and everything
-    else is there, too.
+    """What `metrics.json` of a folder holds, if it was made from these settings, has all that tables read, and
+    everything else is there, too.
     """
     if not all((folder / name).exists() for name in ("metrics.json", "field.pt", *PICTURES)):
         return None

@@ -208,7 +208,7 @@ def test_kernels_agree_with_plain_torch(name, how):
     assert hashgrid_kernel.kernels_for(x, encoding.table) is not None
     features = hashgrid.encode(x, encoding.table, encoding.levels)
     grad = torch.randn(features.shape, generator=torch.Generator().manual_seed(1)).cuda()
-    grad[::3] = 0  # samples that nobody sees
+    grad[::3] = 0  # samples without a gradient
     found, = torch.autograd.grad(features, encoding.table, grad)
 
     expected_features = hashgrid._Encode.apply(x, encoding.table, encoding.levels)

@@ -156,16 +156,16 @@ def test_a_field_that_learns_on_a_gpu_rounds_a_little():
     parity.assert_close(outputs[False][1].cpu(), on_cpu(x.cpu(), directions.cpu())[1], atol=1e-4)
 
 
-def test_a_rendering_tells_the_field_its_directions():
+def test_a_rendering_gives_the_field_its_directions():
     field, occupancy = ngp.Field(dataclasses.replace(TINY, view_degree=2), seeded()), Occupancy(TINY)
     field.view_mlp[-1].weight.data.normal_(generator=seeded(3))
     rays_o, rays_d = random_rays(5)
-    asked = []
+    evaluated = []
     forward = field.forward
-    field.forward = lambda x, directions=None: asked.append((x, directions)) or forward(x, directions)
+    field.forward = lambda x, directions=None: evaluated.append((x, directions)) or forward(x, directions)
     for skip in (None, occupancy):
         volume.render(field, rays_o, rays_d, None, skip)
-        x, directions = asked[-1]
+        x, directions = evaluated[-1]
         along = torch.linalg.cross(x - rays_o[0], rays_d[0].expand_as(x)).norm(dim=-1) < 1e-4
         assert along.sum() >= 5 and (directions[along] == rays_d[0]).all()
 

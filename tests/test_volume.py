@@ -191,9 +191,9 @@ def test_an_occupancy_that_is_full_changes_nothing():
 
 
 def test_skipping_empty_space_changes_nothing():
-    asked = []
+    evaluated = []
     def density(x):
-        asked.append(x)
+        evaluated.append(x)
         return torch.where(x.norm(dim=-1) < 0.8, 20.0, 0.0)
     field = Analytic(density, lambda x: (x / 3 + 0.5).clamp(0, 1), samples_per_ray=32, importance_samples=16,
                      occupancy_cells=24)
@@ -205,11 +205,11 @@ def test_skipping_empty_space_changes_nothing():
     occupancy.occupied |= torch.nn.functional.max_pool3d(occupancy.occupied[None].float(), 3, 1, 1)[0] > 0
     occupancy.box.copy_(torch.tensor([[-1.5] * 3, [1.5] * 3]))  # the same samples with and without
     dense = volume.render(field, *random_rays(50), seeded())
-    asked.clear()
+    evaluated.clear()
     sparse = volume.render(field, *random_rays(50), seeded(), occupancy)
     for a, b in zip(sparse, dense):
         parity.assert_close(a, b, atol=1e-6)
-    assert sum(len(x) for x in asked) < 0.5 * 50 * (32 + 48)  # and most were not asked for
+    assert sum(len(x) for x in evaluated) < 0.5 * 50 * (32 + 48)  # and most were not evaluated
 
 
 def test_samples_lie_in_the_box_of_occupied_cells():
@@ -218,13 +218,23 @@ def test_samples_lie_in_the_box_of_occupied_cells():
     occupancy.density.zero_()
     occupancy.update(field, seeded())
     assert torch.allclose(occupancy.box, torch.tensor([[-0.9] * 3, [0.9] * 3]), atol=0.11)
-    asked = []
-    field.functions = (lambda x: asked.append(x) or torch.ones_like(x[:, 0])), field.functions[1]
+    evaluated = []
+    field.functions = (lambda x: evaluated.append(x) or torch.ones_like(x[:, 0])), field.functions[1]
     for skip in (None, occupancy):
         volume.render(field, *random_rays(500), seeded(), skip)
-    in_ball = [(x.norm(dim=-1) < 0.8).sum().item() for x in asked]
+    in_ball = [(x.norm(dim=-1) < 0.8).sum().item() for x in evaluated]
     assert in_ball[1] > 1.5 * in_ball[0], in_ball  # the same number of samples, more of them where it matters
-    assert (asked[1].abs() <= occupancy.box[1] + 1e-5).all()
+    assert (evaluated[1].abs() <= occupancy.box[1] + 1e-5).all()
+
+
+def test_scattered_values_are_zero_elsewhere():
+    index = torch.tensor([3, 0, 4, 4])  # 4: what fills a buffer up
+    values = torch.tensor([[1.0, 2], [3, 4], [5, 6], [7, 8]], requires_grad=True)
+    rows = volume.scatter(values, index, 4)
+    assert rows.tolist() == [[3, 4], [0, 0], [0, 0], [1, 2]]
+    assert volume.scatter(values[:, 0], index, 4).tolist() == [3, 0, 0, 1]
+    rows.sum().backward()
+    assert values.grad.tolist() == [[1, 1], [1, 1], [0, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("importance", [0, 16])
@@ -250,7 +260,7 @@ def test_a_buffer_changes_nothing_but_the_shapes(importance):
         parity.assert_close(b, a, rtol=1e-5, atol=1e-6)
 
 
-def test_a_buffer_counts_what_it_has_no_room_for():
+def test_a_buffer_counts_samples_beyond_its_capacity():
     field = ball(samples_per_ray=32, occupancy_cells=24)
     occupancy = Occupancy(field.config)
     rays = random_rays(50)

@@ -214,3 +214,10 @@ def test_carving_is_conservative(touching):
     near = torch.nn.functional.max_pool3d(cells[None], 3, 1, 1)[0] > 0
     # And hardly any cell beyond the next one is kept.
     assert (near & occupancy.occupied).sum() > 0.95 * occupancy.occupied.sum()
+
+
+def test_a_field_that_has_died_says_so():
+    occupancy = Occupancy(ngp.FieldConfig(occupancy_cells=4))
+    with pytest.raises(FloatingPointError, match="empty everywhere"):
+        occupancy.set_occupied(torch.zeros(4, 4, 4, dtype=torch.bool))
+    assert occupancy.occupied.all()

@@ -24,7 +24,7 @@ class Analytic(ngp.Field):
         super().__init__(dataclasses.replace(TINY, **config))
         self.functions = density, color
 
-    def forward(self, x):
+    def forward(self, x, directions=None):
         return tuple(f(x) for f in self.functions)
 
 
