@@ -7,6 +7,9 @@ In each of N iterations a field is rendered twice, and updated after each:
                              in all later ones: x_hat = denoise(x noised to a random level t), and the loss
                              (1 - alpha^2(t)) |x - x_hat| + 0.1 perceptual(x, x_hat), with x_hat a constant
 
+To both comes a small loss that prefers empty space. With V input views the losses of query views weigh
+`prior_views` / V, at most 1: in the paper always 1, in the preset `nano` 1 / V.
+
 The denoised versions of several iterations' query views are made in one batch, when the first of these iterations
 comes, for a view of a batch costs a fraction of a view alone: x_hat belongs to a rendering of the same view that is up
 to a batch's iterations old.
@@ -51,16 +54,497 @@ from volume import Occupancy, SampleBuffer
 MOST_FURTHER = 20_000  # iterations that many input views may add
 LONG = 4000  # iterations from which on a field without a prior learns more from several rays per pixel than from one
 SAVE_SECONDS = 60  # between two checkpoints of a running distillation
-UNLIKE = 2  # times as bright or dark as other photographs is one that was exposed otherwise
-LOOK_EVERY = 16    # iterations, at most, between two looks at the losses
+UNLIKE = 2  # a photograph so many times as bright or as dark as the median one was exposed differently
+LOOK_EVERY = 16  # iterations, at most, between two looks at the losses
+
+
+# ---------------------------------------------------------------------------------------------- the algorithm
+
+class Prior(NamedTuple):
+    """The model, what it was given, and how its pictures are compared."""
+    model: SparseFusion
+    viewpoints: Cameras        # (Q,) in the object frame
+    condition: Condition       # what the EFT says about them, computed once
+    perceptual_loss: Callable[[Tensor, Tensor], Tensor]  # images (B, 3, S, S) twice -> (B,)
+
+
+class Exposures(nn.Module):
+    """A gain for every input view and color channel, relative to the mean of all views."""
+
+    def __init__(self, guess: Tensor):
+        """guess (V,): where the logarithmic gains begin."""
+        super().__init__()
+        self.register_buffer("guess", guess[:, None].expand(-1, 3).clone(), persistent=False)
+        self.log_gains = nn.Parameter(self.guess.clone())
+
+    def forward(self, color: Tensor, view: Tensor) -> Tensor:
+        """Rendered colors (R, 3) as the cameras of the input views (R,), that they belong to, exposed them."""
+        moved = self.log_gains - self.guess
+        gains = (self.guess + moved - moved.mean(0)).exp()
+        return color * F.embedding(view, gains)
+
+    def spread(self) -> Tensor:
+        """Mean square of what the logarithmic gains have moved by: a scalar."""
+        return (self.log_gains - self.guess).square().mean()
+
+
+class Query(NamedTuple):
+    """The query view of an iteration."""
+    view: int             # of the query viewpoints
+    lattice: Lattice      # of its pixels
+    noise_level: float    # in [0, 1], at which denoising starts
+
+
+class Rays(NamedTuple):
+    """R rays and where their samples are."""
+    o: Tensor             # (R, 3)
+    d: Tensor             # (R, 3)
+    u: Tensor             # (R, D) in [0, 1), of `volume.uniform_draws`
+    u_importance: Tensor  # (R, I)
+
+
+class InputPixels(NamedTuple):
+    """P pixels of input views: the rays through them, as many for each, and what the photographs show."""
+    rays: Rays
+    color: Tensor   # (P, 3)
+    mask: Tensor    # (P, 1)
+    valid: Tensor   # (P, 1) 1 where they show anything, 0 in the padding
+    view: Tensor    # (P,) which input view
+
+
+class EFTPixels(NamedTuple):
+    """R pixels of a query view: the rays through them and what the EFT's image shows."""
+    rays: Rays
+    color: Tensor   # (R, 3)
+    mask: Tensor    # (R, 1)
+
+
+class DenoisedView(NamedTuple):
+    """A query view: rays through a lattice of its pixels, and what the VLDM made of an earlier rendering."""
+    rays: Rays
+    grid: Tensor     # (1, S, S, 2) of the lattice
+    x_hat: Tensor    # (1, 3, S, S)
+    weight: Tensor   # () of the pixels' distance
+
+
+class Distillation:
+    """The field of one instance with everything that its optimization needs: `run` repeats `step`, the algorithm."""
+
+    def __init__(self, inputs: Scene, config: DistillConfig, seed: int, prior: Prior | None = None):
+        """inputs: the V input views, in the object frame. Without a `prior` the field fits them alone."""
+        self.inputs = inputs
+        self.config = config
+        self.seed = seed
+        self.prior = prior
+        self.weight_prior = config.weight_prior(len(inputs))
+        self.completed = 0      # iterations
+        self.seconds = 0.0      # that they took
+
+        # The field, and where the masks allow it to be.
+        device = inputs.images.device
+        self.generator = torch.Generator(device)
+        self.field = Field(config.field, torch.Generator().manual_seed(seed)).to(device)
+        self.occupancy = Occupancy(config.field).to(device)
+        whole = inputs.whole or inputs
+        self.occupancy.carve(whole.masks, whole.cameras, whole.valid)
+        self.exposures = Exposures(config.guess_exposures(inputs)).to(device)
+
+        # One optimizer, a learning rate for each of its three groups.
+        self.optimization = Optimization([
+            Group(self.field.encoding.parameters(), config.lr_grid),
+            Group(self.field.network_parameters(), config.lr_mlp),
+            Group(self.exposures.parameters(), config.lr_exposure),
+        ], config.betas, config.eps, device)
+        self.input_error = torch.zeros((), device=device)  # mean squared, of the last colors, for the progress bar
+
+        # Targets: of the input views the photographs, of the bootstrap the EFT's images.
+        self.colors = blurred(inputs.images, inputs.valid, config.blur)
+        self.masks = blurred(inputs.masks, inputs.valid, config.blur)
+        self.valid_pixels = (inputs.valid.flatten() > 0.5).nonzero().squeeze(-1)  # of all views
+        self.eft_images = None
+        if prior is not None:
+            size = prior.model.preset.image_size
+            self.eft_images = F.interpolate(prior.condition.images, size, mode="bilinear", align_corners=True)
+
+        # On a GPU, shapes that never change.
+        self.buffer = None
+        if device.type == "cuda":
+            self.buffer = self.new_buffer()
+
+        self.targets = {}   # x_hat (1, 3, S, S) of the present and the next iterations
+        self.loss = None    # () of the latest update
+
+    # ------------------------------------------------------------------ the algorithm
+
+    def step(self, i: int) -> None:
+        """The algorithm box (supplement)."""
+        self.begin(i)
+
+        # 1. An input view against its photograph.
+        self.update(self.input_loss, self.sample_input(i))
+
+        # 2. A query view: first against the EFT's image, later against its own rendering, noised and denoised.
+        if self.prior is not None and i < self.config.bootstrap:
+            self.update(self.bootstrap_loss, self.sample_eft_target(i))
+        elif self.prior is not None:
+            if i not in self.targets:
+                self.targets = self.denoise_ahead(i)
+            self.update(self.distillation_loss, self.sample_query(i, self.targets[i]))
+
+        # Occupied cells follow the field, unless it is broken.
+        if (i + 1) % self.config.occupancy_every == 0:
+            self.optimization.check_losses()
+            self.occupancy.update(self.field, self.generator)
+            self.fit_buffer()
+
+    def begin(self, i: int) -> None:
+        """All randomness of iteration i follows from the seed and i: a resumed run draws the same numbers. Python's
+        generator chooses views and lattices, which a GPU does not have to wait for.
+        """
+        self.generator.manual_seed(self.seed * 1_000_003 + i)
+        self.optimization.begin(i)
+
+    def update(self, loss: Callable[[NamedTuple], Tensor], batch: NamedTuple) -> None:
+        """A step of Adam down a loss of a batch."""
+        self.loss = self.optimization.update(loss, batch)
+
+    def input_loss(self, batch: InputPixels) -> Tensor:
+        """Pixels of input views against their photographs: color, silhouette, opacity, exposures."""
+        config = self.config
+        rendering = self.render(batch.rays)
+        color = rendering.color.reshape(len(batch.color), -1, 3).mean(1)  # of all rays of a pixel
+        silhouette = rendering.opacity.reshape(len(batch.color), -1).mean(1, keepdim=True)
+        exposed = self.exposures(color, batch.view)
+        self.input_error.copy_((exposed.detach() - batch.color).square().mean())
+
+        loss = photometric_loss(exposed, silhouette, batch.color, batch.mask, config.weight_background,
+                                batch.valid)
+        loss = loss + config.weight_opacity * opacity_loss(silhouette)
+        return loss + config.weight_exposure * self.exposures.spread()
+
+    def bootstrap_loss(self, batch: EFTPixels) -> Tensor:
+        """Pixels of a query view against the EFT's image."""
+        rendering = self.render(batch.rays)
+        silhouette = rendering.opacity[:, None]
+        loss = self.weight_prior * photometric_loss(rendering.color, silhouette, batch.color, batch.mask)
+        return loss + self.config.weight_opacity * opacity_loss(silhouette)
+
+    def distillation_loss(self, batch: DenoisedView) -> Tensor:
+        """A query view against its denoised version; no gradient flows through the diffusion model."""
+        rendering = self.render(batch.rays)
+        x = self.full_image(rendering.color, batch.grid)
+
+        # Move it towards the denoised version, in pixels and in features.
+        pixels = (x - batch.x_hat).abs().mean()
+        perceptual = self.prior.perceptual_loss(x, batch.x_hat).mean()
+        loss = self.weight_prior * (batch.weight * pixels + self.config.weight_perceptual * perceptual)
+        return loss + self.config.weight_opacity * opacity_loss(rendering.opacity)
+
+    # ------------------------------------------------------------------ what an iteration is fit to
+
+    def sample_input(self, i: int) -> InputPixels:
+        """Pixels of one random input view, on a random lattice; or random pixels of all of them."""
+        if self.config.input_pixels:
+            return self.sample_scattered()
+        rng = random.Random(f"{self.seed} {i} input")
+        view = rng.randrange(len(self.inputs))
+        lattice = random_lattice(self.config.render_size, self.inputs.images.shape[-1], rng)
+        rays = self.cast(self.inputs.cameras[view], lattice)
+        color = as_rows(lattice.pick(self.colors[view:view + 1]))
+        mask = as_rows(lattice.pick(self.masks[view:view + 1]))
+        valid = as_rows(lattice.pick(self.inputs.valid[view:view + 1]))
+        return InputPixels(rays, color, mask, valid, torch.full((len(color),), view, device=color.device))
+
+    def sample_scattered(self) -> InputPixels:
+        """Random valid pixels of all input views."""
+        size = self.inputs.images.shape[-1]
+        device = self.valid_pixels.device
+        chosen = torch.randint(len(self.valid_pixels), (self.config.input_pixels,), generator=self.generator,
+                               device=device)
+        pixel = self.valid_pixels[chosen]
+        view = pixel // size**2
+        pixel = pixel % size**2
+
+        # Each pixel has a camera of its own, and rays all over it.
+        xy = pixel_grid(size, size, device=device)[pixel][:, None]
+        count = self.config.pixel_side**2
+        if count > 1:
+            offsets = rand(len(pixel), count, 2, generator=self.generator, device=device) - 0.5
+            xy = xy + offsets * (2 / size)
+        o, d = self.inputs.cameras[view].rays(xy)
+        rays = self.with_samples(o.reshape(-1, 3), d.reshape(-1, 3))
+
+        # What the photographs show there.
+        row = pixel // size
+        column = pixel % size
+        color = self.colors[view, :, row, column]
+        mask = self.masks[view, :, row, column]
+        return InputPixels(rays, color, mask, torch.ones_like(mask), view)
+
+    def query(self, i: int) -> Query:
+        """A random query view of iteration i, which follows from the seed and i alone."""
+        rng = random.Random(f"{self.seed} {i} query")
+        view = rng.randrange(len(self.prior.viewpoints))
+        lattice = random_lattice(self.config.render_size, self.prior.model.preset.image_size, rng)
+        noise_level = self.config.min_noise_level + (1 - self.config.min_noise_level) * rng.random()
+        return Query(view, lattice, noise_level)
+
+    def sample_eft_target(self, i: int) -> EFTPixels:
+        """The query view's lattice, as the EFT sees it."""
+        view, lattice, _ = self.query(i)
+        rays = self.cast(self.prior.viewpoints[view], lattice)
+        target = lattice.pick(self.eft_images[view:view + 1])
+        return EFTPixels(rays, as_rows(target), as_rows(brightness_mask(target)))
+
+    def sample_query(self, i: int, x_hat: Tensor) -> DenoisedView:
+        """The query view's lattice, and its denoised version x_hat (1, 3, S, S)."""
+        view, lattice, noise_level = self.query(i)
+        rays = self.cast(self.prior.viewpoints[view], lattice)
+
+        # Filled, not copied, for a copy waits until a GPU has done all before it.
+        weight = rays.o.new_full((), fusion_weight(noise_level))
+        return DenoisedView(rays, lattice.grid(rays.o.device), x_hat, weight)
+
+    @torch.no_grad()
+    def denoise_ahead(self, first: int) -> dict[int, Tensor]:
+        """Render the query views of the iterations from `first` on, and denoise them in one batch, each from its noise
+        level: x_hat (1, 3, S, S) of each iteration.
+        """
+        # Batches begin at the same iterations as in a run from the start, where a longer run resumes a shorter one.
+        batch = self.config.denoise_batch
+        end = first + batch - (first - self.config.bootstrap) % batch
+        iterations = range(first, min(end, self.config.iterations))
+        queries = [self.query(i) for i in iterations]
+        images = []
+        for view, lattice, _ in queries:
+            rays = self.cast(self.prior.viewpoints[view], lattice)
+            color = self.optimization.evaluate(self.color, rays)
+            images.append(self.full_image(color, lattice.grid(color.device)))
+
+        features = torch.stack([self.prior.condition.features[query.view] for query in queries])
+        noise_levels = [query.noise_level for query in queries]
+        denoised = self.prior.model.denoise(torch.cat(images), features, noise_levels, self.generator,
+                                            self.config.sampler)
+        return dict(zip(iterations, denoised.split(1)))
+
+    # ------------------------------------------------------------------ rendering
+
+    def cast(self, camera: Cameras, lattice: Lattice) -> Rays:
+        """Rays through a lattice of a view's pixels, with random places of their samples."""
+        return self.with_samples(*camera.rays(lattice.centers(camera.T.device)))
+
+    def with_samples(self, o: Tensor, d: Tensor) -> Rays:
+        """Rays (R, 3) with random places of their samples."""
+        return Rays(o, d, *volume.uniform_draws(self.config.field, len(o), self.generator, o))
+
+    def render(self, rays: Rays, buffer: SampleBuffer | None = None) -> volume.Rendering:
+        """What rays see of the field."""
+        draws = (rays.u, rays.u_importance)
+        return volume.render(self.field, rays.o, rays.d, None, self.occupancy, draws, buffer or self.buffer)
+
+    def color(self, rays: Rays) -> Tensor:
+        """The colors (R, 3) that rays see of the field."""
+        return self.render(rays).color
+
+    def full_image(self, color: Tensor, grid: Tensor) -> Tensor:
+        """Colors (s * s, 3) on the lattice of a query view as an image of the diffusion model's size, (1, 3, S, S)."""
+        image = color.t().unflatten(1, (self.config.render_size, -1))[None]
+        return upsample(image, grid)
+
+    @torch.no_grad()
+    def new_buffer(self) -> SampleBuffer:
+        """A buffer for the samples of every view that may be rendered, and a tenth more."""
+        # A buffer of one sample renders nothing, but counts.
+        counter = SampleBuffer(1, self.inputs.images.device)
+        if self.config.input_pixels:
+            self.render(self.sample_scattered().rays, counter)
+
+        # The query viewpoints are those of the inputs and others.
+        views = []
+        if self.prior is not None:
+            views = self.prior.viewpoints
+        elif not self.config.input_pixels:
+            views = self.inputs.cameras
+        size = self.inputs.images.shape[-1]
+        for view in views:
+            self.render(self.cast(view, Lattice(size, size // self.config.render_size, 0, 0)), counter)
+        return SampleBuffer(int(1.1 * counter.most) + 1024, counter.most.device)
+
+    def fit_buffer(self) -> None:
+        """Make a larger buffer where the present one was too small, a smaller one where half of it is empty."""
+        # Only after a change of the occupied cells, for that is where samples are.
+        if self.buffer is None:
+            return
+        most = int(self.buffer.most)
+        if most > self.buffer.size:
+            print(f"{most - self.buffer.size} of {most} samples of a rendering counted as empty, beyond the buffer's "
+                  "capacity; it is larger now")
+        if most > self.buffer.size or most < self.buffer.size / 2:
+            self.buffer = self.new_buffer()
+            self.optimization.forget_graphs()
+        self.buffer.most.zero_()
+
+    # ------------------------------------------------------------------ the loop
+
+    def run(self, title: str | None = None, save: Callable[[], None] | None = None) -> None:
+        """All iterations that are left. `title` shows progress; `save` is called about once a minute."""
+        total = self.config.iterations
+        progress = Progress(range(self.completed, total), title, self.completed, total)
+        saved = time.monotonic()
+        for i in progress:
+            began = time.monotonic()
+            self.optimization.set_rates(self.config.final_lr_fraction ** (i / total))
+            self.step(i)
+            self.completed = i + 1
+
+            # Now and then, for to look at a loss is to wait for a GPU.
+            if self.completed % LOOK_EVERY == 0 or self.completed == total:
+                self.optimization.check_losses()
+                psnr = -10 * math.log10(float(self.input_error) + 1e-10)
+                progress.note = f"loss {float(self.loss):.4f}, input view {psnr:.1f} dB"
+            self.seconds += time.monotonic() - began
+
+            # Something to resume from.
+            if save is not None and time.monotonic() - saved > SAVE_SECONDS:
+                self.optimization.check_losses()
+                save()
+                saved = time.monotonic()
+
+    def state_dict(self) -> dict:
+        """What a rerun resumes from."""
+        parts = {name: getattr(self, name).state_dict() for name in ("field", "occupancy", "exposures")}
+        return parts | {
+            "optimizer": self.optimization.state_dict(),
+            "targets": self.targets,
+            "completed": self.completed,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Resume from a state. Raises nearly anything where it is none of a distillation with these numbers."""
+        for name in ("field", "occupancy", "exposures"):
+            files.check_weights(state[name], getattr(self, name))
+            getattr(self, name).load_state_dict(state[name])
+        self.optimization.load_state_dict(state["optimizer"])
+        self.completed = state["completed"]
+        self.seconds = float(state["seconds"])
+
+        # What was denoised ahead; a finished run has no prior and needs none of it.
+        targets = {} if self.prior is None else state["targets"]
+        for i, x_hat in targets.items():
+            if x_hat.shape != self.eft_images[:1].shape:
+                raise ValueError(f"a target has the shape {tuple(x_hat.shape)}")
+            self.targets[i] = x_hat.to(self.inputs.images)
+
+
+def as_rows(images: Tensor) -> Tensor:
+    """Pixels of one image (1, C, s, s), row-major: (s * s, C)."""
+    return images[0].flatten(1).t()
+
+
+# ---------------------------------------------------------------------------------------------- losses
+
+def photometric_loss(color: Tensor, silhouette: Tensor, target: Tensor, mask: Tensor, weight_background: float = 1.0,
+                     valid: Tensor | float = 1.0) -> Tensor:
+    """Pseudo-Huber color loss plus pseudo-Huber silhouette loss, means over (B, 3, s, s) and (B, 1, s, s): a scalar.
+
+    Pixels outside the mask weigh `weight_background`, those inside 1; those that no photograph shows, where `valid` is
+    0, nothing. [released: distillation.py:218-227]
+    """
+    weight = valid * (weight_background + (1 - weight_background) * mask)
+    color_loss = (weight * pseudo_huber(color - target)).mean()
+    silhouette_loss = (weight * pseudo_huber(silhouette - mask)).mean()
+    return color_loss + silhouette_loss
+
+
+def opacity_loss(silhouette: Tensor) -> Tensor:
+    """mean sqrt(silhouette^2 + 0.01): prefers empty space. A scalar. [released: distillation.py:231-241]"""
+    return (silhouette**2 + 0.01).sqrt().mean()
+
+
+def brightness_mask(images: Tensor) -> Tensor:
+    """The silhouette of pictures (B, 3, s, s) on black: where the mean color is over 0.1, (B, 1, s, s) of 0 and 1.
+
+    [released: distillation.py:268-271]
+    """
+    return (images.mean(1, keepdim=True) > 0.1).to(images.dtype)
+
+
+def fusion_weight(noise_level: float) -> float:
+    """1 - alpha^2 at noise level t in [0, 1]: the weight of the pixels' distance. [released:
+    distillation.py:307-310]
+    """
+    log_snr = vldm.cosine_log_snr(torch.tensor(float(noise_level)))
+    return torch.sigmoid(-log_snr).item()
+
+
+def blurred(images: Tensor, valid: Tensor, side: int) -> Tensor:
+    """Means of (B, C, H, W) over squares of `side` pixels a side, an odd number, around each pixel.
+
+    valid (B, 1, H, W) is 0 where pictures show nothing: that, and what is outside of them, does not count.
+    Premultiplied colors and their masks are filtered alike, so that the object keeps its color up to the rim.
+    """
+    # A single pixel is its own mean.
+    if side == 1:
+        return images
+
+    # Where nothing valid is near, the mean is 0.
+    pool = partial(F.avg_pool2d, kernel_size=side, stride=1, padding=side // 2)
+    share = pool(valid)
+    return pool(images * valid) / torch.where(share > 0, share, 1)
+
+
+# ---------------------------------------------------------------------------------------------- coarse renderings
+
+class Lattice(NamedTuple):
+    """Every `step`-th pixel of a square picture of S pixels a side: s of them a side."""
+    size: int    # S
+    step: int
+    row: int     # of the first pixel
+    column: int  # of the first pixel
+
+    def pick(self, images: Tensor) -> Tensor:
+        """The lattice's pixels of images (B, C, S, S): (B, C, s, s)."""
+        return images[..., self.row::self.step, self.column::self.step]
+
+    def centers(self, device: torch.device) -> Tensor:
+        """NDC of the pixel centers, row-major: (s * s, 2)."""
+        grid = pixel_grid(self.size, self.size, device=device).unflatten(0, (self.size, self.size))
+        return grid[self.row::self.step, self.column::self.step].flatten(0, 1)
+
+    def grid(self, device: torch.device) -> Tensor:
+        """Where all pixels of the picture lie between the lattice's, for `upsample`: (1, S, S, 2)."""
+        # The lattice's outermost pixels are at -1 and 1.
+        side = self.size // self.step
+        pixel = torch.arange(self.size, device=device)
+        y = (pixel - self.row) / self.step * (2 / (side - 1)) - 1
+        x = (pixel - self.column) / self.step * (2 / (side - 1)) - 1
+        y, x = torch.meshgrid(y, x, indexing="ij")
+        return torch.stack([x, y], -1)[None]
+
+
+def random_lattice(side: int, size: int, rng: random.Random) -> Lattice:
+    """`side` x `side` pixels of `size` x `size`, a multiple, evenly spaced from a random first one."""
+    # Else some pixels would never be cast.
+    if size % side:
+        raise ValueError(f"a rendering of {side} pixels a side does not divide an image of {size}")
+    step = size // side
+    row = rng.randrange(step)
+    column = rng.randrange(step)
+    return Lattice(size, step, row, column)
+
+
+def upsample(images: Tensor, grid: Tensor) -> Tensor:
+    """Bilinear, from the pixels (B, C, s, s) of a lattice to all (B, C, S, S), by its grid (1, S, S, 2)."""
+    return F.grid_sample(images, grid.expand(len(images), -1, -1, -1), padding_mode="border", align_corners=True)
 
 
 # ---------------------------------------------------------------------------------------------- the numbers
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """The numbers of one distillation. The defaults are the released ones; `RELEASED` adds what the released code does
-    otherwise.
+    """The numbers of one distillation. The defaults are the released ones where the released code has such a number;
+    `RELEASED` adds what the released code does otherwise.
     """
     half_side: float = HALF_SIDE         # of the object in the field; 0: a scene's units stay, as with released weights
     cut: bool = True                     # own photographs are cut to the object, as CO3D's are
@@ -180,118 +664,12 @@ _LEAST = {"half_side": 0, "prior_views": 0, "iterations": 1, "viewpoints": 1, "j
           "turntable_frames": 1}
 
 
-# ---------------------------------------------------------------------------------------------- losses
-
-def photometric_loss(color: Tensor, silhouette: Tensor, target: Tensor, mask: Tensor, weight_background: float = 1.0,
-                     valid: Tensor | float = 1.0) -> Tensor:
-    """Pseudo-Huber color loss plus pseudo-Huber silhouette loss, means over (B, 3, s, s) and (B, 1, s, s): a scalar.
-
-    Pixels outside the mask weigh `weight_background`, those inside 1; those that no photograph shows, where `valid` is
-    0, nothing. [released: distillation.py:218-227]
-    """
-    weight = valid * (weight_background + (1 - weight_background) * mask)
-    color_loss = (weight * pseudo_huber(color - target)).mean()
-    silhouette_loss = (weight * pseudo_huber(silhouette - mask)).mean()
-    return color_loss + silhouette_loss
-
-
-def opacity_loss(silhouette: Tensor) -> Tensor:
-    """mean sqrt(silhouette^2 + 0.01): prefers empty space. A scalar. [released: distillation.py:231-241]"""
-    return (silhouette**2 + 0.01).sqrt().mean()
-
-
-def brightness_mask(images: Tensor) -> Tensor:
-    """The silhouette of pictures (B, 3, s, s) on black: where the mean color is over 0.1, (B, 1, s, s) of 0 and 1.
-
-    [released: distillation.py:268-271]
-    """
-    return (images.mean(1, keepdim=True) > 0.1).to(images.dtype)
-
-
-def fusion_weight(noise_level: float) -> float:
-    """1 - alpha^2 at noise level t in [0, 1]: the weight of the pixels' distance. [released:
-    distillation.py:307-310]
-    """
-    log_snr = vldm.cosine_log_snr(torch.tensor(float(noise_level)))
-    return torch.sigmoid(-log_snr).item()
-
-
-def blurred(images: Tensor, valid: Tensor, side: int) -> Tensor:
-    """Means of (B, C, H, W) over squares of `side` pixels a side, an odd number, around each pixel.
-
-    valid (B, 1, H, W) is 0 where pictures show nothing: that, and what is outside of them, does not count.
-    Premultiplied colors and their masks are filtered alike, so that the object keeps its color up to the rim.
-    """
-    # A single pixel is its own mean.
-    if side == 1:
-        return images
-
-    # Where nothing valid is near, the mean is 0.
-    pool = partial(F.avg_pool2d, kernel_size=side, stride=1, padding=side // 2)
-    share = pool(valid)
-    return pool(images * valid) / torch.where(share > 0, share, 1)
-
-
-# ---------------------------------------------------------------------------------------------- coarse renderings
-
-class Lattice(NamedTuple):
-    """Every `step`-th pixel of a square picture of S pixels a side: s of them a side."""
-    size: int    # S
-    step: int
-    row: int     # of the first pixel
-    column: int  # of the first pixel
-
-    def pick(self, images: Tensor) -> Tensor:
-        """The lattice's pixels of images (B, C, S, S): (B, C, s, s)."""
-        return images[..., self.row::self.step, self.column::self.step]
-
-    def centers(self, device: torch.device) -> Tensor:
-        """NDC of the pixel centers, row-major: (s * s, 2)."""
-        grid = pixel_grid(self.size, self.size, device=device).unflatten(0, (self.size, self.size))
-        return grid[self.row::self.step, self.column::self.step].flatten(0, 1)
-
-    def grid(self, device: torch.device) -> Tensor:
-        """Where all pixels of the picture lie between the lattice's, for `upsample`: (1, S, S, 2)."""
-        # The lattice's outermost pixels are at -1 and 1.
-        side = self.size // self.step
-        pixel = torch.arange(self.size, device=device)
-        y = (pixel - self.row) / self.step * (2 / (side - 1)) - 1
-        x = (pixel - self.column) / self.step * (2 / (side - 1)) - 1
-        y, x = torch.meshgrid(y, x, indexing="ij")
-        return torch.stack([x, y], -1)[None]
-
-
-def random_lattice(side: int, size: int, rng: random.Random) -> Lattice:
-    """`side` x `side` pixels of `size` x `size`, a multiple, evenly spaced from a random first one."""
-    # Else some pixels would never be cast.
-    if size % side:
-        raise ValueError(f"a rendering of {side} pixels a side does not divide an image of {size}")
-    step = size // side
-    row = rng.randrange(step)
-    column = rng.randrange(step)
-    return Lattice(size, step, row, column)
-
-
-def upsample(images: Tensor, grid: Tensor) -> Tensor:
-    """Bilinear, from the pixels (B, C, s, s) of a lattice to all (B, C, S, S), by its grid (1, S, S, 2)."""
-    return F.grid_sample(images, grid.expand(len(images), -1, -1, -1), padding_mode="border", align_corners=True)
-
-
-# ---------------------------------------------------------------------------------------------- the algorithm
-
-class Prior(NamedTuple):
-    """The model, what it was given, and how its pictures are compared."""
-    model: SparseFusion
-    viewpoints: Cameras        # (Q,) in the object frame
-    condition: Condition       # what the EFT says about them, computed once
-    perceptual_loss: Callable[[Tensor, Tensor], Tensor]  # images (B, 3, S, S) twice -> (B,)
-
-
 def guess_exposures(images: Tensor, masks: Tensor) -> Tensor:
     """Logarithmic gains (V,) of photographs (V, 3, S, S) with masks (V, 1, S, S) that were exposed otherwise than most.
 
     The object in such a one is over `UNLIKE` times as bright or as dark as in the median photograph. Others have 0:
-    that much may be their side of the object; their exposures are learned. Of two it cannot be told which.
+    that much may be their side of the object; their exposures are learned. With two photographs it is unknown which
+    one differs.
     """
     if len(images) < 3:
         return images.new_zeros(len(images))
@@ -299,375 +677,3 @@ def guess_exposures(images: Tensor, masks: Tensor) -> Tensor:
     stops = brightness.clamp(min=1e-3).log()
     stops = stops - stops.median()
     return torch.where(stops.abs() > math.log(UNLIKE), stops, 0)
-
-
-class Exposures(nn.Module):
-    """A gain for every input view and color channel; that all of them move together counts for nothing."""
-
-    def __init__(self, guess: Tensor):
-        """guess (V,): where the logarithmic gains begin."""
-        super().__init__()
-        self.register_buffer("guess", guess[:, None].expand(-1, 3).clone(), persistent=False)
-        self.log_gains = nn.Parameter(self.guess.clone())
-
-    def forward(self, color: Tensor, view: Tensor) -> Tensor:
-        """Rendered colors (R, 3) as the cameras of the input views (R,), that they belong to, exposed them."""
-        moved = self.log_gains - self.guess
-        gains = (self.guess + moved - moved.mean(0)).exp()
-        return color * F.embedding(view, gains)
-
-    def spread(self) -> Tensor:
-        """Mean square of what the logarithmic gains have moved by: a scalar."""
-        return (self.log_gains - self.guess).square().mean()
-
-
-class Query(NamedTuple):
-    """The query view of an iteration."""
-    view: int             # of the query viewpoints
-    lattice: Lattice      # of its pixels
-    noise_level: float    # in [0, 1], at which denoising starts
-
-
-class Rays(NamedTuple):
-    """R rays and where their samples are."""
-    o: Tensor             # (R, 3)
-    d: Tensor             # (R, 3)
-    u: Tensor             # (R, D) in [0, 1), of `volume.uniform_draws`
-    u_importance: Tensor  # (R, I)
-
-
-class InputPixels(NamedTuple):
-    """P pixels of input views: the rays through them, as many for each, and what the photographs show."""
-    rays: Rays
-    color: Tensor   # (P, 3)
-    mask: Tensor    # (P, 1)
-    valid: Tensor   # (P, 1) 1 where they show anything, 0 in the padding
-    view: Tensor    # (P,) which input view
-
-
-class EFTPixels(NamedTuple):
-    """R pixels of a query view: the rays through them and what the EFT's image shows."""
-    rays: Rays
-    color: Tensor   # (R, 3)
-    mask: Tensor    # (R, 1)
-
-
-class DenoisedView(NamedTuple):
-    """A query view: rays through a lattice of its pixels, and what the VLDM made of an earlier rendering."""
-    rays: Rays
-    grid: Tensor     # (1, S, S, 2) of the lattice
-    x_hat: Tensor    # (1, 3, S, S)
-    weight: Tensor   # () of the pixels' distance
-
-
-class Distillation:
-    """The field of one instance with everything that its optimization needs: `run` repeats `step`, the algorithm."""
-
-    def __init__(self, inputs: Scene, config: DistillConfig, seed: int, prior: Prior | None = None):
-        """inputs: the V input views, in the object frame. Without a `prior` the field fits them alone."""
-        self.inputs = inputs
-        self.config = config
-        self.seed = seed
-        self.prior = prior
-        self.weight_prior = config.weight_prior(len(inputs))
-        self.completed = 0      # iterations
-        self.seconds = 0.0      # that they took
-
-        # The field, and where the masks allow it to be.
-        device = inputs.images.device
-        self.generator = torch.Generator(device)
-        self.field = Field(config.field, torch.Generator().manual_seed(seed)).to(device)
-        self.occupancy = Occupancy(config.field).to(device)
-        whole = inputs.whole or inputs
-        self.occupancy.carve(whole.masks, whole.cameras, whole.valid)
-        self.exposures = Exposures(config.guess_exposures(inputs)).to(device)
-
-        # One optimizer, a learning rate for each of its three groups.
-        self.optimization = Optimization([
-            Group(self.field.encoding.parameters(), config.lr_grid),
-            Group(self.field.network_parameters(), config.lr_mlp),
-            Group(self.exposures.parameters(), config.lr_exposure),
-        ], config.betas, config.eps, device)
-        self.input_error = torch.zeros((), device=device)  # mean squared, of the last colors, for the progress bar
-
-        # What the input views teach, and what the bootstrap does.
-        self.colors = blurred(inputs.images, inputs.valid, config.blur)
-        self.masks = blurred(inputs.masks, inputs.valid, config.blur)
-        self.valid_pixels = (inputs.valid.flatten() > 0.5).nonzero().squeeze(-1)  # of all views
-        self.eft_images = None
-        if prior is not None:
-            size = prior.model.preset.image_size
-            self.eft_images = F.interpolate(prior.condition.images, size, mode="bilinear", align_corners=True)
-
-        # On a GPU, shapes that never change.
-        self.buffer = None
-        if device.type == "cuda":
-            self.buffer = self.new_buffer()
-
-        self.targets = {}   # x_hat (1, 3, S, S) of the present and the next iterations
-        self.loss = None    # () of the latest update
-
-    # ------------------------------------------------------------------ the algorithm
-
-    def step(self, i: int) -> None:
-        """The algorithm box (supplement)."""
-        self.begin(i)
-
-        # 1. An input view against its photograph.
-        self.update(self.input_loss, self.sample_input(i))
-
-        # 2. A query view: first against the EFT's image, later against its own rendering, noised and denoised.
-        if self.prior is not None and i < self.config.bootstrap:
-            self.update(self.bootstrap_loss, self.sample_eft_target(i))
-        elif self.prior is not None:
-            if i not in self.targets:
-                self.targets = self.denoise_ahead(i)
-            self.update(self.distillation_loss, self.sample_query(i, self.targets[i]))
-
-        # Occupied cells follow the field, unless it is broken.
-        if (i + 1) % self.config.occupancy_every == 0:
-            self.optimization.check_losses()
-            self.occupancy.update(self.field, self.generator)
-            self.fit_buffer()
-
-    def begin(self, i: int) -> None:
-        """All randomness of iteration i follows from the seed and i: a resumed run draws the same numbers."""
-        self.generator.manual_seed(self.seed * 1_000_003 + i)
-        self.optimization.begin(i)
-
-    def update(self, loss: Callable[[NamedTuple], Tensor], batch: NamedTuple) -> None:
-        """A step of Adam down a loss of a batch."""
-        self.loss = self.optimization.update(loss, batch)
-
-    def input_loss(self, batch: InputPixels) -> Tensor:
-        """Pixels of input views against their photographs: color, silhouette, opacity, exposures."""
-        config = self.config
-        rendering = self.render(batch.rays)
-        color = rendering.color.reshape(len(batch.color), -1, 3).mean(1)  # of all rays of a pixel
-        silhouette = rendering.opacity.reshape(len(batch.color), -1).mean(1, keepdim=True)
-        exposed = self.exposures(color, batch.view)
-        self.input_error.copy_((exposed.detach() - batch.color).square().mean())
-
-        loss = photometric_loss(exposed, silhouette, batch.color, batch.mask, config.weight_background,
-                                batch.valid)
-        loss = loss + config.weight_opacity * opacity_loss(silhouette)
-        return loss + config.weight_exposure * self.exposures.spread()
-
-    def bootstrap_loss(self, batch: EFTPixels) -> Tensor:
-        """Pixels of a query view against the EFT's image."""
-        rendering = self.render(batch.rays)
-        silhouette = rendering.opacity[:, None]
-        loss = self.weight_prior * photometric_loss(rendering.color, silhouette, batch.color, batch.mask)
-        return loss + self.config.weight_opacity * opacity_loss(silhouette)
-
-    def distillation_loss(self, batch: DenoisedView) -> Tensor:
-        """A query view against its denoised version; no gradient flows through the diffusion model."""
-        rendering = self.render(batch.rays)
-        x = self.full_image(rendering.color, batch.grid)
-
-        # Move it towards the denoised version, in pixels and in features.
-        pixels = (x - batch.x_hat).abs().mean()
-        perceptual = self.prior.perceptual_loss(x, batch.x_hat).mean()
-        loss = self.weight_prior * (batch.weight * pixels + self.config.weight_perceptual * perceptual)
-        return loss + self.config.weight_opacity * opacity_loss(rendering.opacity)
-
-    # ------------------------------------------------------------------ what an iteration is fit to
-
-    def sample_input(self, i: int) -> InputPixels:
-        """Pixels of one random input view, on a random lattice; or random pixels of all of them."""
-        if self.config.input_pixels:
-            return self.sample_scattered()
-        rng = random.Random(f"{self.seed} {i} input")
-        view = rng.randrange(len(self.inputs))
-        lattice = random_lattice(self.config.render_size, self.inputs.images.shape[-1], rng)
-        rays = self.cast(self.inputs.cameras[view], lattice)
-        color = as_rows(lattice.pick(self.colors[view:view + 1]))
-        mask = as_rows(lattice.pick(self.masks[view:view + 1]))
-        valid = as_rows(lattice.pick(self.inputs.valid[view:view + 1]))
-        return InputPixels(rays, color, mask, valid, torch.full((len(color),), view, device=color.device))
-
-    def sample_scattered(self) -> InputPixels:
-        """Random valid pixels of all input views."""
-        size = self.inputs.images.shape[-1]
-        device = self.valid_pixels.device
-        chosen = torch.randint(len(self.valid_pixels), (self.config.input_pixels,), generator=self.generator,
-                               device=device)
-        pixel = self.valid_pixels[chosen]
-        view = pixel // size**2
-        pixel = pixel % size**2
-
-        # Each pixel has a camera of its own, and rays all over it.
-        xy = pixel_grid(size, size, device=device)[pixel][:, None]
-        count = self.config.pixel_side**2
-        if count > 1:
-            offsets = rand(len(pixel), count, 2, generator=self.generator, device=device) - 0.5
-            xy = xy + offsets * (2 / size)
-        o, d = self.inputs.cameras[view].rays(xy)
-        rays = self.with_samples(o.reshape(-1, 3), d.reshape(-1, 3))
-
-        # What the photographs show there.
-        row = pixel // size
-        column = pixel % size
-        color = self.colors[view, :, row, column]
-        mask = self.masks[view, :, row, column]
-        return InputPixels(rays, color, mask, torch.ones_like(mask), view)
-
-    def query(self, i: int) -> Query:
-        """A random query view of iteration i, which follows from the seed and i alone."""
-        rng = random.Random(f"{self.seed} {i} query")
-        view = rng.randrange(len(self.prior.viewpoints))
-        lattice = random_lattice(self.config.render_size, self.prior.model.preset.image_size, rng)
-        noise_level = self.config.min_noise_level + (1 - self.config.min_noise_level) * rng.random()
-        return Query(view, lattice, noise_level)
-
-    def sample_eft_target(self, i: int) -> EFTPixels:
-        """The query view's lattice, as the EFT sees it."""
-        view, lattice, _ = self.query(i)
-        rays = self.cast(self.prior.viewpoints[view], lattice)
-        target = lattice.pick(self.eft_images[view:view + 1])
-        return EFTPixels(rays, as_rows(target), as_rows(brightness_mask(target)))
-
-    def sample_query(self, i: int, x_hat: Tensor) -> DenoisedView:
-        """The query view's lattice, and its denoised version x_hat (1, 3, S, S)."""
-        view, lattice, noise_level = self.query(i)
-        rays = self.cast(self.prior.viewpoints[view], lattice)
-
-        # Filled, not copied, for a copy waits until a GPU has done all before it.
-        weight = rays.o.new_full((), fusion_weight(noise_level))
-        return DenoisedView(rays, lattice.grid(rays.o.device), x_hat, weight)
-
-    @torch.no_grad()
-    def denoise_ahead(self, first: int) -> dict[int, Tensor]:
-        """Render the query views of the iterations from `first` on, and denoise them in one batch, each from its noise
-        level: x_hat (1, 3, S, S) of each iteration.
-        """
-        # Batches begin at the same iterations, wherever a run resumed.
-        batch = self.config.denoise_batch
-        end = first + batch - (first - self.config.bootstrap) % batch
-        iterations = range(first, min(end, self.config.iterations))
-        queries = [self.query(i) for i in iterations]
-        images = []
-        for view, lattice, _ in queries:
-            rays = self.cast(self.prior.viewpoints[view], lattice)
-            color = self.optimization.evaluate(self.color, rays)
-            images.append(self.full_image(color, lattice.grid(color.device)))
-
-        features = torch.stack([self.prior.condition.features[query.view] for query in queries])
-        noise_levels = [query.noise_level for query in queries]
-        denoised = self.prior.model.denoise(torch.cat(images), features, noise_levels, self.generator,
-                                            self.config.sampler)
-        return dict(zip(iterations, denoised.split(1)))
-
-    # ------------------------------------------------------------------ rendering
-
-    def cast(self, camera: Cameras, lattice: Lattice) -> Rays:
-        """Rays through a lattice of a view's pixels, with random places of their samples."""
-        return self.with_samples(*camera.rays(lattice.centers(camera.T.device)))
-
-    def with_samples(self, o: Tensor, d: Tensor) -> Rays:
-        """Rays (R, 3) with random places of their samples."""
-        return Rays(o, d, *volume.uniform_draws(self.config.field, len(o), self.generator, o))
-
-    def render(self, rays: Rays, buffer: SampleBuffer | None = None) -> volume.Rendering:
-        """What rays see of the field."""
-        draws = (rays.u, rays.u_importance)
-        return volume.render(self.field, rays.o, rays.d, None, self.occupancy, draws, buffer or self.buffer)
-
-    def color(self, rays: Rays) -> Tensor:
-        """The colors (R, 3) that rays see of the field."""
-        return self.render(rays).color
-
-    def full_image(self, color: Tensor, grid: Tensor) -> Tensor:
-        """Colors (s * s, 3) on the lattice of a query view as an image of the diffusion model's size, (1, 3, S, S)."""
-        image = color.t().unflatten(1, (self.config.render_size, -1))[None]
-        return upsample(image, grid)
-
-    @torch.no_grad()
-    def new_buffer(self) -> SampleBuffer:
-        """A buffer for the samples of every view that may be rendered, and a tenth more."""
-        # A buffer of one sample renders nothing, but counts.
-        counter = SampleBuffer(1, self.inputs.images.device)
-        if self.config.input_pixels:
-            self.render(self.sample_scattered().rays, counter)
-
-        # The query viewpoints are those of the inputs and others.
-        views = []
-        if self.prior is not None:
-            views = self.prior.viewpoints
-        elif not self.config.input_pixels:
-            views = self.inputs.cameras
-        size = self.inputs.images.shape[-1]
-        for view in views:
-            self.render(self.cast(view, Lattice(size, size // self.config.render_size, 0, 0)), counter)
-        return SampleBuffer(int(1.1 * counter.most) + 1024, counter.most.device)
-
-    def fit_buffer(self) -> None:
-        """Make a larger buffer where the present one was too small, a smaller one where half of it is empty."""
-        # Only after a change of the occupied cells, for that is where samples are.
-        if self.buffer is None:
-            return
-        most = int(self.buffer.most)
-        if most > self.buffer.size:
-            print(f"{most - self.buffer.size} of {most} samples of a rendering counted as empty, beyond the buffer's "
-                  "capacity; it is larger now")
-        if most > self.buffer.size or most < self.buffer.size / 2:
-            self.buffer = self.new_buffer()
-            self.optimization.forget_graphs()
-        self.buffer.most.zero_()
-
-    # ------------------------------------------------------------------ the loop
-
-    def run(self, title: str | None = None, save: Callable[[], None] | None = None) -> None:
-        """All iterations that are left. `title` shows progress; `save` is called about once a minute."""
-        total = self.config.iterations
-        progress = Progress(range(self.completed, total), title, self.completed, total)
-        saved = time.monotonic()
-        for i in progress:
-            began = time.monotonic()
-            self.optimization.set_rates(self.config.final_lr_fraction ** (i / total))
-            self.step(i)
-            self.completed = i + 1
-
-            # Now and then, for to look at a loss is to wait for a GPU.
-            if self.completed % LOOK_EVERY == 0 or self.completed == total:
-                self.optimization.check_losses()
-                psnr = -10 * math.log10(float(self.input_error) + 1e-10)
-                progress.note = f"loss {float(self.loss):.4f}, input view {psnr:.1f} dB"
-            self.seconds += time.monotonic() - began
-
-            # Something to resume from.
-            if save is not None and time.monotonic() - saved > SAVE_SECONDS:
-                self.optimization.check_losses()
-                save()
-                saved = time.monotonic()
-
-    def state_dict(self) -> dict:
-        """What a rerun resumes from."""
-        parts = {name: getattr(self, name).state_dict() for name in ("field", "occupancy", "exposures")}
-        return parts | {
-            "optimizer": self.optimization.state_dict(),
-            "targets": self.targets,
-            "completed": self.completed,
-            "seconds": self.seconds,
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        """Resume from a state. Raises nearly anything where it is none of a distillation with these numbers."""
-        for name in ("field", "occupancy", "exposures"):
-            files.check_weights(state[name], getattr(self, name))
-            getattr(self, name).load_state_dict(state[name])
-        self.optimization.load_state_dict(state["optimizer"])
-        self.completed = state["completed"]
-        self.seconds = float(state["seconds"])
-
-        # What was denoised ahead, unless there is nothing left to do, and no prior.
-        targets = {} if self.prior is None else state["targets"]
-        for i, x_hat in targets.items():
-            if x_hat.shape != self.eft_images[:1].shape:
-                raise ValueError(f"a target has the shape {tuple(x_hat.shape)}")
-            self.targets[i] = x_hat.to(self.inputs.images)
-
-
-def as_rows(images: Tensor) -> Tensor:
-    """Pixels of one image (1, C, s, s), row-major: (s * s, C)."""
-    return images[0].flatten(1).t()

@@ -326,8 +326,9 @@ class EFT(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Feature maps of the input images (*, V, 3, H, W) in [0, 1], black background: (*, V, N, H/2, W/2).
 
-        Bilinear sampling and T1's input layer are both linear, so the layer multiplies the trunk's maps here, once, and
-        not every sample of them.
+        T1's tokens are GELU(W [reference ray, depth, feature, color] + b). Bilinear sampling and W are both linear, so
+        W's columns for the feature multiply the trunk's maps here, once, and not every sample of them; the other
+        columns multiply in `forward`, b and GELU follow in `Transformer.forward`.
         """
         trunk_maps = self.trunk(images.flatten(0, -4))     # (* V, C, H/2, W/2)
         columns = self.visual.input.columns()["features"]  # (N, C)
@@ -404,8 +405,9 @@ class EFT(nn.Module):
               far: float | Tensor, chunk: int = 128, where: Tensor | None = None) -> Prediction:
         """Feature map (*, N, size, size) and color image (*, 3, size, size) of whole query views.
 
-        `size` is the conditioning map's (H / 8) or the image's own, H; the outer rays pass through the outermost pixels
-        of the full image. `chunk` rays of every view go at a time: 128 fit a CPU's caches, a GPU wants thousands.
+        `size` is the conditioning map's, the preset's `map_size`, or the image's own, H; the outer rays pass through
+        the outermost pixels of the full image. `chunk` rays of every view go at a time: 128 fit a CPU's caches, a GPU
+        wants thousands.
         `where` (size, size): the rays to evaluate, boolean; the others get zeros.
         """
         grid = pixel_grid(size, size, full=images.shape[-1], device=images.device)

@@ -66,7 +66,7 @@ def level_table(levels: int, log2_hashmap_size: int, base_resolution: int, fines
         wanted = min(2**log2_hashmap_size, (cells + 1) ** 3)
         rows = math.ceil(wanted / 8) * 8
 
-        # The index goes by the corners that the kernel counts [released: gridencoder/src/gridencoder.cu:55-72].
+        # The index goes by another count of corners, the kernel's [released: gridencoder/src/gridencoder.cu:55-72].
         side = math.ceil(scale) + 2
         if hashed and (side**3 > rows or grids and grids[-1].hashed):  # no level behind a hashed one is dense
             grids.append(Level(scale, PRIMES, True, True, rows, offset))
@@ -88,17 +88,20 @@ def corners(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
 
     # Along each axis a cell has a lower side, 0, and an upper side, 1: their terms of an index, their weights.
     terms, shares = [], []
-    for side, stride, share in zip(cell.int(), level.stride, fraction):
-        terms.append((side * stride, (side + 1) * stride))         # (N,) each
+    for lower, stride, share in zip(cell.int(), level.stride, fraction):
+        terms.append((lower * stride, (lower + 1) * stride))       # (N,) each
         shares.append((1 - share, share))
-    x, y, z = terms
-    u, v, w = shares
+    term_x, term_y, term_z = terms
+    share_x, share_y, share_z = shares
 
     # A fine level hashes its corners with exclusive or (Instant NGP, Eq. 4); a coarse one counts them row by row.
     index, weights = [], []
     for i, j, k in itertools.product((0, 1), repeat=3):
-        index.append(x[i] ^ y[j] ^ z[k] if level.hashed else x[i] + y[j] + z[k])
-        weights.append(u[i] * v[j] * w[k])                         # trilinear interpolation
+        if level.hashed:
+            index.append(term_x[i] ^ term_y[j] ^ term_z[k])        # (N,)
+        else:
+            index.append(term_x[i] + term_y[j] + term_z[k])
+        weights.append(share_x[i] * share_y[j] * share_z[k])       # trilinear interpolation
     index = torch.stack(index, -1)                                 # (N, 8)
 
     # Where corners share rows, the index wraps around.

@@ -42,14 +42,14 @@ class FieldConfig:
     # True: a spatial hash (Instant NGP, Eq. 4). False: a tiled index, by which nine of these sixteen levels do not
     # depend on z [released: nerf/network_grid.py:50; gridencoder/src/gridencoder.cu:55-72].
     hashed: bool = True
-    bound: float = 4.0              # half side of the field's cube, CO3D units [released: distillation.py:519]
+    bound: float = 4.0              # half side of the field's cube, in its own units [released: distillation.py:519]
     width: int = 64                 # channels of the network's hidden layers [released: nerf/network_grid.py:39-52]
     hidden_layers: int = 2          # hidden layers of the network [released: nerf/network_grid.py:14-33]
     # The color depends on the viewing direction by spherical harmonics below this degree (Instant NGP: 4); 0: it does
     # not, as in the paper.
     view_degree: int = 0
     blob_density: float = 5.0       # height of the Gaussian in the density logit [released: nerf/network_grid.py:69-88]
-    blob_radius: float = 0.2        # standard deviation of the Gaussian in the density logit, CO3D units (DreamFusion)
+    blob_radius: float = 0.2        # standard deviation of the Gaussian in the density logit (DreamFusion)
     samples_per_ray: int = 64       # D, stratified samples of a ray [released: distillation.py:507]
     importance_samples: int = 64    # I, samples added where density is; 0: none [released: distillation.py:508]
     near: float = 0.1               # least t of a sample [released: distillation.py:520]

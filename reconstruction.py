@@ -1,5 +1,10 @@
 """One scene, from Python: `reconstruct` fits a field to a few views of it (Sec. 3.2), with a model's help or without.
 
+    user's world    cameras that pictures are asked from, meshes; `Scene.world` leads there (None: the scene's)
+    scene's world   CO3D as annotated, own photographs normalized; the object is at the origin
+    object frame    the axes of the first camera, the same origin, lengths divided by `unit`: the field is in it
+    EFT's units     cameras as far away as in training, only within `SparseFusion.condition`
+
 The algorithm is in `distillation.py`. Here a scene is turned to the object frame, a run is interrupted and resumed
 without a trace, and the finished field is rendered and meshed in the user's own world.
 
@@ -241,7 +246,7 @@ class Checkpoint(NamedTuple):
         return state
 
     def run(self, distillation: Distillation, state: dict | None, beside: dict, title: str | None,
-            preview: Callable[[], Tensor]) -> tuple[float, list[int]]:
+            look: Callable[[], Tensor]) -> tuple[float, list[int]]:
         """All iterations that are left after an earlier run's `state`, saved with what is `beside` the field.
 
         Returns the seconds of earlier runs, and the totals of those that were shorter.
@@ -255,7 +260,7 @@ class Checkpoint(NamedTuple):
             """Write the checkpoint, and one preview more."""
             files.save_tensors(distillation.state_dict() | beside, self.path)
             if self.previews is not None:
-                add_preview(self.previews, preview())
+                add_preview(self.previews, look())
 
         with uninterruptible():
             try:

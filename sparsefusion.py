@@ -121,7 +121,8 @@ class SparseFusion(nn.Module):
         near, far = depth_range(views, margin)
         if self.trained_distance is None:
             return EFTUnits(1.0, near, far)
-        scale = self.trained_distance / ((near + far) / 2)
+        distance = (near + far) / 2  # of the cameras, on average
+        scale = self.trained_distance / distance
         return EFTUnits(scale, self.trained_distance - margin, self.trained_distance + margin)
 
     @torch.no_grad()
@@ -361,6 +362,3 @@ def ready(model: SparseFusion, device: str) -> SparseFusion:
     model.vae.accelerate()
     model.vldm.accelerate()
     return model
-
-
-# ---------------------------------------------------------------------------------------------- the command

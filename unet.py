@@ -1,9 +1,9 @@
-"""The network that predicts the noise in a latent, given the EFT's features of the query view (Sec. 3.1).
+"""The network that predicts the noise in a latent, or v, given the EFT's features of the query view (Sec. 3.1).
 
 It is the UNet of Imagen (Saharia et al. 2022) without text: where Imagen's is conditioned on a sentence, this one sees
 a feature map, beside the noisy latent. It goes down and up in stages, a resolution each: three residual blocks, a
-transformer block in some, a change of resolution. Every residual block is conditioned on the time, and so are the
-attention layers, by two tokens. The defaults of `UNetConfig` are the released architecture.
+transformer block in some, a change of resolution. Every residual block is conditioned on the time, and so is the
+attention of blocks and stages, by two tokens. The defaults of `UNetConfig` are the released architecture.
 
 What differs from the released code: no number. What Imagen needs for text is left out.
 
@@ -126,7 +126,7 @@ class Attention(nn.Module):
         key = torch.cat([null_key, key], dim=2)
         value = torch.cat([null_value, value], dim=2)
 
-        # All query heads share a single key and value head.
+        # In self-attention all query heads share a single key and value head.
         key = key.expand(-1, self.heads, -1, -1)
         value = value.expand(-1, self.heads, -1, -1)
         h = F.scaled_dot_product_attention(query, key, value)                 # (B, heads, N, head_dim)
@@ -422,6 +422,3 @@ class UNet(nn.Module):
             x = stage.attend(x, tokens)
             x = stage.resize(x)
         return self.final_conv(self.final_block(x, t, tokens))
-
-
-# ---------------------------------------------------------------------------------------------- presets

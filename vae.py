@@ -288,6 +288,3 @@ class ScaledGradient(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         """The gradient in the numbers, times the factor: the same shape."""
         return grad * ctx.factor, None
-
-
-# ---------------------------------------------------------------------------------------------- presets

@@ -5,7 +5,7 @@ The diffusion runs in continuous time (Kingma et al. 2021): the network of `unet
 signal-to-noise ratio, not on a step number. The defaults of `DiffusionConfig` and `SamplerConfig` are the paper's
 numbers.
 
-    t, s          times in [0, 1], 0 is the clean latent; s is an earlier one, s < t
+    t, s          times in [0, 1], 0 is the clean latent; s < t is the next one on the way down
     log_snr       log(alpha^2 / sigma^2), falls as t grows
     alpha, sigma  z_t = alpha x0 + sigma eps, where alpha^2 = sigmoid(log_snr) and alpha^2 + sigma^2 = 1
     x0, eps       the clean latent and the noise, or what the network says about them
@@ -213,7 +213,7 @@ class FastUNet(NamedTuple):
 
 class Denoiser:
     """The network as `denoiser(z, log_snr) -> x0` (Karras et al. 2022): the clean latents of B views, conditioned on
-    their features. Whether it was trained to predict noise or v ends here.
+    their features. Samplers need not know whether the network predicts noise or v.
     """
 
     def __init__(self, network: UNet | FastUNet, prediction: str, cond: Tensor, guidance: float, clip: float):
@@ -236,7 +236,9 @@ class Denoiser:
         return x0
 
     def estimate(self, z: Tensor, log_snr: Tensor, views: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The clean latents and, for PLMS, the noises that the network predicts: (m, 4, h, w) each."""
+        """The clean latents, clipped, and, for PLMS, the noises that the network predicts, not clipped: (m, 4, h, w)
+        each.
+        """
         output = self.predict(z, log_snr, views)
         if self.prediction == "eps":
             return clean_latent(z, log_snr, output, self.clip), output
@@ -255,7 +257,7 @@ class Denoiser:
             return output
 
         # Classifier-free guidance (Ho and Salimans 2022): away from what is predicted without features.
-        unconditional = self.network.predict(z, log_snr, self.without[:len(z)])
+        unconditional = self.network.predict(z, log_snr, self.without[:len(z)])  # the same for every view
         return unconditional + self.guidance * (output - unconditional)
 
 
@@ -285,7 +287,7 @@ def ancestral_sampling(denoiser: Denoiser, randn: Callable[[], Tensor], sampler:
 
 # ---------------------------------------------------------------------------------------------- multi-step denoising
 
-def denoise(denoiser: Denoiser, x0: Tensor, noise_levels: Sequence[float], randn: Callable[[], Tensor],
+def denoise(denoiser: Denoiser, latents: Tensor, noise_levels: Sequence[float], randn: Callable[[], Tensor],
             sampler: SamplerConfig) -> Tensor:
     """Noise latents (B, 4, h, w) to levels in [0, 1], one per image, and denoise them in several steps (Sec. 3.2): the
     same shape.
@@ -295,8 +297,8 @@ def denoise(denoiser: Denoiser, x0: Tensor, noise_levels: Sequence[float], randn
     """
     # To each image's noise level, from where its way to time 0 leads over log-SNRs of its own.
     log_snrs, steps = schedule(noise_levels, sampler)
-    log_snrs = log_snrs.to(x0.device)
-    z = noised(x0, log_snrs[0], noise_levels, randn, sampler)
+    log_snrs = log_snrs.to(latents.device)
+    z = noised(latents, log_snrs[0], noise_levels, randn, sampler)
     if sampler.plms_steps == 1:
         return denoiser(z, log_snrs[0])
 
@@ -387,7 +389,8 @@ def step(z: Tensor, x0: Tensor, log_snr_t: Tensor, log_snr_s: Tensor, last: Tens
          sampler: SamplerConfig) -> Tensor:
     """From z at t to s, with clean latents x0, all (m, 4, h, w), and log-SNRs (m,).
 
-    `last` (m,): for which it is the last step. `draw`: standard normal noise for an ancestral step, None if all are.
+    `last` (m,): for which it is the last step. `draw`: standard normal noise of an ancestral step, None where it is the
+    last step of all.
     """
     # DDIM (Song et al. 2021): the clean latent, and the noise that it implies in z, at s's level.
     mean, variance = posterior(x0, z, log_snr_t, log_snr_s)
@@ -433,9 +436,9 @@ def plms_estimate(denoiser: Denoiser, z: Tensor, x0: Tensor, log_snr_t: Tensor, 
     """The clean latent of a step by PLMS (Liu et al. 2022): the noise is extrapolated from the latest predictions.
 
     z, x0 (m, 4, h, w) at t; `history`: up to four predicted noises, latest first. The first step is improved Euler: it
-    tries where x0 leads by `move`, and takes the mean. Of the two clean latents, for the mean of the two noises
-    [released: plms.py:137-143] is coarser near t = 1, where a small difference in noise is a large one in the clean
-    latent (sigma / alpha is 30 at t = 0.98).
+    tries where x0 leads by `move`, and takes the mean of the two clean latents: the mean of the two noises [released:
+    plms.py:137-143] is coarser near t = 1, where a small difference in noise is a large one in the clean latent
+    (sigma / alpha is 30 at t = 0.98).
     """
     if len(history) == 1:
         x0_ahead, eps_ahead = denoiser.estimate(move(x0), log_snr_s, views)

@@ -1,8 +1,8 @@
 """What SparseFusion is compared with (Sec. 4): the nearest input view, the EFT's picture, one sample of the VLDM.
 
-The fourth baseline, the field alone, is `distill.reconstruct` without a model. The EFT and the VLDM make pictures,
-which have no silhouette of their own: no mask is measured for them. Every baseline returns what it shows from the
-target cameras, whole where the scene is cut; `inputs` and `targets` are positions in the scene.
+The fourth baseline, the field alone, is `reconstruction.reconstruct` without a model. The EFT and the VLDM make
+pictures, which have no silhouette of their own: no mask is measured for them. Every baseline returns what it shows from
+the target cameras, whole where the scene is cut; `inputs` and `targets` are positions in the scene.
 
 Shapes: `T` target views, `S` side of an image in pixels.
 """

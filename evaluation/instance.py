@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -129,7 +129,6 @@ def load_views(instance: Instance, model: SparseFusion | None) -> Scene:
 def show_all(scene: Scene, inputs: list[int], targets: list[int], model: SparseFusion | None, instance: Instance,
              ours: Reconstruction, out: Path) -> dict[str, Views]:
     """What every method shows from the target cameras, in the order of the tables (Sec. 4)."""
-    config = instance.config
     cameras = scene.user_cameras()[targets]
     size = scene.images.shape[-1]
     pictures = {"nearest": baselines.nearest_input(scene, inputs, targets)}
@@ -137,7 +136,8 @@ def show_all(scene: Scene, inputs: list[int], targets: list[int], model: SparseF
         pictures["ngp"] = ours.render(cameras, size, "step 2 of 2, pictures")
         return pictures
 
-    # The field alone is the same fit without a prior: as many updates from input views.
+    # The field alone is the same fit without a prior, in the same units: as many updates from input views.
+    config = instance.config if model.trained_distance is not None else replace(instance.config, half_side=0.0)
     checkpoint = Checkpoint(out / "field_alone.pt", extend=bool(ours.resumed_from))
     alone = reconstruct(scene, inputs, None, config, instance.seed, title="step 2 of 5, field without prior",
                         checkpoint=checkpoint)
