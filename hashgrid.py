@@ -13,8 +13,8 @@ Shapes: `N` points, `L` levels, `C` features per level.
 """
 from __future__ import annotations
 
-import itertools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -78,36 +78,39 @@ def level_table(levels: int, log2_hashmap_size: int, base_resolution: int, fines
 
 
 def corners(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-    """The corners of the cells around points (N, 3) of the unit cube: rows of the table and weights, (N, 8) each.
+    """The corners of the cells around points (N, 3) of the unit cube: rows of the table and weights, (8, N) each.
 
-    Rows are int32.
+    Rows are int32. Points are the last axis, since a CPU is fastest where neighbors in memory have the same done to
+    them.
     """
     position = x.t() * level.scale + 0.5                           # (3, N), in cells
     cell = position.floor()
-    fraction = position - cell                                     # of the way from the lower to the upper corner
+    fraction = position - cell                                     # of the way from the lower to the upper side
 
-    # Along each axis a cell has a lower side, 0, and an upper side, 1: their terms of an index, their weights.
-    terms, shares = [], []
-    for lower, stride, share in zip(cell.int(), level.stride, fraction):
-        terms.append((lower * stride, (lower + 1) * stride))       # (N,) each
-        shares.append((1 - share, share))
-    term_x, term_y, term_z = terms
-    share_x, share_y, share_z = shares
+    # Along each axis a cell has a lower and an upper side: (2, 3, N), of which a corner has one per axis.
+    side = torch.stack([cell, cell + 1]).int()
+    share = torch.stack([1 - fraction, fraction])
 
     # A fine level hashes its corners with exclusive or (Instant NGP, Eq. 4); a coarse one counts them row by row.
-    index, weights = [], []
-    for i, j, k in itertools.product((0, 1), repeat=3):
-        if level.hashed:
-            index.append(term_x[i] ^ term_y[j] ^ term_z[k])        # (N,)
-        else:
-            index.append(term_x[i] + term_y[j] + term_z[k])
-        weights.append(share_x[i] * share_y[j] * share_z[k])       # trilinear interpolation
-    index = torch.stack(index, -1)                                 # (N, 8)
+    a, b, c = level.stride
+    if level.hashed:
+        index = over_corners(side[:, 0] * a, side[:, 1] * b, side[:, 2] * c, torch.bitwise_xor)
+    else:
+        index = over_corners(side[:, 0] * a, side[:, 1] * b, side[:, 2] * c, torch.add)
 
     # Where corners share rows, the index wraps around.
     if level.shared:
         index = modulo(index, level.rows)
-    return index + level.offset, torch.stack(weights, -1)
+
+    # Trilinear interpolation: a weight is the product of one share per axis.
+    weights = over_corners(*share.unbind(1), torch.mul)
+    return index + level.offset, weights
+
+
+def over_corners(x: Tensor, y: Tensor, z: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The terms of the two sides of a cell along each axis, (2, N), combined for each of its corners: (8, N)."""
+    xy = combine(x[:, None], y[None])                              # (2, 2, N)
+    return combine(xy[:, :, None], z[None, None]).flatten(0, 2)
 
 
 def modulo(index: Tensor, rows: int) -> Tensor:
@@ -136,17 +139,18 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, table: Tensor, levels: tuple[Level, ...]) -> Tensor:
-        # Outside of the cube there are no features [released: gridencoder/src/gridencoder.cu:98-137]. Points are
-        # stored axis by axis, since a CPU is fastest where neighbors in memory have the same done to them.
+        # Outside of the cube there are no features [released: gridencoder/src/gridencoder.cu:98-137].
         inside = ((x >= 0) & (x <= 1)).all(-1)                     # (N,)
         x = torch.where(inside, x.t().contiguous(), 0).t()
 
-        # The mean of the rows of a cell's corners, by their weights.
+        # The mean of the rows of a cell's corners, by their weights. (To stack them is faster than to transpose.)
         features = []
         saved = []
         for level in levels:
-            index, weights = corners(x, level)                     # (N, 8) each
-            features.append(F.embedding_bag(index, table, per_sample_weights=weights, mode="sum"))
+            index, weights = corners(x, level)                     # (8, N) each
+            bags = torch.stack(list(index), -1)                    # (N, 8)
+            factors = torch.stack(list(weights), -1)
+            features.append(F.embedding_bag(bags, table, per_sample_weights=factors, mode="sum"))
             saved += [index, weights]
         ctx.save_for_backward(inside, *saved)
         ctx.table_shape = table.shape
@@ -166,10 +170,10 @@ class _Encode(torch.autograd.Function):
         # torch's own backward of embedding_bag sorts the indices; adding to every channel's column takes an eighth of
         # its time, if a CPU adds no more at once than its cache holds.
         for level_grad, index, weights in zip(grad, saved[::2], saved[1::2]):
-            parts = zip(level_grad.split(at_once, -1), index.split(at_once), weights.split(at_once))
+            parts = zip(level_grad.split(at_once, -1), index.split(at_once, -1), weights.split(at_once, -1))
             for part_grad, part_index, part_weights in parts:
-                shares = part_grad[..., None] * part_weights       # (C, n, 8)
-                row = part_index.flatten().long()                  # (n * 8,)
+                shares = part_grad[:, None] * part_weights         # (C, 8, n)
+                row = part_index.flatten().long()                  # (8 * n,)
                 table_grad.scatter_add_(1, row.expand(channels, -1), shares.flatten(1))
         return None, torch.stack(list(table_grad), -1), None
 

@@ -92,7 +92,7 @@ def test_a_hash_is_an_integer_without_a_sign():
     level, rows = levels[2], levels[2].rows
     assert rows & (rows - 1) and level.hashed and not levels[1].hashed
     x = torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
-    found = hashgrid.corners(x, level)[0] - level.offset
+    found = hashgrid.corners(x, level)[0].t() - level.offset
     cells = (x * level.scale + 0.5).floor().long()
     negative = 0
     for cell, row in zip(cells.tolist(), found.tolist()):
