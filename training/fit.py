@@ -21,7 +21,8 @@ from common.progress import Progress
 from common.settings import differences
 from gpu.update import load_adam
 
-NEVER = 2**62  # a step that no training reaches
+NEVER = 2**62    # a step that no training reaches
+DROPOUT = 2**40  # between the seeds of dropout and of all else
 Numbers = dict[str, Tensor]  # what a step shows: name -> scalar
 
 
@@ -127,9 +128,10 @@ class Fit:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.config)
 
-        # Everything random in a step follows from the seed and its number; the global generator is dropout's.
+        # Everything random in a step follows from the seed and its number; the global generator is dropout's, and has
+        # numbers of its own.
         self.generator.manual_seed(self.seed * 10_000_019 + step)
-        torch.manual_seed(self.seed * 10_000_019 + step)
+        torch.manual_seed(self.seed * 10_000_019 + step + DROPOUT)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
             loss, numbers = self.training.loss(self.generator)
 
