@@ -137,9 +137,10 @@ def show_all(scene: Scene, inputs: list[int], targets: list[int], model: SparseF
         return pictures
 
     # The field alone is the same fit without a prior, in the same units: as many updates from input views.
-    config = instance.config if model.trained_distance is not None else replace(instance.config, half_side=0.0)
+    config = instance.config
+    alike = config if model.trained_distance is not None else replace(config, half_side=0.0)
     checkpoint = Checkpoint(out / "field_alone.pt", extend=bool(ours.resumed_from))
-    alone = reconstruct(scene, inputs, None, config, instance.seed, title="step 2 of 5, field without prior",
+    alone = reconstruct(scene, inputs, None, alike, instance.seed, title="step 2 of 5, field without prior",
                         checkpoint=checkpoint)
     pictures["ngp"] = alone.render(cameras, size)
 
