@@ -23,14 +23,14 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cameras import Cameras, Scene
 from datasets.annotations import ANNOTATIONS_FILE, Annotations, Frame, date_and_size
-from datasets.crop import Crop, crop_and_resize, open_picture, pixel_camera, pixels, scene_of_crops
+from datasets.crop import Crop, crop_and_resize, pixel_camera, scene_of_crops
+from datasets.pictures import find_file, open_picture, orientation, pixels, read_mask
 
 LISTED = 5  # names that an error message lists
 
@@ -122,7 +122,7 @@ class _Tree(Annotations):
         # A missing file is known by its name; decoding it raises the error.
         rows = []
         for frame in self._chosen(sequence, numbers):
-            for file in (self.root / frame.image, self.root / frame.mask):
+            for file in map(find_file, (self.root / frame.image, self.root / frame.mask)):
                 rows.append(date_and_size(file) if file.is_file() else [file.name])
             rows.append(frame.viewpoint)
         return rows
@@ -139,8 +139,14 @@ class _Tree(Annotations):
 
     def _crop(self, frame: Frame, size: int) -> Crop:
         """One frame, decoded and cut to its object."""
-        image = _decode(self.root / frame.image, "RGB")
-        mask = _decode(self.root / frame.mask, "L")
+        image_file = find_file(self.root / frame.image)
+        mask_file = find_file(self.root / frame.mask)
+        with open_picture(image_file) as picture:
+            image = pixels(picture, "RGB", image_file)
+            tag = orientation(picture)
+        if tag != 1:
+            raise ValueError(f"{image_file}: an EXIF tag (orientation {tag}) turns it; turn the pixels themselves")
+        mask = read_mask(mask_file)
 
         # What is wrong with a camera is in the annotations.
         place = f"frame {frame.number} of {frame.sequence!r}"
@@ -157,7 +163,7 @@ class _Tree(Annotations):
             camera = pixel_camera(camera, units, height, width)
             return crop_and_resize(image, mask, camera, size)
         except ValueError as e:
-            raise ValueError(f"{self.root / frame.mask}: {e} ({place})") from None
+            raise ValueError(f"{mask_file}: {e} ({place})") from None
 
 
 def _parse_camera(viewpoint: dict) -> Cameras | None:
@@ -173,12 +179,6 @@ def _parse_camera(viewpoint: dict) -> Cameras | None:
         return None
     usable = torch.cat([R.flatten(), T, focal, principal]).isfinite().all() and (focal != 0).all()
     return Cameras(R, T, focal, principal) if usable else None
-
-
-def _decode(file: Path, mode: str) -> np.ndarray:
-    """Pixels of an image file, uint8: (H, W, 3) for mode "RGB", (H, W) for "L"."""
-    with open_picture(file) as picture:
-        return pixels(picture, mode, file)
 
 
 # ---------------------------------------------------------------------------------------------- the released toy data

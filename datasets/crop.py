@@ -12,50 +12,16 @@ Shapes: `S` side of the square output in pixels, `H W` rows and columns of a pho
 """
 from __future__ import annotations
 
-import warnings
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from cameras import CONTEXT, Cameras, Scene
 
 MASK_THRESHOLD = 0.4  # foreground probability above which a pixel counts as the object
-
-# Of Pillow's readers these and no others: a file's name does not say which it needs, and some start other programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
-
-
-def open_picture(path: Path) -> Image.Image:
-    """The picture in a file, whose size and mode are known and whose pixels are not decoded yet.
-
-    Raises `FileNotFoundError`, or `ValueError` for anything that is not one of `FORMATS`. Decoding what is broken may
-    raise nearly anything.
-    """
-    try:
-        return Image.open(path, formats=FORMATS)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except Exception as e:
-        kinds = ", ".join(FORMATS)
-        raise ValueError(f"{path}: not a readable picture of one of the formats {kinds} ({type(e).__name__})") from None
-
-
-def pixels(picture: Image.Image, mode: str, path: Path) -> np.ndarray:
-    """Decoded pixels of an open picture, uint8: (H, W) for mode "L", else (H, W, channels). Raises `ValueError`."""
-    try:
-        # Pillow would clip 16 bits to 8.
-        if picture.mode.startswith("I;16"):
-            picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
-        with warnings.catch_warnings(action="ignore"):
-            return np.array(picture.convert(mode))
-    # On broken bytes the decoders raise nearly anything.
-    except Exception as e:
-        raise ValueError(f"{path}: not a readable picture ({e})") from None
 
 
 # ---------------------------------------------------------------------------------------------- crop and resize

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from datasets.crop import open_picture
+from datasets.pictures import open_picture, orientation
 
 ROUNDING = 2e-3  # what products of a rotation's rows may be off, in files with few digits
 
@@ -151,6 +151,7 @@ class Shot(NamedTuple):
     distortion: Tensor   # (4,) OpenCV's k1, k2, p1, p2
     matrix: Tensor       # (4, 4) its pose, as the file has it
     resized: bool = False  # whether its camera was listed for another size of the picture
+    turned: bool = False   # whether picture and mask are turned as their EXIF tags say
 
 
 def open_shot(frame: Frame, name: str, file: Path, mask: Path | None) -> Shot:
@@ -160,25 +161,30 @@ def open_shot(frame: Frame, name: str, file: Path, mask: Path | None) -> Shot:
     """
     # Pixel by pixel a mask says what its photograph shows.
     with open_picture(file) as picture:
-        width, height = picture.size
+        sizes = [picture.size]
+        tags = [orientation(picture)]
         if mask is None and picture.has_transparency_data:
             mask = file
     if mask not in (None, file):
         with open_picture(mask) as picture:
-            if picture.size != (width, height):
-                raise ValueError(f"{mask}: the mask is {picture.width} x {picture.height} pixels, the photograph "
-                                 f"{file} {width} x {height}")
+            sizes.append(picture.size)
+            tags.append(orientation(picture))
 
-    # A resized picture has the same proportions, up to a rounded pixel; a turned one has not.
+    # A camera's picture may be resized, then it has the same proportions, but neither turned nor cropped.
+    turned = _turned(frame, file, sizes, tags)
+    if turned:
+        sizes = _upright(sizes, tags)
+    width, height = sizes[0]
+    if sizes[-1] != sizes[0]:
+        raise ValueError(f"{mask}: the mask is {sizes[-1][0]} x {sizes[-1][1]} pixels, the photograph {file} "
+                         f"{width} x {height} (resized, or turned by an EXIF tag?)")
     listed_width = frame.number("w", width)
     listed_height = frame.number("h", height)
-    if min(listed_width, listed_height) < 1:
-        raise ValueError(f"{frame.where}: w, h: {listed_width:g} x {listed_height:g} pixels")
-    scale_x = width / listed_width
-    scale_y = height / listed_height
-    if abs(scale_x * listed_height - height) > 1.01 and abs(scale_y * listed_width - width) > 1.01:
+    if not _proportional(frame, width, height):
         raise ValueError(f"{frame.where}: its camera is of {listed_width:g} x {listed_height:g} pixels, the picture "
                          f"{file} has {width} x {height} (turned by its EXIF tag, or cropped?)")
+    scale_x = width / listed_width
+    scale_y = height / listed_height
 
     # The vertical focal length is often left out; so are the middle, and distortion where there is none.
     frame.check_lens()
@@ -195,4 +201,36 @@ def open_shot(frame: Frame, name: str, file: Path, mask: Path | None) -> Shot:
     principal = torch.tensor(center, dtype=torch.float64) * scale
     distortion = torch.tensor(distortion, dtype=torch.float64)
     resized = (width, height) != (listed_width, listed_height)
-    return Shot(name, file, mask, width, height, focal, principal, distortion, frame.matrix, resized)
+    return Shot(name, file, mask, width, height, focal, principal, distortion, frame.matrix, resized, turned)
+
+
+def _turned(frame: Frame, file: Path, sizes: list[tuple], tags: list[int]) -> bool:
+    """Whether picture and mask are of the camera's size only if both are turned as their EXIF tags say.
+
+    sizes, tags: of the picture, and of the mask if it has a file. Raises `ValueError` where sizes do not tell.
+    """
+    if set(tags) == {1}:
+        return False
+
+    # As stored, and turned: one of the two fits the camera, or the tags say nothing for certain.
+    stored, turned = (x[0] == x[-1] and _proportional(frame, *x[0]) for x in (sizes, _upright(sizes, tags)))
+    if stored and turned:
+        raise ValueError(f"{file}: an EXIF tag (orientation {max(tags)}) turns it or its mask, and by their sizes mask "
+                         "and camera may be of either; turn the pixels themselves (mogrify -auto-orient), or remove "
+                         "the tag")
+    return turned
+
+
+def _upright(sizes: list[tuple], tags: list[int]) -> list[tuple]:
+    """Widths and heights of pictures that are turned as their EXIF tags say."""
+    return [size[::-1] if tag >= 5 else size for size, tag in zip(sizes, tags)]
+
+
+def _proportional(frame: Frame, width: int, height: int) -> bool:
+    """Has a picture the proportions that a frame's camera is listed for, up to a rounded pixel?"""
+    listed_width = frame.number("w", width)
+    listed_height = frame.number("h", height)
+    if min(listed_width, listed_height) < 1:
+        raise ValueError(f"{frame.where}: w, h: {listed_width:g} x {listed_height:g} pixels")
+    off = min(abs(width / listed_width * listed_height - height), abs(height / listed_height * listed_width - width))
+    return off <= 1.01

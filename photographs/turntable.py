@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cameras import look_at
 from common import cli, files
-from datasets.crop import open_picture
+from datasets.pictures import open_picture
 from photographs.reading import ENDINGS, PICTURE_FOLDERS
 from photographs.shots import AXES
 

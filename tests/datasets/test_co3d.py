@@ -147,6 +147,25 @@ def test_records_of_several_sequences_may_be_mixed(tree):
     assert frame_numbers(tree, "thing", "a") == [12, 9, 6, 3] and frame_numbers(tree, "thing", "b") == [3, 6, 9]
 
 
+@pytest.mark.parametrize("write", [lambda x: x // 255, lambda x: x * np.uint16(257), lambda x: np.dstack([x, 0 * x, x])])
+def test_masks_of_other_programs(tree, write):
+    """Zeros and ones, sixteen bits, a color."""
+    expected = load_sequence(tree, "thing", "a", 32)
+    for file in (tree / "thing/a/masks").iterdir():
+        Image.fromarray(write(np.array(Image.open(file)))).save(file)
+    scene = load_sequence(tree, "thing", "a", 32)
+    assert scene.masks.equal(expected.masks) and scene.images.equal(expected.images)
+
+
+def test_paths_in_another_spelling_of_unicode(tree):
+    """The folder's name has the accent as a character of its own; so come files from a Mac."""
+    file = tree / "thing" / "frame_annotations.jgz"
+    text = gzip.decompress(file.read_bytes()).decode().replace("thing/a/", "thing/\\u00e9/")
+    file.write_bytes(gzip.compress(text.encode()))
+    (tree / "thing/a").rename(tree / "thing/e\u0301")
+    assert len(load_sequence(tree, "thing", "a", 32)) == 4
+
+
 def test_only_the_frames_asked_for_are_decoded(tree):
     for number in (3, 9, 12):
         (tree / f"thing/a/images/frame{number:06d}.png").unlink()
@@ -221,6 +240,12 @@ def truncate(file: Path):
     file.write_bytes(file.read_bytes()[:-30])
 
 
+def tag_image(file: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.open(file).save(file, exif=exif)
+
+
 ANNOTATIONS = "thing/frame_annotations.jgz"
 IMAGE, MASK = "thing/a/images/frame000012.png", "thing/a/masks/frame000012.png"
 BROKEN = {
@@ -245,6 +270,10 @@ BROKEN = {
         lambda t: break_camera(t, lambda v: v["T"].append(float("nan"))), ValueError, "frame 12 of 'a'"),
     "camera not finite": (
         lambda t: break_camera(t, lambda v: v.update(T=[0, 0, np.nan])), ValueError, "frame 12 of 'a'"),
+    "mask of labels": (
+        lambda t: Image.fromarray(np.repeat(np.uint8([0, 1, 2]), 50)[:, None].repeat(110, 1)).save(t / MASK),
+        ValueError, "masks/frame000012.png: not black and one other color, but 0, 1, 2"),
+    "image with an EXIF tag": (lambda t: tag_image(t / IMAGE), ValueError, "frame000012.png: an EXIF tag .orientation 3"),
     "unknown format": (
         lambda t: break_camera(t, lambda v: v.update(intrinsics_format="mm")), ValueError, "format 'mm'"),
     "broken set list": (
