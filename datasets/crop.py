@@ -22,6 +22,8 @@ from torch import Tensor
 from cameras import CONTEXT, Cameras, Scene
 
 MASK_THRESHOLD = 0.4  # foreground probability above which a pixel counts as the object
+ROUNDING = 2e-3       # what products of a rotation's rows may be off, in files with few digits
+FOCAL = (0.1, 100.0)  # focal lengths in longer sides of the picture: it spans 157 degrees at most, half of one at least
 
 
 # ---------------------------------------------------------------------------------------------- crop and resize
@@ -56,12 +58,28 @@ def pixel_camera(camera: Cameras, intrinsics_format: str, height: int, width: in
     """
     half = torch.tensor([width, height], dtype=torch.float64) / 2
     units = {"ndc_norm_image_bounds": half, "ndc_isotropic": half.min()}
-    if intrinsics_format not in units:
+    if str(intrinsics_format).lower() not in units:
         raise ValueError(f"intrinsics format {intrinsics_format!r} is neither {' nor '.join(map(repr, units))}")
 
     # NDC point left and up, pixels right and down.
-    unit = units[intrinsics_format]
+    unit = units[intrinsics_format.lower()]
     return Cameras(camera.R, camera.T, camera.focal * unit, half - camera.principal * unit)
+
+
+def check_rotation(R: Tensor, where: str) -> None:
+    """Raises `ValueError` unless R (*, 3, 3) keeps lengths, angles and handedness."""
+    error = (R @ R.mT - torch.eye(3, dtype=R.dtype)).abs().max()
+    if not error <= ROUNDING:
+        raise ValueError(f"{where}: no rotation and shift: it scales or shears (its rows are up to {error:.2g} off)")
+    if (torch.linalg.det(R) < 0).any():
+        raise ValueError(f"{where}: a reflection (determinant -1): one axis of view or world points the wrong way")
+
+
+def check_focal(focal: Tensor, width: float, height: float, where: str) -> None:
+    """Raises `ValueError` for focal lengths (2,), pixels, that no photograph of this size has."""
+    low, high = (side * max(width, height) for side in FOCAL)
+    if not low <= focal.min() <= focal.max() <= high:
+        raise ValueError(f"{where}: {focal[0]:g}, {focal[1]:g} pixels, not within {low:g} and {high:g}: another unit?")
 
 
 def crop_and_resize(image: np.ndarray, mask: np.ndarray, camera: Cameras, size: int) -> Crop:

@@ -25,6 +25,7 @@ LOSSY = ("JPEG", "WEBP")
 ORIENTATION = 0x0112  # EXIF's tag: 1 is upright, from 5 on rows are columns
 CLEAR = 0.005         # part of an alpha channel that is transparent at least, if it is a mask
 FEW = 16              # colors of a picture with labels, at most; masks with soft edges have more, or no areas of them
+BORDER = 0.8          # part of a picture's border in its mask, from which on the mask is probably inverted
 AREA = 5              # pixels a side of a square of one color that no soft edge has
 
 
@@ -37,22 +38,19 @@ def find_file(path: Path) -> Path:
     if path.exists() or path == path.parent:
         return path
     folder = find_file(path.parent)
-    return folder / _names(folder).get(_plain(path.name), path.name)
+    names = _names(folder, folder.stat().st_mtime_ns) if folder.is_dir() else {}
+    return folder / names.get(plain(path.name), path.name)
 
 
 @lru_cache
-def _names(folder: Path) -> dict[str, str]:
-    """The names in a folder by their plain spellings; none where it is no folder."""
-    return {_plain(name): name for name in sorted(os.listdir(folder))} if folder.is_dir() else {}
+def _names(folder: Path, date: int) -> dict[str, str]:
+    """The names in a folder by their plain spellings. They are read anew when its date changes."""
+    return {plain(name): name for name in sorted(os.listdir(folder))}
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """One spelling for all that differ in upper and lower case or in Unicode's form only."""
     return unicodedata.normalize("NFC", name).casefold()
-
-
-def forget_names() -> None:
-    """Look into all folders anew."""
-    _names.cache_clear()
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -75,10 +73,9 @@ def open_picture(path: Path) -> Image.Image:
 def orientation(picture: Image.Image) -> int:
     """EXIF's orientation of an open picture, 1 to 8: how its pixels are to be turned or mirrored. 1: as they are."""
     try:
-        tag = picture.getexif().get(ORIENTATION, 1)
+        return int(picture.getexif().get(ORIENTATION) or 1)
     except Exception:  # broken tags raise nearly anything
         return 1
-    return tag if tag in range(1, 9) else 1
 
 
 def pixels(picture: Image.Image, mode: str, path: Path, full: float | None = 65535, turned: bool = False) -> np.ndarray:
@@ -88,8 +85,7 @@ def pixels(picture: Image.Image, mode: str, path: Path, full: float | None = 655
     """
     try:
         with warnings.catch_warnings(action="ignore"):
-            if turned:
-                picture = ImageOps.exif_transpose(picture)
+            picture = ImageOps.exif_transpose(picture) if turned else picture
 
             # Pillow would clip them to 8 bits.
             if picture.mode.startswith("I") or picture.mode == "F" and full is None:
@@ -117,7 +113,7 @@ def read_mask(file: Path, turned: bool = False) -> np.ndarray:
         colors = pixels(picture, "RGB", file, None, turned)
 
     # Many colors are a soft mask.
-    gray = colors.max(-1)
+    gray = np.maximum(np.maximum(colors[..., 0], colors[..., 1]), colors[..., 2])
     few = None if lossy else Image.fromarray(colors).getcolors(FEW)
     if few is None:
         return gray
@@ -125,13 +121,13 @@ def read_mask(file: Path, turned: bool = False) -> np.ndarray:
     # Few ones are labels, but for those of soft edges, which fill no area. Black and one other label are a mask.
     labels = {(red << 16) + (green << 8) + blue for _, (red, green, blue) in few}
     if len(few) > 2:
-        codes = torch.from_numpy(colors @ np.array([1 << 16, 1 << 8, 1])).float()
+        codes = torch.from_numpy(colors @ np.array([1 << 16, 1 << 8, 1])).float()[None]
+        area = F.max_pool2d(codes, AREA, 1, AREA // 2) == -F.max_pool2d(-codes, AREA, 1, AREA // 2)
         brightest = codes.flatten()[gray.argmax()]
-        labels = {int(code) for code in [*codes[_area(codes)].unique(), brightest]}
+        labels = {int(code) for code in [*codes[area].unique(), brightest]}
     if len(labels - {0}) > 1:
         values = ", ".join(f"{code:06x}" if code % 0x010101 else f"{code % 256}" for code in sorted(labels))
-        raise ValueError(f"{file}: not black and one other color, but {values}; a mask is white where the object is, "
-                         "black elsewhere")
+        raise ValueError(f"{file}: not black and one other color but {values}; white is where the object is")
     return (gray * 255.0 / max(gray.max(), 1)).astype(np.uint8)
 
 
@@ -143,14 +139,11 @@ def alpha_mask(picture: Image.Image, path: Path, turned: bool = False) -> np.nda
     return alpha if (alpha < alpha.max() / 2).mean() > CLEAR else None
 
 
-def border(inside: Tensor) -> float:
-    """The part of a picture's border that lies in a mask (H, W), boolean."""
-    edge = torch.cat([inside[0], inside[-1], inside[:, 0], inside[:, -1]])
-    return edge.float().mean().item()
+def inverted(masks: Tensor, valid: Tensor) -> Tensor:
+    """Which of V masks are white along the border of what is valid, as those of the background are: (V,), boolean.
 
-
-def _area(codes: Tensor) -> Tensor:
-    """Where a square of `AREA` pixels has one color, (H, W) boolean."""
-    planes = torch.stack([codes, -codes])[:, None]
-    high, low = F.max_pool2d(planes, AREA, 1, AREA // 2)[:, 0]
-    return high == -low
+    Both (V, 1, H, W) in [0, 1].
+    """
+    inner = -F.max_pool2d(-F.pad(valid, [1] * 4), 3, 1)
+    border = valid - inner
+    return ((masks > 0.5) * border).sum((1, 2, 3)) > BORDER * border.sum((1, 2, 3))

@@ -25,14 +25,14 @@ from cameras import Scene
 from common.progress import Progress
 from datasets.annotations import date_and_size
 from datasets.crop import MASK_THRESHOLD, Box, box_of_crop, box_of_mask
-from datasets.pictures import alpha_mask, border, open_picture, pixels, read_mask
+from datasets.pictures import alpha_mask, inverted, open_picture, pixels, read_mask
 from photographs.normalization import normalization
 from photographs.reading import Photographs
 from photographs.shots import Shot
 from volume import MASK_GAP
 
 COVERED = 0.995  # part of a photograph that a mask covers at most
-INVERTED = 0.8   # part of a photograph's border that lies in its mask at most
+LOOK = 512       # pixels a side, at most, in which a mask's border is looked at
 GRAY = 0.5       # part of a mask that may be neither black nor white, of what is not black
 
 
@@ -105,7 +105,7 @@ def scene_of_layers(photographs: Photographs, layers: Iterable[Tensor], size: in
     whole = []
     crops = []
     for decoded, shot in zip(layers, photographs.shots):
-        _check_mask(decoded[3], shot.mask or f"masks[{shot.name}]")
+        _check_mask(decoded[3:], shot.mask or f"masks[{shot.name}]")
         if shot.distortion.any():
             decoded = _undistort(decoded, shot)
         whole.append(_square(decoded, shot, Box(0, 0, shot.width, shot.height), size))
@@ -200,8 +200,7 @@ def _decode(shot: Shot) -> Tensor:
     if shot.mask != shot.file:
         mask = read_mask(shot.mask, shot.turned)
     if mask is None:
-        raise ValueError(f"{shot.mask}: no mask: its alpha channel is opaque everywhere, or nearly, and masks/ has no "
-                         "file for it")
+        raise ValueError(f"{shot.mask}: no mask: its alpha channel is opaque everywhere, and masks/ has no file for it")
 
     # Whatever number stands for the object.
     probability = torch.from_numpy(mask).float() / max(mask.max(), 1)
@@ -209,18 +208,21 @@ def _decode(shot: Shot) -> Tensor:
     return torch.cat([colors * probability, probability[None], torch.ones_like(probability)[None]])
 
 
-def _check_mask(mask: Tensor, where: Path | str) -> None:
-    """Raises `ValueError` for a mask (H, W) in [0, 1] that is empty, covers all, or is none or inverted by its looks."""
+def _check_mask(layers: Tensor, where: Path | str) -> None:
+    """Raises `ValueError` for a mask that is empty, covers all, or is none or inverted by its looks.
+
+    layers (2, H, W): the mask in [0, 1], and ones.
+    """
     # An object is more than one pixel.
+    mask = layers[0]
     inside = mask > MASK_THRESHOLD
     if inside.sum() <= 1:
         raise ValueError(f"{where}: the mask is empty, no pixel is above {MASK_THRESHOLD} of white")
     if inside.float().mean() > COVERED:
-        raise ValueError(f"{where}: the mask covers all of the photograph; it is white where the object is, black "
-                         "elsewhere (a photograph without a background is of no use)")
-    if border(inside) > INVERTED:
-        raise ValueError(f"{where}: the mask is white along the photograph's border and black inside, so it is "
-                         "probably inverted; white is where the object is")
+        raise ValueError(f"{where}: the mask covers all of the photograph; white is where the object is")
+    step = 1 + max(mask.shape) // LOOK
+    if inverted(*layers[:, None, None, ::step, ::step]):
+        raise ValueError(f"{where}: the mask is white along the border, so probably inverted; white is the object")
     gray = (mask > 0.1) & (mask < 0.9)
     if gray.sum() > GRAY * (mask > 0.1).sum():
-        raise ValueError(f"{where}: most of the mask is gray; a mask is white where the object is, black elsewhere")
+        raise ValueError(f"{where}: most of the mask is gray; white is where the object is, black elsewhere")

@@ -54,8 +54,8 @@ WRONG = {
     "from 1": ((ON + 1).astype(np.uint8), "1, 2"), "yellow on purple": (
         palette(ON, (68, 1, 84), (253, 231, 36)), "440154, fde724"),
     "everything": (np.full((44, 60), 255, np.uint8), "covers all"), "ones everywhere": (0 * WHITE + 1, "covers all"),
-    "inverted": (255 - WHITE, "inverted"), "inverted ones": (np.uint8(1) - ON, "inverted"), "empty": (0 * WHITE, "empty"),
-    "inverted and cut": (255 - np.roll(WHITE, 12, 0), "inverted"),
+    "inverted": (255 - WHITE, "inverted"), "inverted ones": (np.uint8(1) - ON, "inverted"),
+    "empty": (0 * WHITE, "empty"), "inverted and cut": (255 - np.roll(WHITE, 12, 0), "inverted"),
     "a photograph": (SHOOT.rgba[0][..., :3] // 2 + np.random.default_rng(0).integers(0, 99, (44, 60, 3), np.uint8),
                      "gray"),
 }
