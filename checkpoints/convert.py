@@ -14,8 +14,8 @@ from sparsefusion import SparseFusion, blank, ready, save
 
 
 def from_released(eft_file: Path, vldm_file: Path, vae_file: Path, device: str = "cpu") -> SparseFusion:
-    """The released model: EFT and VLDM checkpoints, and the VAE of a Stable Diffusion v1 `.ckpt` or of a Diffusers
-    `.safetensors`.
+    """The released model: EFT and VLDM checkpoints, and the VAE of a Stable Diffusion v1 file, of its own file, or of
+    Diffusers.
 
     Prints the numbers of parameters. Raises `ValueError` with one line for a file that is not exactly that; runs
     nothing in it.
@@ -34,8 +34,7 @@ def convert(args: argparse.Namespace) -> None:
     trained_on = [{"what": "prior", "category": args.category}] if args.category else []
     save(model, args.out, half=args.half, trained_on=trained_on)
     size = args.out.stat().st_size / 1e9
-    precision = "half" if args.half else "full"
-    print(f"{args.out}: {size:.2f} GB in {precision} precision, for --weights")
+    print(f"{args.out}: {size:.2f} GB in {'half' if args.half else 'full'} precision, for --weights")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--vldm", type=Path, required=True, metavar="F",
                    help="the released VLDM checkpoint of the same category")
     p.add_argument("--vae", type=Path, required=True, metavar="F",
-                   help="Stable Diffusion v1 (.ckpt), or its Diffusers VAE (.safetensors)")
+                   help="Stable Diffusion v1, or its VAE alone: .ckpt, .safetensors or Diffusers' .bin")
     p.add_argument("--out", type=Path, required=True, metavar="F", help="weights file to write")
     p.add_argument("--category", metavar="C", help="what the prior was trained on, so that other data get a warning")
     p.add_argument("--half", action="store_true", help="half precision: 1 GB instead of 2, and rounded")

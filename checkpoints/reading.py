@@ -129,7 +129,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read(path: str | Path, entry: str | None) -> tuple[dict, list[str]]:
     """The state dict in a file of either format, and the names of what stands beside it.
 
-    In a pickled file it is under `entry`; without one, it is the file. Raises `FileNotFoundError` or `ValueError`.
+    In a pickled file it is under `entry`, or it is the file. Raises `FileNotFoundError` or `ValueError`.
     """
     path = Path(path)
     if not path.is_file():
@@ -143,9 +143,10 @@ def read(path: str | Path, entry: str | None) -> tuple[dict, list[str]]:
 
     # A checkpoint has training state beside the weights.
     data = read_pickled(path)
-    state = data if entry is None else data.get(entry)
+    bare = entry is None or data and all(isinstance(value, Tensor) for value in data.values())
+    state = data if bare else data.get(entry)
     if not isinstance(state, dict):
         found = ", ".join(map(repr, list(data)[:8])) or "nothing"
         raise ValueError(f"{path}: expected a state dict under {entry!r}, found {found}")
-    beside = [] if entry is None else [ascii(key).strip("'") for key in data if key != entry]
+    beside = [] if bare else [ascii(key).strip("'") for key in data if key != entry]
     return {str(key): value for key, value in dict.items(state)}, beside

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from checkpoints.reading import read
 from metrics import VGG16LPIPS
 
+FIRST_LAYER = re.compile(r"(.*?)encoder\.conv_in\.weight$")  # of the VAE, and what stands before its names
+TRAINING = ("loss.", "model_ema.")                            # what a VAE was trained with
+
 Rules = list[tuple[str, str]]  # patterns and replacements of `re.sub`, in order
 
 
@@ -86,20 +89,22 @@ def fill(module: nn.Module, state: dict, part: Part, path: str | Path) -> dict[s
 def load_part(module: nn.Module, part: str, path: str | Path) -> None:
     """Fill the `part` ("eft", "vldm" or "vae") of a model from its released file; prints what the file has.
 
-    The VAE is in a Stable Diffusion checkpoint, or in a Diffusers file. Raises `FileNotFoundError` or `ValueError`.
+    The VAE is in a Stable Diffusion checkpoint, or alone in a file, in the names of Stable Diffusion or of Diffusers.
+    Raises `FileNotFoundError` or `ValueError`.
     """
     source = PARTS[part]
     state, beside = read(path, source.entry)
 
-    # In a Stable Diffusion file the VAE is one of several networks; a Diffusers file is the VAE alone, in other names.
+    # The VAE may be one of several networks, beside what it was trained with, and be named in two ways.
     if part == "vae":
-        first_stage = {key: x for key, x in state.items() if key.startswith("first_stage_model.")}
-        others = len(state) - len(first_stage)
-        if not first_stage:
+        prefixes = {match[1] for match in map(FIRST_LAYER.match, state) if match}
+        prefix = min(prefixes - {""}, default="")
+        own = {key: x for key, x in state.items() if key.startswith(prefix) and not key.startswith(TRAINING)}
+        if len(own) < len(state):
+            beside.append(f"{len(state) - len(own):,} keys of other networks")
+        state = own
+        if not any(".mid.block_1." in key for key in state):
             source = PARTS["diffusers"]
-        elif others:
-            state = first_stage
-            beside.append(f"{others:,} keys of other networks")
     unused = fill(module, state, source, path)
 
     # Say what was used, and what was not.
@@ -177,10 +182,11 @@ VLDM_RULES = parse_rules("""
     .to_kv.                     -> .kv.                   .to_out.1.          -> .norm_out.
 """)
 
+# What stands before the VAE's names among other networks.
+BEFORE_VAE = (r"^.*?\b(?=((en|de)coder|(post_)?quant_conv)\.)", "")
+
 # Stable Diffusion v1 [released: load_model.py:142-151]; it counts the decoder's stages from the finest.
 VAE_RULES = parse_rules("""
-    first_stage_model.encoder.  -> encoder.             first_stage_model.quant_conv.       -> quant_conv.
-    first_stage_model.decoder.  -> decoder.             first_stage_model.post_quant_conv.  -> post_quant_conv.
     encoder.down.#.block.       -> encoder.levels.#.    encoder.down.#.downsample.          -> encoder.levels.#.2.
     decoder.up.0.block.         -> decoder.levels.3.    decoder.up.0.upsample.conv.         -> decoder.levels.3.3.1.
     decoder.up.1.block.         -> decoder.levels.2.    decoder.up.1.upsample.conv.         -> decoder.levels.2.3.1.
@@ -208,8 +214,8 @@ DIFFUSERS_RULES = parse_rules("""
 PARTS = {
     "eft": Part("model_state_dict", EFT_RULES, unused=(r"^encoder_model\.layer4\.", r"^encoder_model\.fc\.")),
     "vldm": Part("model_state_dict", VLDM_RULES, unused=(r"^unets\.0\.null_conditional_(embed|hidden)$",)),
-    "vae": Part("state_dict", VAE_RULES),
-    "diffusers": Part("state_dict", DIFFUSERS_RULES),
+    "vae": Part("state_dict", [BEFORE_VAE, *VAE_RULES]),
+    "diffusers": Part("state_dict", [BEFORE_VAE, *DIFFUSERS_RULES]),
     "vgg16": Part(None, rules=[], unused=(r"^classifier\.\d+\.(weight|bias)$",)),
     "lpips": Part(None, parse_rules("lin#.model.1.weight -> channel_weights.#")),
 }

@@ -26,7 +26,7 @@ from typing import NamedTuple
 from common import files
 
 ANNOTATIONS_FILE = "frame_annotations.jgz"
-FORMAT = 1  # layout of the cached file; another number renews it
+FORMAT = 2  # layout of the cached file; another number renews it
 
 
 class Frame(NamedTuple):
@@ -117,8 +117,8 @@ def _pack(folder: Path, stamp: bytes) -> bytes:
     annotations, *set_lists = _sources(folder)
     splits = _read_set_lists(set_lists)
 
-    # Frames wait as text: as Python objects those of a whole category would take gigabytes.
-    frames = defaultdict(list)
+    # Frames wait as text: as Python objects those of a whole category would take gigabytes. One listed twice is one.
+    frames = defaultdict(dict)
     for i, record in enumerate(_records(annotations)):
         try:
             frame = _usable_frame(record, splits)
@@ -126,14 +126,16 @@ def _pack(folder: Path, stamp: bytes) -> bytes:
             raise ValueError(f"{annotations}: record {i} lacks sequence_name, frame_number, image.path "
                              "or mask.path") from None
         if frame is not None:
-            frames[frame.sequence].append(json.dumps(frame))
+            text = json.dumps(frame)
+            if frames[frame.sequence].setdefault(frame.number, text) != text:
+                raise ValueError(f"{annotations}: record {i}: another frame {frame.number} of {frame.sequence!r}")
 
     # A member a sequence: one is read without the others.
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         archive.comment = stamp
         for sequence, texts in frames.items():
-            archive.writestr(sequence, f"[{','.join(texts)}]")
+            archive.writestr(sequence, f"[{','.join(texts.values())}]")
     return content.getvalue()
 
 

@@ -23,15 +23,16 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cameras import Cameras, Scene
 from datasets.annotations import ANNOTATIONS_FILE, Annotations, Frame, date_and_size
-from datasets.crop import Crop, crop_and_resize, open_picture, pixel_camera, pixels, scene_of_crops
+from datasets.crop import Crop, check_focal, check_rotation, crop_and_resize, pixel_camera, scene_of_crops
+from datasets.pictures import find_file, open_picture, orientation, pixels, read_mask
 
+SHAPES = {"R": (3, 3), "T": (3,), "focal_length": (2,), "principal_point": (2,)}  # what a camera has
 LISTED = 5  # names that an error message lists
 
 
@@ -122,7 +123,7 @@ class _Tree(Annotations):
         # A missing file is known by its name; decoding it raises the error.
         rows = []
         for frame in self._chosen(sequence, numbers):
-            for file in (self.root / frame.image, self.root / frame.mask):
+            for file in (frame.image, frame.mask):
                 rows.append(date_and_size(file) if file.is_file() else [file.name])
             rows.append(frame.viewpoint)
         return rows
@@ -133,52 +134,47 @@ class _Tree(Annotations):
         return scene_of_crops(crops, [str(number) for number in numbers], sequence)
 
     def _chosen(self, sequence: str, numbers: list[int]) -> list[Frame]:
-        """The frames with these numbers, in their order; none for a number that it has not."""
+        """The frames with these numbers, in their order, with the paths of their files; none for a number that it has
+        not.
+        """
         frames = {frame.number: frame for frame in self.frames(sequence)}
-        return [frames[number] for number in numbers if number in frames]
+        chosen = [frames[number] for number in numbers if number in frames]
+        return [x._replace(image=find_file(self.root / x.image), mask=find_file(self.root / x.mask)) for x in chosen]
 
     def _crop(self, frame: Frame, size: int) -> Crop:
         """One frame, decoded and cut to its object."""
-        image = _decode(self.root / frame.image, "RGB")
-        mask = _decode(self.root / frame.mask, "L")
+        mask = read_mask(frame.mask)
+        with open_picture(frame.image) as picture:
+            image = pixels(picture, "RGB", frame.image)
+            if orientation(picture) != 1:
+                raise ValueError(f"{frame.image}: an EXIF tag turns it; turn the pixels (mogrify -auto-orient)")
 
-        # What is wrong with a camera is in the annotations.
-        place = f"frame {frame.number} of {frame.sequence!r}"
-        viewpoint = json.loads(frame.viewpoint)
-        camera = _parse_camera(viewpoint)
-        if camera is None:
-            raise ValueError(f"{self.file}: the camera of {place} is not R (3, 3), T (3), "
-                             "focal_length (2) and principal_point (2) in finite numbers")
-
-        # What is wrong with a crop is mostly in the mask.
-        height, width = image.shape[:2]
-        units = viewpoint.get("intrinsics_format", "ndc_norm_image_bounds")
+        # What is wrong with a camera is in the annotations, what is wrong with a crop mostly in the mask.
+        blamed = self.file
         try:
-            camera = pixel_camera(camera, units, height, width)
+            camera = _parse_camera(json.loads(frame.viewpoint), *image.shape[:2])
+            blamed = frame.mask
             return crop_and_resize(image, mask, camera, size)
         except ValueError as e:
-            raise ValueError(f"{self.root / frame.mask}: {e} ({place})") from None
+            raise ValueError(f"{blamed}: {e} (frame {frame.number} of {frame.sequence!r})") from None
 
 
-def _parse_camera(viewpoint: dict) -> Cameras | None:
-    """One camera in the photograph's NDC, float64; None where a key is missing, misshapen or not finite, or a focal
-    length 0.
-    """
+def _parse_camera(viewpoint: dict, height: int, width: int) -> Cameras:
+    """One camera in pixels of an H x W photograph, float64. Raises `ValueError` for one that no photograph has."""
     try:
-        R = torch.tensor(viewpoint["R"], dtype=torch.float64).reshape(3, 3)
-        T = torch.tensor(viewpoint["T"], dtype=torch.float64).reshape(3)
-        focal = torch.tensor(viewpoint["focal_length"], dtype=torch.float64).reshape(2)
-        principal = torch.tensor(viewpoint["principal_point"], dtype=torch.float64).reshape(2)
-    except (KeyError, TypeError, ValueError, RuntimeError):
-        return None
-    usable = torch.cat([R.flatten(), T, focal, principal]).isfinite().all() and (focal != 0).all()
-    return Cameras(R, T, focal, principal) if usable else None
+        numbers = [torch.tensor(viewpoint[key], dtype=torch.float64).reshape(SHAPES[key]) for key in SHAPES]
+        if not all(x.isfinite().all() for x in numbers):
+            raise ValueError
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"not a camera, finite numbers of the shapes {SHAPES}") from None
+    R, T, focal, principal = numbers
 
-
-def _decode(file: Path, mode: str) -> np.ndarray:
-    """Pixels of an image file, uint8: (H, W, 3) for mode "RGB", (H, W) for "L"."""
-    with open_picture(file) as picture:
-        return pixels(picture, mode, file)
+    # As for own photographs.
+    check_rotation(R, "R")
+    units = viewpoint.get("intrinsics_format", "ndc_norm_image_bounds")
+    camera = pixel_camera(Cameras(R, T, focal, principal), units, height, width)
+    check_focal(camera.focal, width, height, "focal_length")
+    return camera
 
 
 # ---------------------------------------------------------------------------------------------- the released toy data
@@ -235,6 +231,7 @@ class _Toy:
         except (KeyError, TypeError, IndexError, RuntimeError, ValueError) as e:
             raise ValueError(f"{self.file}: {sequence} is not a sequence of the toy dataset "
                              f"({type(e).__name__}: {e})") from None
+        check_rotation(R, f"{self.file}: {sequence}: R")
         cameras = Cameras(R, T, focal, principal)
         return Scene(images, masks, valid, cameras, [str(number) for number in numbers], sequence)
 

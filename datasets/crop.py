@@ -12,50 +12,18 @@ Shapes: `S` side of the square output in pixels, `H W` rows and columns of a pho
 """
 from __future__ import annotations
 
-import warnings
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from cameras import CONTEXT, Cameras, Scene
 
 MASK_THRESHOLD = 0.4  # foreground probability above which a pixel counts as the object
-
-# Of Pillow's readers these and no others: a file's name does not say which it needs, and some start other programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
-
-
-def open_picture(path: Path) -> Image.Image:
-    """The picture in a file, whose size and mode are known and whose pixels are not decoded yet.
-
-    Raises `FileNotFoundError`, or `ValueError` for anything that is not one of `FORMATS`. Decoding what is broken may
-    raise nearly anything.
-    """
-    try:
-        return Image.open(path, formats=FORMATS)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except Exception as e:
-        kinds = ", ".join(FORMATS)
-        raise ValueError(f"{path}: not a readable picture of one of the formats {kinds} ({type(e).__name__})") from None
-
-
-def pixels(picture: Image.Image, mode: str, path: Path) -> np.ndarray:
-    """Decoded pixels of an open picture, uint8: (H, W) for mode "L", else (H, W, channels). Raises `ValueError`."""
-    try:
-        # Pillow would clip 16 bits to 8.
-        if picture.mode.startswith("I;16"):
-            picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
-        with warnings.catch_warnings(action="ignore"):
-            return np.array(picture.convert(mode))
-    # On broken bytes the decoders raise nearly anything.
-    except Exception as e:
-        raise ValueError(f"{path}: not a readable picture ({e})") from None
+ROUNDING = 2e-3       # what products of a rotation's rows may be off, in files with few digits
+FOCAL = (0.1, 100.0)  # focal lengths in longer sides of the picture: it spans 157 degrees at most, half of one at least
 
 
 # ---------------------------------------------------------------------------------------------- crop and resize
@@ -90,12 +58,28 @@ def pixel_camera(camera: Cameras, intrinsics_format: str, height: int, width: in
     """
     half = torch.tensor([width, height], dtype=torch.float64) / 2
     units = {"ndc_norm_image_bounds": half, "ndc_isotropic": half.min()}
-    if intrinsics_format not in units:
+    if str(intrinsics_format).lower() not in units:
         raise ValueError(f"intrinsics format {intrinsics_format!r} is neither {' nor '.join(map(repr, units))}")
 
     # NDC point left and up, pixels right and down.
-    unit = units[intrinsics_format]
+    unit = units[intrinsics_format.lower()]
     return Cameras(camera.R, camera.T, camera.focal * unit, half - camera.principal * unit)
+
+
+def check_rotation(R: Tensor, where: str) -> None:
+    """Raises `ValueError` unless R (*, 3, 3) keeps lengths, angles and handedness."""
+    error = (R @ R.mT - torch.eye(3, dtype=R.dtype)).abs().max()
+    if not error <= ROUNDING:
+        raise ValueError(f"{where}: no rotation and shift: it scales or shears (its rows are up to {error:.2g} off)")
+    if (torch.linalg.det(R) < 0).any():
+        raise ValueError(f"{where}: a reflection (determinant -1): one axis of view or world points the wrong way")
+
+
+def check_focal(focal: Tensor, width: float, height: float, where: str) -> None:
+    """Raises `ValueError` for focal lengths (2,), pixels, that no photograph of this size has."""
+    low, high = (side * max(width, height) for side in FOCAL)
+    if not low <= focal.min() <= focal.max() <= high:
+        raise ValueError(f"{where}: {focal[0]:g}, {focal[1]:g} pixels, not within {low:g} and {high:g}: another unit?")
 
 
 def crop_and_resize(image: np.ndarray, mask: np.ndarray, camera: Cameras, size: int) -> Crop:

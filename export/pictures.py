@@ -15,7 +15,7 @@ from torch import Tensor
 from cameras import Scene, evenly_spaced
 from common import files
 from common.machine import map_threads
-from datasets.crop import open_picture
+from datasets.pictures import open_picture
 
 # Methods in the order of every table: short name -> what readers see.
 LABELS = {

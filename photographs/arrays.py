@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from cameras import Scene
-from datasets.crop import MASK_THRESHOLD
 from photographs.capture import normalized, scene_of_layers
 from photographs.reading import Photographs
 from photographs.shots import AXES, Convention, Shot, pose
@@ -65,8 +64,6 @@ def _layers(images: Sequence, masks: Sequence, i: int) -> Tensor:
     """Masked colors, mask, and ones, (5, H, W) in [0, 1], of photograph `i`."""
     color = _picture(f"images[{i}]", images[i], 3)
     mask = _picture(f"masks[{i}]", masks[i], 1, tuple(color.shape[1:]))
-    if (mask > MASK_THRESHOLD).sum() <= 1:
-        raise ValueError(f"masks[{i}]: empty, no pixel is above {MASK_THRESHOLD} of the largest value")
     return torch.cat([color * mask, mask, torch.ones_like(mask)])
 
 
@@ -95,9 +92,9 @@ def _picture(what: str, x, channels: int, size: tuple[int, ...] | None = None) -
     if not (array.dtype == bool or array.dtype == np.uint8 or np.issubdtype(array.dtype, np.floating)):
         raise ValueError(f"{what}: {array.dtype} numbers; uint8, or floats in [0, 1]")
 
-    # Bytes are 255 times as much.
+    # Bytes are 255 times as much, but for a mask of zeros and ones.
     picture = torch.from_numpy(np.array(array, dtype=np.float32)).reshape(*array.shape[:2], channels).permute(2, 0, 1)
-    if array.dtype == np.uint8:
+    if array.dtype == np.uint8 and (channels == 3 or picture.amax() > 1):
         picture = picture / 255
     if not (picture.amin() >= 0 and picture.amax() <= 1):
         raise ValueError(f"{what}: floats from {picture.amin():g} to {picture.amax():g}, not in [0, 1]")

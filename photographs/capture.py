@@ -16,21 +16,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from cameras import Scene
 from common.progress import Progress
 from datasets.annotations import date_and_size
-from datasets.crop import MASK_THRESHOLD, Box, box_of_crop, box_of_mask, open_picture, pixels
+from datasets.crop import MASK_THRESHOLD, Box, box_of_crop, box_of_mask
+from datasets.pictures import alpha_mask, inverted, open_picture, pixels, read_mask
 from photographs.normalization import normalization
 from photographs.reading import Photographs
 from photographs.shots import Shot
 from volume import MASK_GAP
+
+COVERED = 0.995  # part of a photograph that a mask covers at most
+LOOK = 512       # pixels a side, at most, in which a mask's border is looked at
+GRAY = 0.5       # part of a mask that may be neither black nor white, of what is not black
 
 
 # ---------------------------------------------------------------------------------------------- what others call
@@ -102,6 +105,7 @@ def scene_of_layers(photographs: Photographs, layers: Iterable[Tensor], size: in
     whole = []
     crops = []
     for decoded, shot in zip(layers, photographs.shots):
+        _check_mask(decoded[3:], shot.mask or f"masks[{shot.name}]")
         if shot.distortion.any():
             decoded = _undistort(decoded, shot)
         whole.append(_square(decoded, shot, Box(0, 0, shot.width, shot.height), size))
@@ -191,34 +195,34 @@ def _undistort(layers: Tensor, shot: Shot) -> Tensor:
 def _decode(shot: Shot) -> Tensor:
     """Masked colors, mask, and ones: (5, H, W) in [0, 1]."""
     with open_picture(shot.file) as picture:
-        mask = _alpha(picture, shot.file)
-        colors = pixels(picture, "RGB", shot.file)
+        mask = alpha_mask(picture, shot.file, shot.turned) if shot.mask == shot.file else None
+        colors = pixels(picture, "RGB", shot.file, turned=shot.turned)
     if shot.mask != shot.file:
-        mask = _read_mask(shot.mask)
+        mask = read_mask(shot.mask, shot.turned)
     if mask is None:
         raise ValueError(f"{shot.mask}: no mask: its alpha channel is opaque everywhere, and masks/ has no file for it")
 
-    # An object is more than one pixel.
-    probability = torch.from_numpy(mask).float() / 255
-    if (probability > MASK_THRESHOLD).sum() <= 1:
-        raise ValueError(f"{shot.mask}: the mask is empty")
+    # Whatever number stands for the object.
+    probability = torch.from_numpy(mask).float() / max(mask.max(), 1)
     colors = torch.from_numpy(colors).permute(2, 0, 1).float() / 255
     return torch.cat([colors * probability, probability[None], torch.ones_like(probability)[None]])
 
 
-def _read_mask(file: Path) -> np.ndarray:
-    """A mask's file, (H, W) uint8: the alpha channel of a cut-out picture, or else its gray."""
-    with open_picture(file) as picture:
-        alpha = _alpha(picture, file)
-        if alpha is not None:
-            return alpha
-        gray = pixels(picture, "L", file)
+def _check_mask(layers: Tensor, where: Path | str) -> None:
+    """Raises `ValueError` for a mask that is empty, covers all, or is none or inverted by its looks.
 
-    # Some programs write 1 for the object.
-    return gray * np.uint8(255) if gray.max() == 1 else gray
-
-
-def _alpha(picture: Image.Image, file: Path) -> np.ndarray | None:
-    """The alpha channel, (H, W) uint8, unless there is none or it is opaque everywhere."""
-    alpha = pixels(picture, "RGBA", file)[..., 3] if picture.has_transparency_data else None
-    return None if alpha is None or alpha.min() == 255 else alpha
+    layers (2, H, W): the mask in [0, 1], and ones.
+    """
+    # An object is more than one pixel.
+    mask = layers[0]
+    inside = mask > MASK_THRESHOLD
+    if inside.sum() <= 1:
+        raise ValueError(f"{where}: the mask is empty, no pixel is above {MASK_THRESHOLD} of white")
+    if inside.float().mean() > COVERED:
+        raise ValueError(f"{where}: the mask covers all of the photograph; white is where the object is")
+    step = 1 + max(mask.shape) // LOOK
+    if inverted(*layers[:, None, None, ::step, ::step]):
+        raise ValueError(f"{where}: the mask is white along the border, so probably inverted; white is the object")
+    gray = (mask > 0.1) & (mask < 0.9)
+    if gray.sum() > GRAY * (mask > 0.1).sum():
+        raise ValueError(f"{where}: most of the mask is gray; white is where the object is, black elsewhere")

@@ -1,7 +1,9 @@
 """A COLMAP model: cameras, images and points, from its text or its binary files (Schoenberger and Frahm 2016).
 
     cameras.txt   CAMERA_ID MODEL WIDTH HEIGHT PARAMETERS...                  or cameras.bin
-    images.txt    IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME, then a line   or images.bin
+    images.txt    IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME,               or images.bin
+                  then a line X Y POINT3D_ID X Y POINT3D_ID ..., which some
+                  programs leave empty or out
     points3D.txt  POINT3D_ID X Y Z ...                                        or points3D.bin, or neither
 
 A row of either kind of file is a list of the same things in the same order, words or numbers. A pose is
@@ -11,6 +13,7 @@ Shapes: `P` points.
 """
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,16 +26,19 @@ from photographs.shots import PARAMETERS, Frame, pose
 # All models of lenses in the order of their numbers in binary files.
 MODELS = ("SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV", "OPENCV_FISHEYE", "FULL_OPENCV", "FOV",
           "SIMPLE_RADIAL_FISHEYE", "RADIAL_FISHEYE", "THIN_PRISM_FISHEYE", "RAD_TAN_THIN_PRISM_FISHEYE")
+POINTS = set("0123456789+-.eE \t\r")  # what a line of an image's points is made of: numbers, three each
 LEAST = {"cameras": 4, "images": 10, "points3D": 4}  # words of a line
 
 
-def find_model(folder: Path) -> Path | None:
-    """Where below a folder the files of a model are: `sparse/0` and other habits, or the folder itself."""
-    # COLMAP's mapper numbers its models; the first one is mostly the only one.
-    for place in ("sparse/0", "sparse", "colmap/sparse/0", "."):
-        if any((folder / place / f"images{ending}").is_file() for ending in (".bin", ".txt")):
-            return folder / place
-    return None
+def find_models(folder: Path) -> list[Path]:
+    """Where below a folder the files of models are: `sparse/0`, `sparse/1`, ... and other habits, or the folder itself.
+    """
+    for base in (folder / "sparse", folder / "colmap/sparse", folder):
+        places = [base] if base == folder else [*sorted(base.glob("*/")), base]
+        found = [place for place in places if (place / "images.bin").is_file() or (place / "images.txt").is_file()]
+        if found:
+            return found
+    return []
 
 
 def read_model(folder: Path) -> tuple[list[Frame], Tensor, str]:
@@ -90,8 +96,6 @@ def _camera(row: list) -> tuple[int, dict]:
     if len(row) != 4 + len(names):
         raise ValueError(f"{model} has the {len(names)} parameters {', '.join(names)}, not {len(row) - 4}")
     lens = {"camera_model": model, "w": int(row[2]), "h": int(row[3])}
-    if min(lens["w"], lens["h"]) < 1:
-        raise ValueError(f"{row[2]} x {row[3]} pixels")
     for name, number in zip(names, row[4:]):
         lens[name] = float(number)
     return int(row[0]), lens
@@ -100,7 +104,7 @@ def _camera(row: list) -> tuple[int, dict]:
 def _image(row: list) -> tuple[str, int, list[float]]:
     """The path of an image below the folder of images, its camera's number, quaternion (w, x, y, z) and translation."""
     numbers = [float(word) for word in row[1:8]]
-    return " ".join(row[9:]), int(row[8]), numbers
+    return row[9], int(row[8]), numbers
 
 
 def _point(row: list) -> list[float]:
@@ -124,23 +128,33 @@ def _matrix(numbers: list[float]) -> Tensor:
 
 def _text_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
     """The rows of a text file, each with its place for messages."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{file}: not a text file") from None
+    text = _decoded(file.read_bytes(), file)
 
-    # Comments may stand anywhere, even between an image and the line after it, which has its points and may be empty.
-    lines = enumerate(text.split("\n"), 1)
-    lines = ((number, line.split()) for number, line in lines if not line.startswith("#"))
-    for number, words in lines:
-        if not words:
+    # Comments and empty lines may stand anywhere, even between an image and the line of its points.
+    images = file.stem == "images"
+    after_image = False
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip() or line.startswith("#"):
             continue
+        if after_image and len(line.split()) % 3 == 0 and POINTS.issuperset(line):
+            after_image = False
+            continue
+        after_image = images
+
+        # A name, the last word of an image, may have spaces.
+        words = line.strip().split(None, 9 if images else -1)
         if len(words) < LEAST[file.stem]:
-            raise ValueError(f"{file}, line {number}: {len(words)} words, where {file.stem} have {LEAST[file.stem]} "
-                             "or more")
+            raise ValueError(f"{file}, line {number}: {len(words)} words of {LEAST[file.stem]} or more")
         yield f"{file}, line {number}", words
-        if file.stem == "images":
-            next(lines, None)
+
+
+def _decoded(content: bytes, file: Path) -> str:
+    """Text in UTF-8, or in what a byte order mark says. Raises `ValueError` with the line that is none."""
+    try:
+        return content.decode(json.detect_encoding(content))
+    except UnicodeDecodeError as e:
+        line = content[:e.end].split(b"\n")[-1]
+        raise ValueError(f"{file}: {line[-60:]!r}: not UTF-8; rename the pictures, or save the file in it") from None
 
 
 def _binary_rows(file: Path) -> Iterator[tuple[str, list]]:
@@ -190,4 +204,4 @@ class _Bytes:
         end = self.content.find(b"\0", self.position)
         length = end - self.position if end >= 0 else len(self.content)
         start = self.skip(length + 1)
-        return self.content[start:start + length].decode(errors="replace")
+        return _decoded(self.content[start:start + length], self.file)

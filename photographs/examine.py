@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from cameras import Cameras, Scene, evenly_spaced
+from datasets.pictures import inverted
 from photographs.figure import Stand, stand
 from photographs.mistakes import alternatives
-from photographs.normalization import mask_corners
+from photographs.normalization import cloud, mask_corners
 from photographs.shots import AXES, Convention
 from photographs.silhouettes import REACH, Misfit, Silhouettes, misfit, silhouettes
 
@@ -65,8 +66,8 @@ def examine(scene: Scene, convention: Convention = CO3D, whole: bool = False) ->
     """Do the masks of a scene fit its cameras, and which mistake is likely where they do not?
 
     The cameras (V,) must be those of the user's own world, as read from a file written in `convention`. `whole`: the
-    pictures are whole photographs, not cut to the object. Raises `ValueError` for fewer than two views or an empty
-    mask.
+    pictures are whole photographs, not cut to the object. Raises `ValueError` for fewer than two views, an empty
+    mask, or cameras that are all at one place.
     """
     if len(scene) < 2:
         raise ValueError("one photograph alone cannot be checked; two or more can")
@@ -74,6 +75,7 @@ def examine(scene: Scene, convention: Convention = CO3D, whole: bool = False) ->
     # The given cameras.
     scene = scene[evenly_spaced(len(scene), MOST)].to("cpu")
     scene = replace(scene, cameras=scene.cameras.to(torch.float64))
+    cloud(scene.cameras, f"{scene.sequence}: ")
     views = silhouettes(scene)
     given = misfit(views, scene.cameras)
 
@@ -102,7 +104,14 @@ def examine(scene: Scene, convention: Convention = CO3D, whole: bool = False) ->
     place = stand(scene)
     understood = _understood(scene, place, whole)
     found = Findings(understood, scene, given, fits, mistake, [] if mistake else alike, focal)
-    return replace(found, lines=understood + _verdict(found, undone if explained else None, place))
+    lines = _verdict(found, undone if explained else None, place)
+
+    # Inverted masks may fit: they are as large as the pictures.
+    count = inverted(scene.masks, scene.valid).sum().item()
+    if count > len(scene) / 2:
+        found = replace(found, fits=False, mistake=None)
+        lines = [f"{count} of {len(scene)} masks are white along the border: probably inverted; white is the object"]
+    return replace(found, lines=understood + lines)
 
 
 def _misfits(views: Silhouettes, candidates: dict, least: float) -> dict:

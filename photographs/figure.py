@@ -153,12 +153,12 @@ def _outlines(scene: Scene, view: int, allowed: Tensor) -> Image.Image:
     # An outline is what a region loses when it shrinks by a pixel.
     for region, color in ((mask, MASK), (allowed, ALLOWED)):
         pixels[region & dilate(~region[None], 1)[0]] = torch.tensor(color).float()
-    return _to_image(pixels)
+    return Image.fromarray(pixels.byte().numpy())
 
 
 def _lines(scene: Scene, cameras: Cameras, first: int, view: int, points: Tensor) -> Image.Image:
     """A photograph with points (P, 2), NDC of the view `first`, or in another view with their epipolar lines."""
-    tile = _to_image(_picture(scene, view))
+    tile = Image.fromarray(_picture(scene, view).byte().numpy())
     pen = ImageDraw.Draw(tile)
     rays_o, rays_d = cameras[first].rays(points)
     depth = FARTHEST * torch.logspace(-3, 0, 400).unsqueeze(1)
@@ -183,7 +183,3 @@ def _picture(scene: Scene, view: int) -> Tensor:
 def _resized(image: Tensor) -> Tensor:
     """(C, S, S) as large as a tile."""
     return F.interpolate(image[None], (TILE, TILE), mode="bilinear", antialias=True)[0]
-
-
-def _to_image(pixels: Tensor) -> Image.Image:
-    return Image.fromarray(pixels.byte().numpy())

@@ -31,11 +31,7 @@ def normalization(scene: Scene, points: Tensor) -> Similarity:
     where the cameras have one place, do not look at one, or the masks have nothing in common.
     """
     # Axes, unit and origin of the cameras themselves, so that the user's do not count.
-    centers = scene.cameras.centers()
-    middle = centers.mean(0)
-    spread = (centers - middle).norm(dim=1).square().mean().sqrt().item()
-    if not spread > 1e-9 * (1 + middle.norm().item()):
-        raise ValueError("all cameras are at one place; the object has to be seen from several")
+    middle, spread = cloud(scene.cameras)
     first = Similarity(scene.cameras.R[0], spread, middle)
     cameras = first.normalized(scene.cameras)
     points = (points - middle) @ first.R / spread
@@ -74,6 +70,18 @@ def normalization(scene: Scene, points: Tensor) -> Similarity:
                              "convention (docs/photographs.md), or the masks of something else")
     unit = (high - low).max().item() / 2 / HALF_SIDE
     return Similarity(torch.eye(3, dtype=torch.float64), unit, (low + high) / 2).then(first)
+
+
+def cloud(cameras: Cameras, where: str = "") -> tuple[Tensor, float]:
+    """The mean center (3,) of cameras (V,) and how far they are from it, root mean square. Raises `ValueError` where
+    they are all there; it begins with `where`.
+    """
+    centers = cameras.centers()
+    middle = centers.mean(0)
+    spread = (centers - middle).norm(dim=1).square().mean().sqrt().item()
+    if not spread > 1e-9 * (1 + middle.norm().item()):
+        raise ValueError(f"{where}all cameras are at one place; the object has to be seen from several")
+    return middle, spread
 
 
 def mask_corners(masks: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ Shapes: `V` photographs, `P` points.
 """
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cameras import Cameras
+from datasets.pictures import find_file
 from photographs import colmap, transforms
 from photographs.shots import CONVENTIONS, Convention, Frame, Shot, open_shot, world_to_view
 
@@ -76,17 +78,20 @@ def read_capture(folder: str | Path) -> Photographs:
 
     # Tools that make a transforms.json leave the COLMAP model that they made it from beside it.
     if (folder / "transforms.json").is_file():
-        return _photographs(folder, "transforms.json", transforms.read_frames(folder / "transforms.json"))
+        return _photographs(folder, "transforms.json", *transforms.read_split(folder / "transforms.json"))
     if (folder / "transforms_train.json").is_file():
         frames = transforms.read_frames(folder / "transforms_train.json")
-        targets = folder / "transforms_test.json"
-        targets = transforms.read_frames(targets) if targets.is_file() else []
+        files = [file for part in ("test", "val") if (file := folder / f"transforms_{part}.json").is_file()]
+        targets = transforms.read_frames(files[0]) if files else []
         return _photographs(folder, "NeRF-synthetic", frames, targets)
-    model = colmap.find_model(folder)
-    if model is not None:
-        frames, points, kind = colmap.read_model(model)
+    models = [(*colmap.read_model(place), place) for place in colmap.find_models(folder)]
+    if models:
+        # What COLMAP cannot connect is in several models, each in a world of its own.
+        frames, points, kind, place = max(models, key=lambda model: len(model[0]))
         if not frames:
-            raise ValueError(f"{model}: the COLMAP model has no image")
+            raise ValueError(f"{place}: the COLMAP model has no image")
+        if len(models) > 1:
+            kind += f" ({place.relative_to(folder)}, the largest of {len(models)} models)"
         lenses = sorted({frame.numbers["camera_model"] for frame in frames})
         kind = f"COLMAP, {kind}, {', '.join(lenses)}, {len(points)} points"
         return _photographs(folder, kind, frames, None, "colmap", points, _picture_root(folder, frames))
@@ -113,7 +118,7 @@ def _photographs(folder: Path, kind: str, frames: list[Frame], targets: list[Fra
 
     # They are named after their files, with the folders if two files have the same name.
     alike = len({shot.file.name for shot in shots}) < len(shots)
-    shots = [shot._replace(name=shot.name.replace("/", "_") if alike else shot.file.name) for shot in shots]
+    shots = [shot._replace(name=shot.name.replace("/", "_") if alike else Path(shot.name).name) for shot in shots]
     _check(folder, shots)
 
     # In a line.
@@ -137,32 +142,35 @@ def _open_shots(folder: Path, root: Path, frames: list[Frame], absent: list[str]
     for frame in frames:
         # The picture, whose ending may be left out, and its mask.
         path = _below(root, frame.name, f"{frame.where}: file_path")
-        candidates = [path] + [path.with_name(path.name + ending) for ending in ENDINGS]
+        candidates = [find_file(path.with_name(path.name + ending)) for ending in ("", *ENDINGS)]
         file = next((x for x in candidates if x.is_file()), None)
         if file is None:
             absent.append(f"{frame.where}: no such file {path}")
             continue
-        if frame.mask is None:
-            mask = _find_mask(folder, file)
-        else:
-            mask = _below(folder, frame.mask, f"{frame.where}: mask_path")
-        shots.append(open_shot(frame, file.relative_to(folder).as_posix(), file, mask))
+        mask = _find_mask(folder, file)
+        if frame.mask is not None:
+            mask = find_file(_below(folder, frame.mask, f"{frame.where}: mask_path"))
+        name = unicodedata.normalize("NFC", file.relative_to(folder).as_posix())  # as keyboards spell it
+        shots.append(open_shot(frame, name, file, mask))
     return shots
 
 
 def _check(folder: Path, shots: list[Shot]) -> None:
-    """Raises `ValueError` unless there are two photographs or more, with different names, each with a mask."""
+    """Raises `ValueError` unless there are two photographs or more, with different names, each with its own mask."""
     if len(shots) < 2:
         raise ValueError(f"{folder}: {len(shots)} photograph; a scene needs two or more")
-    name, count = Counter(shot.name for shot in shots).most_common(1)[0]
-    if count > 1:
-        raise ValueError(f"{folder}: the photograph {name} is listed {count} times")
 
     # The first one that lacks a mask, and how many do.
     bare = [shot.file for shot in shots if shot.mask is None]
     if bare:
         where = folder / MASK_FOLDERS[0]
         raise ValueError(NO_MASK.format(bare[0], len(bare), len(shots), f"{bare[0].stem}.png", where))
+
+    # One that two share.
+    for what in ("name", "mask"):
+        value, count = Counter(getattr(shot, what) for shot in shots).most_common(1)[0]
+        if count > 1:
+            raise ValueError(f"{folder}: {count} photographs have the same {what}, {value}; each needs its own")
 
 
 def _about(shots: list[Shot]) -> str:
@@ -185,7 +193,7 @@ def _about(shots: list[Shot]) -> str:
 def _picture_root(folder: Path, frames: list[Frame]) -> Path:
     """The folder that a model's names are below: the first of the usual ones that has such a picture, or the first."""
     for place in PICTURE_FOLDERS:
-        if any((folder / place / frame.name).is_file() for frame in frames):
+        if any(find_file(folder / place / frame.name).is_file() for frame in frames):
             return folder / place
     return folder / PICTURE_FOLDERS[0]
 
@@ -195,7 +203,7 @@ def _below(root: Path, name: object, where: str) -> Path:
     if not isinstance(name, str) or not name:
         raise ValueError(f"{where}: {name!r} is no name of a file")
     path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+    if path.is_absolute() or ".." in path.parts or ":" in path.as_posix().partition("/")[0]:
         raise ValueError(f"{where}: {name!r} leads out of the folder {root}")
     return root / path
 
@@ -209,4 +217,4 @@ def _find_mask(folder: Path, file: Path) -> Path | None:
 
     # Or beside it.
     candidates.append(file.with_name(f"{file.stem}_mask.png"))
-    return next((mask for mask in candidates if mask.is_file()), None)
+    return next((mask for mask in map(find_file, candidates) if mask.is_file()), None)

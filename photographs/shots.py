@@ -17,9 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from datasets.crop import open_picture
+from datasets.crop import check_focal, check_rotation
+from datasets.pictures import open_picture, orientation
 
-ROUNDING = 2e-3  # what products of a rotation's rows may be off, in files with few digits
+LAST_ROW = torch.tensor([[0, 0, 0, 1]], dtype=torch.float64)  # of a pose
+ROUNDING = 1e-5  # what it may be off, after products and inverses
 
 # What the parameters of a lens are, in COLMAP's order, for the models that can be undone. nerfstudio has their names.
 PARAMETERS = {
@@ -29,6 +31,7 @@ PARAMETERS = {
     "RADIAL": ("fl_x", "cx", "cy", "k1", "k2"),
     "OPENCV": ("fl_x", "fl_y", "cx", "cy", "k1", "k2", "p1", "p2"),
 }
+OTHER_LENSES = ("is_fisheye", "ftheta_p0", "latlong", "equirectangular", "orthographic")  # instant-ngp's flags
 
 
 # ---------------------------------------------------------------------------------------------- poses
@@ -58,17 +61,10 @@ def pose(rows, where: str) -> Tensor:
         raise ValueError(f"{where}: not 4 rows of 4 numbers")
     if not matrix.isfinite().all():
         raise ValueError(f"{where}: a number in it is not finite")
-    if len(matrix) == 3:
-        matrix = torch.cat([matrix, torch.eye(4, dtype=torch.float64)[3:]])
-
-    # A rotation keeps lengths, angles and handedness.
-    rotation = matrix[:3, :3]
-    error = (rotation @ rotation.T - torch.eye(3, dtype=torch.float64)).abs().max()
-    if error > ROUNDING or matrix[3].tolist() != [0, 0, 0, 1]:
-        raise ValueError(f"{where}: no rotation and shift: it scales or shears (its rows are up to {error:.2g} off)")
-    if torch.linalg.det(rotation) < 0:
-        raise ValueError(f"{where}: a reflection (determinant -1): one axis of view or world points the wrong way")
-    return matrix
+    check_rotation(matrix[:3, :3], where)
+    if len(matrix) == 4 and (matrix[3:] - LAST_ROW).abs().max() > ROUNDING:
+        raise ValueError(f"{where}: its last row is {matrix[3].tolist()}, not 0, 0, 0, 1 (is it transposed?)")
+    return torch.cat([matrix[:3], LAST_ROW])
 
 
 def world_to_view(matrices: Tensor, convention: Convention) -> tuple[Tensor, Tensor]:
@@ -101,7 +97,7 @@ class Frame(NamedTuple):
         """A finite number of its lens. Raises `ValueError` for anything else."""
         # JSON has true, texts, lists, and with Python also NaN.
         value = self.numbers.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:
             raise ValueError(f"{self.where}: {key}: {value!r} is no number, or not finite")
         return value
 
@@ -126,14 +122,15 @@ class Frame(NamedTuple):
 
     def check_lens(self) -> None:
         """Raises `ValueError` for a distortion that cannot be undone."""
-        # nerfstudio's names are COLMAP's; instant-ngp has a flag.
-        model = "is_fisheye" if self.numbers.get("is_fisheye") else self.numbers.get("camera_model", "OPENCV")
+        # nerfstudio's names are COLMAP's; instant-ngp has flags.
+        flags = [key for key in OTHER_LENSES if self.numbers.get(key)]
+        model = str(flags[0] if flags else self.numbers.get("camera_model", "OPENCV"))
         if model not in PARAMETERS:
             raise ValueError(f"{self.where}: camera_model: {model} is none of {', '.join(PARAMETERS)}; undistort the "
                              "photographs first")
 
         # More coefficients than these five models have.
-        for key in ("k3", "k4"):
+        for key in ("k3", "k4", "k5", "k6"):
             if self.number(key, 0.0) != 0:
                 raise ValueError(f"{self.where}: {key}: only k1, k2, p1 and p2 can be undone; undistort the "
                                  "photographs first")
@@ -151,6 +148,7 @@ class Shot(NamedTuple):
     distortion: Tensor   # (4,) OpenCV's k1, k2, p1, p2
     matrix: Tensor       # (4, 4) its pose, as the file has it
     resized: bool = False  # whether its camera was listed for another size of the picture
+    turned: bool = False   # whether picture and mask are turned as their EXIF tags say
 
 
 def open_shot(frame: Frame, name: str, file: Path, mask: Path | None) -> Shot:
@@ -160,23 +158,24 @@ def open_shot(frame: Frame, name: str, file: Path, mask: Path | None) -> Shot:
     """
     # Pixel by pixel a mask says what its photograph shows.
     with open_picture(file) as picture:
-        width, height = picture.size
+        sizes = [picture.size]
+        tags = [orientation(picture)]
         if mask is None and picture.has_transparency_data:
             mask = file
     if mask not in (None, file):
         with open_picture(mask) as picture:
-            if picture.size != (width, height):
-                raise ValueError(f"{mask}: the mask is {picture.width} x {picture.height} pixels, the photograph "
-                                 f"{file} {width} x {height}")
+            sizes.append(picture.size)
+            tags.append(orientation(picture))
 
-    # A resized picture has the same proportions, up to a rounded pixel; a turned one has not.
+    # A camera's picture may be resized, then it has the same proportions, but neither turned nor cropped.
+    sizes, turned = _turned(frame, file, sizes, tags)
+    width, height = sizes[0]
+    if sizes[-1] != sizes[0]:
+        raise ValueError(f"{mask}: the mask is {sizes[-1][0]} x {sizes[-1][1]} pixels, the photograph {file} "
+                         f"{width} x {height} (resized, or turned by an EXIF tag?)")
     listed_width = frame.number("w", width)
     listed_height = frame.number("h", height)
-    if min(listed_width, listed_height) < 1:
-        raise ValueError(f"{frame.where}: w, h: {listed_width:g} x {listed_height:g} pixels")
-    scale_x = width / listed_width
-    scale_y = height / listed_height
-    if abs(scale_x * listed_height - height) > 1.01 and abs(scale_y * listed_width - width) > 1.01:
+    if not _proportional(frame, width, height):
         raise ValueError(f"{frame.where}: its camera is of {listed_width:g} x {listed_height:g} pixels, the picture "
                          f"{file} has {width} x {height} (turned by its EXIF tag, or cropped?)")
 
@@ -186,13 +185,38 @@ def open_shot(frame: Frame, name: str, file: Path, mask: Path | None) -> Shot:
     if focal_x is None:
         raise ValueError(f"{frame.where}: neither fl_x nor camera_angle_x, there or for all frames")
     focal_y = frame.focal_length("y", listed_height) or focal_x
+    check_focal(torch.tensor([focal_x, focal_y]), listed_width, listed_height, f"{frame.where}: fl_x, fl_y")
     center = frame.number("cx", listed_width / 2), frame.number("cy", listed_height / 2)
+    if max(abs(center[0]), abs(center[1])) <= 1:
+        raise ValueError(f"{frame.where}: cx, cy: {center[0]:g}, {center[1]:g} is the picture's corner: another unit?")
     distortion = [frame.number(key, 0.0) for key in ("k1", "k2", "p1", "p2")]
 
     # Pixels of the picture; distortion is about directions and stays.
-    scale = torch.tensor([scale_x, scale_y], dtype=torch.float64)
+    scale = torch.tensor([width / listed_width, height / listed_height], dtype=torch.float64)
     focal = torch.tensor([focal_x, focal_y], dtype=torch.float64) * scale
     principal = torch.tensor(center, dtype=torch.float64) * scale
     distortion = torch.tensor(distortion, dtype=torch.float64)
     resized = (width, height) != (listed_width, listed_height)
-    return Shot(name, file, mask, width, height, focal, principal, distortion, frame.matrix, resized)
+    return Shot(name, file, mask, width, height, focal, principal, distortion, frame.matrix, resized, turned)
+
+
+def _turned(frame: Frame, file: Path, sizes: list[tuple], tags: list[int]) -> tuple[list[tuple], bool]:
+    """The sizes of a picture and of its mask, if that has a file, turned as their EXIF tags say if only then they fit
+    each other and the camera; and whether they are turned. Raises `ValueError` where sizes do not tell.
+    """
+    upright = [size[::-1] if tag >= 5 else size for size, tag in zip(sizes, tags)]
+    fits, fits_turned = (x[0] == x[-1] and _proportional(frame, *x[0]) for x in (sizes, upright))
+    if fits and fits_turned and set(tags) != {1}:
+        raise ValueError(f"{file}: an EXIF tag (orientation {max(tags)}) turns it or its mask, and by their sizes mask "
+                         "and camera may be of either; turn the pixels (mogrify -auto-orient), or remove the tag")
+    return (upright, True) if fits_turned and not fits else (sizes, False)
+
+
+def _proportional(frame: Frame, width: int, height: int) -> bool:
+    """Has a picture the proportions that a frame's camera is listed for, up to a rounded pixel?"""
+    listed_width = frame.number("w", width)
+    listed_height = frame.number("h", height)
+    if min(listed_width, listed_height) < 1:
+        raise ValueError(f"{frame.where}: w, h: {listed_width:g} x {listed_height:g} pixels")
+    off = min(abs(width / listed_width * listed_height - height), abs(height / listed_height * listed_width - width))
+    return off <= 1.01

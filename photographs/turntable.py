@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cameras import look_at
 from common import cli, files
-from datasets.crop import open_picture
+from datasets.pictures import open_picture
 from photographs.reading import ENDINGS, PICTURE_FOLDERS
 from photographs.shots import AXES
 
@@ -57,7 +57,7 @@ def write_transforms(folder: Path, focal: float, elevation: float, degrees: floa
     if target.exists():
         raise FileExistsError(f"{target} is there already; delete it to have it written anew")
     for name in PICTURE_FOLDERS:
-        pictures = sorted(x for x in (folder / name).glob("*") if x.suffix in ENDINGS)
+        pictures = sorted(x for x in (folder / name).glob("*") if x.suffix.lower() in ENDINGS)
         if pictures:
             break
     if len(pictures) < 2:

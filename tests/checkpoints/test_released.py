@@ -134,6 +134,37 @@ def test_diffusers_names(small, new, matrices, dtype, tmp_path):
     assert all(torch.equal(a, b.to(dtype).float()) for a, b in pairs)
 
 
+@pytest.mark.parametrize("layout", ["bare", "bare in a checkpoint", "with what it was trained with", "safetensors",
+                                    "among other networks in safetensors", "vae.", "bin", "diffusers with a prefix"])
+def test_vae_files_as_they_circulate(small, layout, tmp_path, capsys):
+    """Stable Diffusion's names with and without what stands before them, Diffusers' as .safetensors and .bin."""
+    files, states = small
+    path, state = tmp_path / "vae", states["vae"]
+    bare = {key.removeprefix("first_stage_model."): x for key, x in state.items()}
+    if layout == "bare":
+        torch.save(bare, path)
+    elif layout == "bare in a checkpoint":
+        torch.save({"state_dict": bare, "epoch": 3}, path)
+    elif layout == "with what it was trained with":
+        torch.save({"state_dict": bare | {"loss.logvar": torch.zeros(1), "model_ema.decay": torch.zeros(1)}}, path)
+    elif layout == "safetensors":
+        write_safetensors(path, bare)
+    elif layout == "among other networks in safetensors":
+        write_safetensors(path, state | {"model.diffusion_model.out.2.bias": torch.zeros(4)})
+    elif layout == "vae.":
+        write_safetensors(path, {f"vae.{key}": x for key, x in bare.items()} | {"unet.x": torch.zeros(4)})
+    elif layout == "bin":
+        torch.save(diffusers_state(state, True, True), path)
+    else:
+        torch.save({f"vae.{key}": x for key, x in diffusers_state(state, False, False).items()}, path)
+    found, expected = vae.VAE(SMALL.vae), vae.VAE(SMALL.vae)
+    released.load_part(found, "vae", path)
+    assert ("keys of other networks" in capsys.readouterr().out) == (layout in (
+        "with what it was trained with", "among other networks in safetensors", "vae."))
+    released.load_part(expected, "vae", files["vae"])
+    assert same(found, expected)
+
+
 def test_converted_file_is_the_same_model(small, tmp_path):
     files, _ = small
     direct = released_model(files)

@@ -147,6 +147,39 @@ def test_records_of_several_sequences_may_be_mixed(tree):
     assert frame_numbers(tree, "thing", "a") == [12, 9, 6, 3] and frame_numbers(tree, "thing", "b") == [3, 6, 9]
 
 
+@pytest.mark.parametrize("write", [
+    lambda x: x // 255, lambda x: x * np.uint16(257), lambda x: np.dstack([x, 0 * x, x])])
+def test_masks_of_other_programs(tree, write):
+    """Zeros and ones, sixteen bits, a color."""
+    expected = load_sequence(tree, "thing", "a", 32)
+    for file in (tree / "thing/a/masks").iterdir():
+        Image.fromarray(write(np.array(Image.open(file)))).save(file)
+    scene = load_sequence(tree, "thing", "a", 32)
+    assert scene.masks.equal(expected.masks) and scene.images.equal(expected.images)
+
+
+def test_paths_in_another_spelling_of_unicode(tree):
+    """The folder's name has the accent as a character of its own; so come files from a Mac."""
+    file = tree / "thing" / "frame_annotations.jgz"
+    text = gzip.decompress(file.read_bytes()).decode().replace("thing/a/", "thing/\\u00e9/")
+    file.write_bytes(gzip.compress(text.encode()))
+    (tree / "thing/a").rename(tree / "thing/e\u0301")
+    assert len(load_sequence(tree, "thing", "a", 32)) == 4
+
+
+def test_a_frame_listed_twice_counts_once(tree):
+    twice(tree)
+    assert frame_numbers(tree, "thing", "a") == [12, 9, 6, 3]
+
+
+def test_formats_in_upper_case(tree):
+    expected = load_sequence(tree, "thing", "a", 32)
+    file = tree / "thing" / "frame_annotations.jgz"
+    text = gzip.decompress(file.read_bytes()).decode()
+    file.write_bytes(gzip.compress(text.replace("ndc_isotropic", "NDC_ISOTROPIC").encode()))
+    assert load_sequence(tree, "thing", "a", 32).cameras.focal.equal(expected.cameras.focal)
+
+
 def test_only_the_frames_asked_for_are_decoded(tree):
     for number in (3, 9, 12):
         (tree / f"thing/a/images/frame{number:06d}.png").unlink()
@@ -217,8 +250,23 @@ def break_camera(tree: Path, edit):
     break_records(tree, lambda record: edit(record["viewpoint"]))
 
 
+def twice(tree: Path, edit=lambda record: None):
+    """The last record once more, edited."""
+    file = tree / "thing" / "frame_annotations.jgz"
+    records = json.loads(gzip.decompress(file.read_bytes()))
+    again = json.loads(json.dumps(records[-1]))
+    edit(again)
+    file.write_bytes(gzip.compress(json.dumps([*records, again]).encode()))
+
+
 def truncate(file: Path):
     file.write_bytes(file.read_bytes()[:-30])
+
+
+def tag_image(file: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.open(file).save(file, exif=exif)
 
 
 ANNOTATIONS = "thing/frame_annotations.jgz"
@@ -240,11 +288,31 @@ BROKEN = {
         lambda t: (t / ANNOTATIONS).write_bytes(gzip.compress(b'[{"a": 1}, ')), ValueError, "annotations.jgz"),
     "record without image": (lambda t: break_records(t, lambda r: r.pop("image")), ValueError, "record 6 lacks"),
     "camera of 8 numbers": (
-        lambda t: break_camera(t, lambda v: v["R"][0].pop()), ValueError, "camera of frame 12 of 'a'"),
+        lambda t: break_camera(t, lambda v: v["R"][0].pop()), ValueError, "not a camera, .*frame 12 of 'a'"),
     "camera of 13 numbers": (
         lambda t: break_camera(t, lambda v: v["T"].append(float("nan"))), ValueError, "frame 12 of 'a'"),
     "camera not finite": (
         lambda t: break_camera(t, lambda v: v.update(T=[0, 0, np.nan])), ValueError, "frame 12 of 'a'"),
+    "mask of labels": (
+        lambda t: Image.fromarray(np.repeat(np.uint8([0, 1, 2]), 50)[:, None].repeat(110, 1)).save(t / MASK),
+        ValueError, "masks/frame000012.png: not black and one other color but 0, 1, 2"),
+    "image with an EXIF tag": (lambda t: tag_image(t / IMAGE), ValueError, "frame000012.png: an EXIF tag turns it"),
+    "R scaled": (lambda t: break_camera(t, lambda v: v.update(R=(2 * np.array(v["R"])).tolist())), ValueError,
+                 "annotations.jgz: R: no rotation and shift: it scales .*frame 12 of 'a'"),
+    "R mirrored": (lambda t: break_camera(t, lambda v: v.update(R=(-np.array(v["R"])).tolist())), ValueError,
+                   "annotations.jgz: R: a reflection"),
+    "R of ones": (lambda t: break_camera(t, lambda v: v.update(R=[[1, 1, 1]] * 3)), ValueError, "R: no rotation"),
+    "negative focal length": (lambda t: break_camera(t, lambda v: v.update(focal_length=[-3, 3])), ValueError,
+                              "annotations.jgz: focal_length: -192, 192 pixels"),
+    "focal length in pixels": (lambda t: break_camera(t, lambda v: v.update(focal_length=[300, 300])), ValueError,
+                               "focal_length: .*another unit"),
+    "focal length of 1e-30": (lambda t: break_camera(t, lambda v: v.update(focal_length=[1e-30, 2])), ValueError,
+                              "focal_length"),
+    "huge numbers": (lambda t: break_camera(t, lambda v: v.update(T=[0, 0, 10**400])), ValueError, "not a camera"),
+    "format of another type": (
+        lambda t: break_camera(t, lambda v: v.update(intrinsics_format=3)), ValueError, "annotations.jgz: .*format 3"),
+    "a frame twice, differently": (lambda t: twice(t, lambda r: r["viewpoint"].update(T=[0, 0, 7])), ValueError,
+                                   "annotations.jgz: record 7: another frame 12 of 'a'"),
     "unknown format": (
         lambda t: break_camera(t, lambda v: v.update(intrinsics_format="mm")), ValueError, "format 'mm'"),
     "broken set list": (

@@ -72,7 +72,7 @@ def spoil(name, value, at=None):
     (spoil("images", np.ones((1, 80, 96, 3))), "images: 1 of them; a scene needs two or more"),
     (spoil("masks", np.ones((6, 96, 80))), "masks[0]: its shape is (96, 80) instead of (80, 96), that of its image"),
     (spoil("masks", np.ones((5, 80, 96))), "masks: 5 of them for 6 images"),
-    (spoil("masks", np.zeros((6, 80, 96))), "masks[0]: empty"),
+    (spoil("masks", np.zeros((6, 80, 96))), "masks[0]: the mask is empty"),
     (spoil("R", np.ones((6, 4, 4))), "R: its shape is (6, 4, 4) instead of (6, 3, 3)"),
     (spoil("R", 2.0, (3, 1, 1)), "R[3]: no rotation"),
     (spoil("R", -arrays()["R"]), "R[0]: a reflection"),

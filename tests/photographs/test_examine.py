@@ -107,6 +107,23 @@ def test_a_misfit_is_given_up_where_it_is_clearly_worse(scene):
     assert silhouettes.misfit(found, wrong, 0.99 * total) is None
 
 
+def test_inverted_masks_do_not_fit(scene):
+    """Whatever of the square is a picture; an object that fills few of the pictures is no mistake."""
+    assert "inverted" not in " ".join(examine.examine(scene).lines)
+    for rows in (96, 70):
+        valid = torch.zeros_like(scene.masks)
+        valid[:, :, :rows, :80] = 1
+        found = examine.examine(replace(scene, masks=(1 - scene.masks) * valid, valid=valid))
+        assert not found.fits and found.mistake is None
+        assert "6 of 6 masks are white along the border: probably inverted" in found.lines[-1]
+
+
+def test_cameras_at_one_place_are_named(scene):
+    cameras = replace(scene.cameras, R=scene.cameras.R[:1].expand(6, 3, 3), T=scene.cameras.T[:1].expand(6, 3))
+    with pytest.raises(ValueError, match="balls: all cameras are at one place"):
+        examine.examine(replace(scene, cameras=cameras))
+
+
 def test_an_empty_mask_is_named(scene):
     empty = replace(scene, masks=scene.masks * torch.tensor([1.0, 0, 1, 1, 1, 1])[:, None, None, None])
     with pytest.raises(ValueError, match="p1.png: its mask is empty"):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from photographs.capture import load_pictures
-from photographs.colmap import find_model, read_model
+from photographs.colmap import find_models, read_model
 from photographs.reading import read_capture
 from photographs.shots import CONVENTIONS, Convention, world_to_view
 from tests.support import captures
@@ -195,7 +195,7 @@ def test_names_that_lead_nowhere_or_out(tmp_path):
     broken(tmp_path, "mask_path", "x.png", frame=1)
     refused(tmp_path, "x.png: no such file", kind=FileNotFoundError)
     broken(tmp_path, "file_path", "images/000.png", frame=1)
-    refused(tmp_path, "photograph", "000.png is listed 2 times")
+    refused(tmp_path, "2 photographs have the same name, images_000.png")
 
 
 @pytest.mark.parametrize("write", [write_transforms, write_colmap])
@@ -249,7 +249,8 @@ def test_matrices_that_are_no_poses(tmp_path):
     big[:3, :3] *= 1.5
     mirrored[:, 1] *= -1
     sheared[3, 0] = 0.1
-    cases |= {"not finite": [nan.tolist()], "scales or shears": [big.tolist(), sheared.tolist()],
+    cases |= {"not finite": [nan.tolist()], "scales or shears": [big.tolist()],
+              "its last row is": [sheared.tolist(), good.T.tolist()],
               "a reflection": [mirrored.tolist(), good[[0, 2, 1, 3]].tolist()]}
     for words, matrices in cases.items():
         for matrix in matrices:
@@ -267,14 +268,185 @@ def test_matrices_that_are_no_poses(tmp_path):
     assert (R - SHOOT.R[1]).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("place", ["frames", "top"])
+def test_nerfstudios_list_of_distortion(tmp_path, place):
+    """[k1, k2, k3, k4, p1, p2] of a frame goes before what all have."""
+    listed = [-0.2, 0.05, 0, 0, 0.001, 0.002]
+    file = write_transforms(tmp_path, SHOOT) / "transforms.json"
+    content = json.loads(file.read_text())
+    for numbers in content["frames"] if place == "frames" else [content]:
+        numbers["distortion_params"] = listed
+    file.write_text(json.dumps(content))
+    for shot in read_capture(tmp_path).shots:
+        assert shot.distortion.tolist() == [-0.2, 0.05, 0.001, 0.002]
+    for wrong, words in (([0.1, 0, 0, 0], "k1, k2, k3, k4, p1, p2"), ("no", "k1, k2"), ([0, 0, 0.1, 0, 0, 0], "k3"),
+                         ([0, 0, 0, 0, 0, "x"], "p2")):
+        numbers["distortion_params"] = wrong
+        file.write_text(json.dumps(content))
+        refused(tmp_path, "transforms.json", "distortion_params" if wrong == "no" else "", words)
+
+
+def test_a_frames_own_focal_length_goes_first(tmp_path):
+    """Whatever key it has, and for both axes."""
+    file = write_transforms(tmp_path, SHOOT) / "transforms.json"
+    content = json.loads(file.read_text())
+    content["frames"][1]["camera_angle_x"] = 2 * math.atan(12 / 50)
+    content["frames"][2]["fl_x"] = 40
+    file.write_text(json.dumps(content))
+    focal = [shot.focal.tolist() for shot in read_capture(tmp_path).shots]
+    assert focal == [[30, 30], pytest.approx([50, 50]), [40, 40]]
+
+
+@pytest.mark.parametrize("lists, inputs, targets", [
+    ({"train": [1, 2], "test": [0], "val": [0]}, [1, 2], [0]), ({"train": [0, 2, 3]}, [0, 2, 3], [1, 4, 5]),
+    ({"test": [5]}, [0, 1, 2, 3, 4], [5]), ({"val": [2, 3]}, [0, 1, 4, 5], [2, 3]),
+    ({"train": [0, 1], "val": [2], "test": []}, [0, 1], [2]),
+    ({"train": [0, 1], "val": [2], "test": [3]}, [0, 1], [3]),
+    ({"train": [], "test": None}, None, None)])
+def test_nerfstudios_lists_of_inputs_and_targets(tmp_path, lists, inputs, targets):
+    shoot = balls(6, 24, 18, (30.0, 30.0))
+    names = {f"{part}_filenames": x and [f"./images/{i:03d}.png" for i in x] for part, x in lists.items()}
+    found = read_capture(write_transforms(tmp_path, shoot, **names))
+    if inputs is None:
+        assert found.inputs is found.targets is None and len(found.shots) == 6
+        return
+    assert [found.shots[i].name for i in found.inputs] == [f"{i:03d}.png" for i in inputs]
+    assert [found.shots[i].name for i in found.targets] == [f"{i:03d}.png" for i in targets]
+    assert len(found.shots) == len(inputs + targets)
+
+
+def test_lists_that_contradict_the_frames(tmp_path):
+    refused(write_transforms(tmp_path, SHOOT, train_filenames=["images/7.png"]), "transforms.json", "images/7.png")
+    refused(write_transforms(tmp_path, SHOOT, train_filenames=["images/000.png"], test_filenames=["images/000.png"]),
+            "transforms.json: 'images/000.png' is in train_filenames and in another list")
+    refused(write_transforms(tmp_path, SHOOT, test_filenames=3), "transforms.json", "'3'")
+
+
+def test_numbers_in_other_units(tmp_path):
+    """Principal points and focal lengths in widths of the picture, millimeters, degrees."""
+    for key, value, words in (("cx", 0.5, ""), ("fl_x", 1.39, "another unit"), ("fl_x", 1e-300, "another unit"),
+                              ("fl_x", 30000.0, "another unit"), ("fl_y", 1.39, "another unit")):
+        more = {"cy": 0.5} if key == "cx" else {}
+        broken(tmp_path, key, value, **more)
+        content = json.loads((tmp_path / "transforms.json").read_text())
+        (tmp_path / "transforms.json").write_text(json.dumps(content | more))
+        refused(tmp_path, "transforms.json: frame 0: ", key, words)
+    for cx, cy in ((0.0, 0.0), (-0.01, 0.02)):
+        (tmp_path / "transforms.json").write_text(json.dumps(content | {"fl_y": 30.0, "cx": cx, "cy": cy}))
+        refused(tmp_path, "frame 0: cx, cy", "the picture's corner")
+
+
+@pytest.mark.parametrize("row", [[0, 0, 1e-16, 1], [0, 0, 0, 1.0000000000000002], [1e-7, 0, -0.0, 0.9999999]])
+def test_last_rows_up_to_rounding(tmp_path, row):
+    file = write_transforms(tmp_path, SHOOT) / "transforms.json"
+    content = json.loads(file.read_text())
+    for frame in content["frames"]:
+        frame["transform_matrix"][3] = row
+    file.write_text(json.dumps(content))
+    assert read_capture(tmp_path).matrices()[:, 3].tolist() == [[0, 0, 0, 1]] * 3
+
+
+# ---------------------------------------------------------------------------------------------- names of files
+
+@pytest.mark.parametrize("listed, there", [
+    ("images/IMG_1", "images/IMG_1.JPG"), ("images/IMG_1.jpg", "images/IMG_1.JPG"), ("IMAGES/IMG_1", "images/IMG_1.png"),
+    ("images/\u00e9", "images/e\u0301.png"), ("images/e\u0301.png", "images/\u00e9.png"),
+    ("\u00e9/1.png", "e\u0301/1.png"), ("images\\1", "images/1.JPEG")])
+def test_files_in_another_spelling(tmp_path, listed, there):
+    """Endings left out and in any case; both forms of Unicode, in files and in folders; the names are a keyboard's."""
+    file = write_transforms(tmp_path, SHOOT) / "transforms.json"
+    content = json.loads(file.read_text())
+    content["frames"][0]["file_path"] = listed
+    file.write_text(json.dumps(content))
+    (tmp_path / there).parent.mkdir(exist_ok=True)
+    (tmp_path / "images/000.png").rename(tmp_path / there)
+    shot = read_capture(tmp_path).shots[0]
+    assert shot.file == tmp_path / there and shot.name == Path(there).name.replace("e\u0301", "\u00e9")
+
+
+@pytest.mark.parametrize("mask", ["masks/000.PNG", "Masks/000.png", "masks/000_Mask.png", "masks/images/000.Png"])
+def test_masks_in_another_case(tmp_path, mask):
+    write_transforms(tmp_path, SHOOT, "masks/{1}.png")
+    folder = (tmp_path / "masks").rename(tmp_path / Path(mask).parts[0])
+    (tmp_path / mask).parent.mkdir(exist_ok=True)
+    (folder / "000.png").rename(tmp_path / mask)
+    assert read_capture(tmp_path).shots[0].mask == tmp_path / mask
+
+
+def test_one_mask_for_several_photographs(tmp_path):
+    """Of many cameras, whose photographs have the same name; and the same `mask_path` in all frames."""
+    names = [f"cam{i}/0001" for i in range(3)]
+    paths = captures.write_pictures(tmp_path, SHOOT, "masks/{1}.png", names=names)
+    write_transforms(tmp_path, SHOOT, paths=paths)
+    refused(tmp_path, "3 photographs have the same mask", "masks/0001.png")
+    for name, rgba in zip(names, SHOOT.rgba):
+        (tmp_path / "masks" / name).parent.mkdir()
+        Image.fromarray(np.ascontiguousarray(rgba[..., 3])).save(tmp_path / f"masks/{name}.png")
+    assert len({shot.mask for shot in read_capture(tmp_path).shots}) == 3
+    (tmp_path / "b").mkdir()
+    write_transforms(tmp_path / "b", SHOOT, "masks/{1}.png")
+    content = json.loads((tmp_path / "b/transforms.json").read_text())
+    for frame in content["frames"]:
+        frame["mask_path"] = "masks/001.png"
+    (tmp_path / "b/transforms.json").write_text(json.dumps(content))
+    refused(tmp_path / "b", "3 photographs have the same mask", "masks/001.png")
+
+
 # ---------------------------------------------------------------------------------------------- COLMAP
+
+@pytest.mark.parametrize("points", ["none", "empty", "filled", "some", "commented"])
+def test_lines_of_points_may_be_left_out(tmp_path, points):
+    """Wholly, or of some images; blank lines and comments stand anywhere."""
+    write_colmap(tmp_path, balls(6, 24, 18, (30.0, 30.0)), binary=False)
+    file = tmp_path / "sparse/0/images.txt"
+    images = [line for line in file.read_text().splitlines() if line.endswith(".png")]
+    rows = {"none": [], "empty": [""], "filled": ["10.5 11.5 -1 1e1 3 7\r"], "commented": ["# points", "1 2 -1", ""]}
+    lines = ["# Image list"]
+    for i, image in enumerate(images):
+        lines += [image, *rows.get(points, [["1 2 3"], [], [""]][i % 3])]
+    file.write_text("\n".join(lines) + "\n")
+    assert len(read_capture(tmp_path).shots) == 6
+
+
+def test_the_largest_of_several_models(tmp_path):
+    """COLMAP numbers what it cannot connect. A line says which one it is."""
+    write_colmap(tmp_path, SHOOT.at([0, 1]), place="sparse/0")
+    write_colmap(tmp_path, SHOOT, place="sparse/1", binary=False)
+    found = read_capture(tmp_path)
+    assert len(found.shots) == 3 and "text (sparse/1, the largest of 2 models)" in found.source
+    (tmp_path / "sparse/0").rename(tmp_path / "away")
+    assert len(read_capture(tmp_path).shots) == 3 and "largest" not in read_capture(tmp_path).source
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_byte_order_marks(tmp_path, encoding):
+    write_colmap(tmp_path, SHOOT, binary=False, points=[[1, 2, 3]])
+    for file in (tmp_path / "sparse/0").iterdir():
+        file.write_text(file.read_text(), encoding=encoding)
+    assert len(read_capture(tmp_path).shots) == 3
+
+
+@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize("name", ["IMG  1", "a b/c  (2)", "\u00fc", "12 34"])
+def test_names_of_images(tmp_path, binary, name):
+    write_colmap(tmp_path, SHOOT, binary=binary, names=[name, "b", "c"])
+    assert Path(name).name + ".png" in [shot.name for shot in read_capture(tmp_path).shots]
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_names_that_are_not_utf8(tmp_path, binary):
+    write_colmap(tmp_path, SHOOT, binary=binary, names=["\u00fc", "b", "c"])
+    file = next((tmp_path / "sparse/0").glob("images.*"))
+    file.write_bytes(file.read_bytes().replace("\u00fc".encode(), b"\xfc"))
+    refused(tmp_path, file, "xfc", "not UTF-8")
+
 
 @pytest.mark.parametrize("binary", [True, False])
 @pytest.mark.parametrize("place", ["sparse/0", "sparse", "colmap/sparse/0", "."])
 def test_places_and_points_of_a_model(tmp_path, binary, place):
     points = [[0.1, 0.2, 0.3], [1e5, -2.0, 3.25]]
     write_colmap(tmp_path, SHOOT, "RADIAL", binary, points, place=place, names=["b/2 x", "a", "b/1"])
-    assert find_model(tmp_path) == tmp_path / place
+    assert find_models(tmp_path) == [tmp_path / place]
     frames, found, kind = read_model(tmp_path / place)
     assert found.tolist() == points and kind == ("binary" if binary else "text")
     assert [frame.name for frame in frames] == ["a.png", "b/1.png", "b/2 x.png"]
@@ -311,9 +483,11 @@ def test_models_of_cameras_that_cannot_be_undone(tmp_path):
     write_colmap(tmp_path / "t", SHOOT, binary=False)
     for line, words in (("7 FOV 24 18 1 2 3 4 5", "FOV is none of"), ("7 PINHOLE 24 18 1 2", "4 parameters"),
                         ("7 PINHOLE 24 x 1 2 3 4", "line 1"), ("7 PINHOLE 24", "line 1: 3 words"),
-                        ("7 PINHOLE 0 18 1 2 3 4", "0 x 18 pixels")):
+                        ):
         (tmp_path / "t/sparse/0/cameras.txt").write_text(line)
         refused(tmp_path / "t", "cameras.txt, line 1", words)
+    (tmp_path / "t/sparse/0/cameras.txt").write_text("7 PINHOLE 0 18 1 2 3 4")
+    refused(tmp_path / "t", "image '000.png'", "0 x 18 pixels")
     (tmp_path / "t/sparse/0/cameras.txt").write_text("7 PINHOLE 24 18 nan 2 3 4")
     refused(tmp_path / "t", "image '000.png'", "not finite")
 
@@ -341,8 +515,8 @@ def test_images_of_a_model_that_make_no_sense(tmp_path):
     refused(tmp_path, "image '000.png'", "not finite")
     with_line("1 1 0 0 000.png")
     refused(tmp_path, "images.txt, line 1: 5 words")
-    file.write_bytes(b"\xff\xfe\x00\x01")
-    refused(tmp_path, "images.txt: not a text file")
+    file.write_bytes(b"# caf\xc3\xa9\n# caf\xe9\n")
+    refused(tmp_path, "images.txt: b'# caf\\xe9': not UTF-8")
     file.write_text("# nothing\n")
     refused(tmp_path, "no image")
     (tmp_path / "sparse/0/cameras.txt").unlink()

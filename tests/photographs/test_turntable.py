@@ -62,6 +62,9 @@ def test_what_is_there_is_not_replaced(tmp_path):
     photographs(tmp_path / "images", 1)
     with pytest.raises(ValueError, match="1 photographs"):
         turntable.write_transforms(tmp_path, 50, 20)
+    (tmp_path / "images/00.png").rename(tmp_path / "images/00.PNG")
+    with pytest.raises(ValueError, match="1 photographs"):
+        turntable.write_transforms(tmp_path, 50, 20)
     (tmp_path / "transforms.json").write_text("mine")
     with pytest.raises(FileExistsError, match="already"):
         turntable.write_transforms(tmp_path, 50, 20)
