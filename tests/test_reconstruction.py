@@ -254,7 +254,7 @@ def half_done(tmp_path_factory):
     """The state of a run that was interrupted after four iterations."""
     file = tmp_path_factory.mktemp("half") / "field.pt"
     with pytest.MonkeyPatch.context() as m, pytest.raises(processes.Interrupted), processes.stoppable():
-        interrupt(m, Distillation, "distillation_loss", 0)
+        interrupt(m, Distillation, "distillation_loss", 0, signal.SIGTERM)
         reconstruct(ball(3, 32), [0, 1], tiny_model(), SHORT, checkpoint=Checkpoint(file))
     return torch.load(file, weights_only=True)
 
