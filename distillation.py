@@ -415,7 +415,7 @@ class Distillation:
         parts = {name: getattr(self, name).state_dict() for name in ("field", "occupancy", "exposures")}
         return parts | {
             "optimizer": self.optimization.state_dict(),
-            "targets": self.targets,
+            "targets": {i: x_hat.clone() for i, x_hat in self.targets.items() if i >= self.completed},
             "completed": self.completed,
             "seconds": self.seconds,
         }

@@ -155,7 +155,10 @@ def reconstruct(scene: Scene, inputs: list[int], model: SparseFusion | None = No
     where it stopped. The scene's tensors and the model's are on one device. Raises `ValueError` where no part of space
     lies in every mask.
     """
-    config = (config or PRESETS["plain" if model is None else model.preset.name]).fitted(len(inputs))
+    name = "plain" if model is None else model.preset.name
+    if config is None and name not in PRESETS:
+        raise ValueError(f"{name!r} is no preset of a distillation, so a config must be given")
+    config = (config or PRESETS[name]).fitted(len(inputs))
 
     # The scene in the object frame, in the field's unit.
     unit = field_unit(scene.cameras, config, model)

@@ -382,7 +382,7 @@ def noised(x0: Tensor, log_snr: Tensor, noise_levels: Sequence[float], randn: Ca
     if all(kept):
         return x0
     z = q_sample(x0, log_snr, randn())
-    return torch.where(as_factor(torch.tensor(kept, device=x0.device), x0), x0, z)
+    return torch.where(as_factor(torch.tensor(kept, device=x0.device), x0), x0, z) if any(kept) else z
 
 
 def step(z: Tensor, x0: Tensor, log_snr_t: Tensor, log_snr_s: Tensor, last: Tensor, draw: Tensor | None,

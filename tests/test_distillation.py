@@ -296,6 +296,7 @@ def test_a_longer_run_denoises_what_the_shorter_one_did_not():
     short.run()
     assert list(short.targets) == [3, 4, 5]
     longer = Distillation(ball(2, 32), replace(config, iterations=16), 7, prior(model))
+    assert not short.state_dict()["targets"]  # all of them are used
     longer.load_state_dict(short.state_dict())
     longer.run()
     assert [len(images) for images in model.images] == [3, 5, 5] and list(longer.targets) == [11, 12, 13, 14, 15]
