@@ -44,7 +44,9 @@ class Annotations:
     """The usable frames of a category: those with a mask of more than one pixel and a camera."""
 
     def __init__(self, folder: Path):
-        self.archive = _open_archive(folder.resolve(), _stamp(folder))
+        # A cached file is known by names, dates and sizes of its sources: reading their content is what it saves.
+        stamp = [FORMAT, *map(date_and_size, _sources(folder))]
+        self.archive = _open_archive(folder.resolve(), json.dumps(stamp).encode())
 
     def sequences(self, split: str | None = None) -> list[str]:
         """Names of all sequences, or of those with frames in the split, sorted."""
@@ -72,12 +74,6 @@ def _sources(folder: Path) -> list[Path]:
     """The annotations of a category, then its set lists."""
     set_lists = (folder / "set_lists").glob("set_lists_*.json")
     return [folder / ANNOTATIONS_FILE, *sorted(set_lists)]
-
-
-def _stamp(folder: Path) -> bytes:
-    """Names, dates and sizes of a category's sources: what a cached file was made from. Raises `OSError`."""
-    # Not their content: reading that is what the cache saves.
-    return json.dumps([FORMAT, *map(date_and_size, _sources(folder))]).encode()
 
 
 def date_and_size(path: Path) -> list:
@@ -119,6 +115,7 @@ def _pack(folder: Path, stamp: bytes) -> bytes:
 
     # Frames wait as text: as Python objects those of a whole category would take gigabytes. One listed twice is one.
     frames = defaultdict(dict)
+    numbers = {}
     for i, record in enumerate(_records(annotations)):
         try:
             frame = _usable_frame(record, splits)
@@ -127,8 +124,9 @@ def _pack(folder: Path, stamp: bytes) -> bytes:
                              "or mask.path") from None
         if frame is not None:
             text = json.dumps(frame)
-            if frames[frame.sequence].setdefault(frame.number, text) != text:
-                raise ValueError(f"{annotations}: record {i}: another frame {frame.number} of {frame.sequence!r}")
+            again = numbers.setdefault((frame.sequence, frame.image), frame.number) != frame.number
+            if again or frames[frame.sequence].setdefault(frame.number, text) != text:
+                raise ValueError(f"{annotations}: record {i}: frame {frame.number} of {frame.sequence!r} was another")
 
     # A member a sequence: one is read without the others.
     content = io.BytesIO()

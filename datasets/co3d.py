@@ -29,7 +29,7 @@ from torch import Tensor
 
 from cameras import Cameras, Scene
 from datasets.annotations import ANNOTATIONS_FILE, Annotations, Frame, date_and_size
-from datasets.crop import Crop, check_focal, check_rotation, crop_and_resize, pixel_camera, scene_of_crops
+from datasets.crop import Crop, check_lens, check_rotation, crop_and_resize, pixel_camera, scene_of_crops
 from datasets.pictures import find_file, open_picture, orientation, pixels, read_mask
 
 SHAPES = {"R": (3, 3), "T": (3,), "focal_length": (2,), "principal_point": (2,)}  # what a camera has
@@ -173,7 +173,7 @@ def _parse_camera(viewpoint: dict, height: int, width: int) -> Cameras:
     check_rotation(R, "R")
     units = viewpoint.get("intrinsics_format", "ndc_norm_image_bounds")
     camera = pixel_camera(Cameras(R, T, focal, principal), units, height, width)
-    check_focal(camera.focal, width, height, "focal_length")
+    check_lens(camera.focal.tolist(), camera.principal.tolist(), (width, height), "focal_length, principal_point")
     return camera
 
 

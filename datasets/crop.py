@@ -75,11 +75,13 @@ def check_rotation(R: Tensor, where: str) -> None:
         raise ValueError(f"{where}: a reflection (determinant -1): one axis of view or world points the wrong way")
 
 
-def check_focal(focal: Tensor, width: float, height: float, where: str) -> None:
-    """Raises `ValueError` for focal lengths (2,), pixels, that no photograph of this size has."""
-    low, high = (side * max(width, height) for side in FOCAL)
-    if not low <= focal.min() <= focal.max() <= high:
-        raise ValueError(f"{where}: {focal[0]:g}, {focal[1]:g} pixels, not within {low:g} and {high:g}: another unit?")
+def check_lens(focal: list[float], principal: list[float], sides: tuple[float, float], where: str) -> None:
+    """Raises `ValueError` for a focal length or principal point (x, y), pixels, that no photograph with such sides has:
+    their units are others, or the point counts from another corner.
+    """
+    low, high = (factor * max(sides) for factor in FOCAL)
+    if not low <= min(focal) <= max(focal) <= high or not 1 < max(map(abs, principal)) <= high:
+        raise ValueError(f"{where}: {[*focal, *principal]} are no pixels of {sides[0]:g} x {sides[1]:g}; another unit?")
 
 
 def crop_and_resize(image: np.ndarray, mask: np.ndarray, camera: Cameras, size: int) -> Crop:

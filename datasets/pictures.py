@@ -16,15 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 # Of Pillow's readers these and no others: a file's name does not say which it needs, and some start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
-LOSSY = ("JPEG", "WEBP")
-ORIENTATION = 0x0112  # EXIF's tag: 1 is upright, from 5 on rows are columns
+CODE = np.array([1 << 16, 1 << 8, 1])  # times a color: one number
 CLEAR = 0.005         # part of an alpha channel that is transparent at least, if it is a mask
 FEW = 16              # colors of a picture with labels, at most; masks with soft edges have more, or no areas of them
+LOOK = 1024           # pixels a side, at most, in which areas are looked for
 BORDER = 0.8          # part of a picture's border in its mask, from which on the mask is probably inverted
 AREA = 5              # pixels a side of a square of one color that no soft edge has
 
@@ -71,9 +71,11 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def orientation(picture: Image.Image) -> int:
-    """EXIF's orientation of an open picture, 1 to 8: how its pixels are to be turned or mirrored. 1: as they are."""
+    """EXIF's orientation of an open picture: 1 is upright, up to 4 it is mirrored or upside down, from 5 on rows are
+    columns.
+    """
     try:
-        return int(picture.getexif().get(ORIENTATION) or 1)
+        return int(picture.getexif().get(ExifTags.Base.Orientation) or 1)
     except Exception:  # broken tags raise nearly anything
         return 1
 
@@ -106,7 +108,6 @@ def read_mask(file: Path, turned: bool = False) -> np.ndarray:
     Raises `ValueError` for labels of several objects.
     """
     with open_picture(file) as picture:
-        lossy = picture.format in LOSSY
         alpha = alpha_mask(picture, file, turned)
         if alpha is not None:
             return alpha
@@ -114,16 +115,17 @@ def read_mask(file: Path, turned: bool = False) -> np.ndarray:
 
     # Many colors are a soft mask.
     gray = np.maximum(np.maximum(colors[..., 0], colors[..., 1]), colors[..., 2])
-    few = None if lossy else Image.fromarray(colors).getcolors(FEW)
+    few = None if picture.format in ("JPEG", "WEBP") else Image.fromarray(colors).getcolors(FEW)
     if few is None:
         return gray
 
     # Few ones are labels, but for those of soft edges, which fill no area. Black and one other label are a mask.
-    labels = {(red << 16) + (green << 8) + blue for _, (red, green, blue) in few}
+    labels = {int(color @ CODE) for color in np.array([color for _, color in few])}
     if len(few) > 2:
-        codes = torch.from_numpy(colors @ np.array([1 << 16, 1 << 8, 1])).float()[None]
+        step = 1 + max(gray.shape) // LOOK
+        codes = torch.from_numpy(colors[::step, ::step] @ CODE).float()[None]
         area = F.max_pool2d(codes, AREA, 1, AREA // 2) == -F.max_pool2d(-codes, AREA, 1, AREA // 2)
-        brightest = codes.flatten()[gray.argmax()]
+        brightest = colors.reshape(-1, 3)[gray.argmax()] @ CODE
         labels = {int(code) for code in [*codes[area].unique(), brightest]}
     if len(labels - {0}) > 1:
         values = ", ".join(f"{code:06x}" if code % 0x010101 else f"{code % 256}" for code in sorted(labels))

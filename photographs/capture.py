@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,15 +26,14 @@ from cameras import Scene
 from common.progress import Progress
 from datasets.annotations import date_and_size
 from datasets.crop import MASK_THRESHOLD, Box, box_of_crop, box_of_mask
-from datasets.pictures import alpha_mask, inverted, open_picture, pixels, read_mask
+from datasets.pictures import LOOK, alpha_mask, inverted, open_picture, pixels, read_mask
 from photographs.normalization import normalization
 from photographs.reading import Photographs
 from photographs.shots import Shot
 from volume import MASK_GAP
 
 COVERED = 0.995  # part of a photograph that a mask covers at most
-LOOK = 512       # pixels a side, at most, in which a mask's border is looked at
-GRAY = 0.5       # part of a mask that may be neither black nor white, of what is not black
+GRAY = 0.6       # part of a mask that may be neither black nor white, of what is not black
 
 
 # ---------------------------------------------------------------------------------------------- what others call
@@ -202,8 +202,9 @@ def _decode(shot: Shot) -> Tensor:
     if mask is None:
         raise ValueError(f"{shot.mask}: no mask: its alpha channel is opaque everywhere, and masks/ has no file for it")
 
-    # Whatever number stands for the object.
-    probability = torch.from_numpy(mask).float() / max(mask.max(), 1)
+    # Whatever number stands for the object: without white, what most of it has.
+    full = 255 if mask.max() in (0, 255) else np.median(mask[mask > mask.max() // 2])
+    probability = (torch.from_numpy(mask).float() / full).clamp(max=1)
     colors = torch.from_numpy(colors).permute(2, 0, 1).float() / 255
     return torch.cat([colors * probability, probability[None], torch.ones_like(probability)[None]])
 

@@ -34,7 +34,7 @@ def find_models(folder: Path) -> list[Path]:
     """Where below a folder the files of models are: `sparse/0`, `sparse/1`, ... and other habits, or the folder itself.
     """
     for base in (folder / "sparse", folder / "colmap/sparse", folder):
-        places = [base] if base == folder else [*sorted(base.glob("*/")), base]
+        places = [*sorted(base.glob("*/")), base]
         found = [place for place in places if (place / "images.bin").is_file() or (place / "images.txt").is_file()]
         if found:
             return found

@@ -41,8 +41,7 @@ def read_split(file: Path) -> tuple[list[Frame], list[Frame] | None]:
     inputs = train or names - test - val
     for name in sorted(inputs & targets):
         raise ValueError(f"{file}: {name!r} is in train_filenames and in another list; no input can be a target")
-    chosen, held_out = ([frame for frame in frames if _plain(frame.name) in names] for names in (inputs, targets))
-    return chosen, held_out
+    return tuple([frame for frame in frames if _plain(frame.name) in names] for names in (inputs, targets))
 
 
 def read_frames(file: Path) -> list[Frame]:

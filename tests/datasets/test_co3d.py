@@ -303,16 +303,20 @@ BROKEN = {
                    "annotations.jgz: R: a reflection"),
     "R of ones": (lambda t: break_camera(t, lambda v: v.update(R=[[1, 1, 1]] * 3)), ValueError, "R: no rotation"),
     "negative focal length": (lambda t: break_camera(t, lambda v: v.update(focal_length=[-3, 3])), ValueError,
-                              "annotations.jgz: focal_length: -192, 192 pixels"),
+                              "annotations.jgz: focal_length, principal_point: .-192.0, 192.0, "),
     "focal length in pixels": (lambda t: break_camera(t, lambda v: v.update(focal_length=[300, 300])), ValueError,
-                               "focal_length: .*another unit"),
+                               "focal_length, .*another unit"),
     "focal length of 1e-30": (lambda t: break_camera(t, lambda v: v.update(focal_length=[1e-30, 2])), ValueError,
                               "focal_length"),
     "huge numbers": (lambda t: break_camera(t, lambda v: v.update(T=[0, 0, 10**400])), ValueError, "not a camera"),
     "format of another type": (
         lambda t: break_camera(t, lambda v: v.update(intrinsics_format=3)), ValueError, "annotations.jgz: .*format 3"),
     "a frame twice, differently": (lambda t: twice(t, lambda r: r["viewpoint"].update(T=[0, 0, 7])), ValueError,
-                                   "annotations.jgz: record 7: another frame 12 of 'a'"),
+                                   "annotations.jgz: record 7: frame 12 of 'a' was another"),
+    "a frame twice, renumbered": (lambda t: twice(t, lambda r: r.update(frame_number=99)), ValueError,
+                                  "annotations.jgz: record 7: frame 99 of 'a' was another"),
+    "principal point in pixels": (lambda t: break_camera(t, lambda v: v.update(principal_point=[640, 480])), ValueError,
+                                  "principal_point: .*another unit"),
     "unknown format": (
         lambda t: break_camera(t, lambda v: v.update(intrinsics_format="mm")), ValueError, "format 'mm'"),
     "broken set list": (

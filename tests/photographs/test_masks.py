@@ -82,6 +82,15 @@ def test_soft_edges_stay(tmp_path, name):
     assert np.abs(scene.masks[0, 0, 8:52].numpy() - SOFT / SOFT.max()).max() < 0.006
 
 
+@pytest.mark.parametrize("value", [255, 250, 127])
+def test_lossy_masks(tmp_path, value):
+    """JPEG's numbers are nearly those that were written, above and below."""
+    folder = written(tmp_path, WHITE)
+    Image.fromarray(ON * np.uint8(value)).save(folder / "masks/000.png", format="JPEG", quality=80)
+    mask = load_pictures(read_capture(folder)).masks[0, 0, 8:52].numpy()
+    assert ((mask > 0.5) == ON).all() and np.median(mask[ON]) > 0.98
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_masks_that_are_named(tmp_path, name):
     mask, words = WRONG[name]

@@ -234,9 +234,12 @@ def test_lenses_that_make_no_sense(tmp_path):
         refused(tmp_path, "frame 0: camera_angle_x", "radians")
     broken(tmp_path, "fl_x", -30.0)
     refused(tmp_path, "frame 0", "not above 0")
-    for key, value in (("camera_model", "OPENCV_FISHEYE"), ("is_fisheye", True), ("k3", 0.1), ("k4", -0.2)):
+    for key, value in (("camera_model", "OPENCV_FISHEYE"), ("is_fisheye", True),
+                       ("ftheta_p0", 0.1), ("camera_model", ["PINHOLE"]), ("k3", 0.1), ("k4", -0.2)):
         broken(tmp_path, key, value, frame=2)
         refused(tmp_path, "frame 2", "undistort the photographs first")
+    broken(tmp_path, "camera_model", "pinhole")
+    assert len(read_capture(tmp_path).shots) == 3
     broken(tmp_path, "w", 18, frame=2)
     refused(tmp_path, "frame 2", "18 x 18 pixels", "002.png has 24 x 18", "EXIF")
 
@@ -333,7 +336,7 @@ def test_numbers_in_other_units(tmp_path):
         refused(tmp_path, "transforms.json: frame 0: ", key, words)
     for cx, cy in ((0.0, 0.0), (-0.01, 0.02)):
         (tmp_path / "transforms.json").write_text(json.dumps(content | {"fl_y": 30.0, "cx": cx, "cy": cy}))
-        refused(tmp_path, "frame 0: cx, cy", "the picture's corner")
+        refused(tmp_path, "frame 0: fl_x, fl_y, cx, cy: [30.0, 30.0, ", "another unit")
 
 
 @pytest.mark.parametrize("row", [[0, 0, 1e-16, 1], [0, 0, 0, 1.0000000000000002], [1e-7, 0, -0.0, 0.9999999]])
@@ -349,7 +352,8 @@ def test_last_rows_up_to_rounding(tmp_path, row):
 # ---------------------------------------------------------------------------------------------- names of files
 
 @pytest.mark.parametrize("listed, there", [
-    ("images/IMG_1", "images/IMG_1.JPG"), ("images/IMG_1.jpg", "images/IMG_1.JPG"), ("IMAGES/IMG_1", "images/IMG_1.png"),
+    ("images/IMG_1", "images/IMG_1.JPG"), ("images/IMG_1.jpg", "images/IMG_1.JPG"),
+    ("IMAGES/IMG_1", "images/IMG_1.png"),
     ("images/\u00e9", "images/e\u0301.png"), ("images/e\u0301.png", "images/\u00e9.png"),
     ("\u00e9/1.png", "e\u0301/1.png"), ("images\\1", "images/1.JPEG")])
 def test_files_in_another_spelling(tmp_path, listed, there):
@@ -414,7 +418,9 @@ def test_the_largest_of_several_models(tmp_path):
     write_colmap(tmp_path, SHOOT, place="sparse/1", binary=False)
     found = read_capture(tmp_path)
     assert len(found.shots) == 3 and "text (sparse/1, the largest of 2 models)" in found.source
-    (tmp_path / "sparse/0").rename(tmp_path / "away")
+    (tmp_path / "sparse/0").rename(tmp_path / "sparse_away")
+    for file in (tmp_path / "sparse_away").iterdir():
+        file.unlink()
     assert len(read_capture(tmp_path).shots) == 3 and "largest" not in read_capture(tmp_path).source
 
 
