@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +145,16 @@ def safe_name(name: str) -> str:
     digits = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
     spelled = spelled.replace(".", "_")
     return f"{spelled}_{digits}"
+
+
+def below(root: Path, name: object, where: str | Path) -> Path:
+    """A path that a file gives, which has to stay below `root`. Raises `ValueError` with `where` it stands."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{where}: {name!r} is no name of a file")
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or ":" in path.as_posix().partition("/")[0]:
+        raise ValueError(f"{where}: {name!r} leads out of the folder {root}")
+    return root / path
 
 
 def check_weights(weights: dict[str, Tensor], module: nn.Module) -> None:

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cameras import Cameras, Scene
+from common import files
 from datasets.annotations import ANNOTATIONS_FILE, Annotations, Frame, date_and_size
 from datasets.crop import Crop, check_lens, check_rotation, crop_and_resize, pixel_camera, scene_of_crops
 from datasets.pictures import find_file, open_picture, orientation, pixels, read_mask
@@ -139,7 +140,12 @@ class _Tree(Annotations):
         """
         frames = {frame.number: frame for frame in self.frames(sequence)}
         chosen = [frames[number] for number in numbers if number in frames]
-        return [x._replace(image=find_file(self.root / x.image), mask=find_file(self.root / x.mask)) for x in chosen]
+        located = []
+        for frame in chosen:
+            image = files.below(self.root, frame.image, self.file)
+            mask = files.below(self.root, frame.mask, self.file)
+            located.append(frame._replace(image=find_file(image), mask=find_file(mask)))
+        return located
 
     def _crop(self, frame: Frame, size: int) -> Crop:
         """One frame, decoded and cut to its object."""

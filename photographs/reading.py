@@ -15,12 +15,13 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from cameras import Cameras
+from common import files
 from datasets.pictures import find_file
 from photographs import colmap, transforms
 from photographs.shots import CONVENTIONS, Convention, Frame, Shot, open_shot, world_to_view
@@ -141,7 +142,7 @@ def _open_shots(folder: Path, root: Path, frames: list[Frame], absent: list[str]
     shots = []
     for frame in frames:
         # The picture, whose ending may be left out, and its mask.
-        path = _below(root, frame.name, f"{frame.where}: file_path")
+        path = files.below(root, frame.name, f"{frame.where}: file_path")
         candidates = [find_file(path.with_name(path.name + ending)) for ending in ("", *ENDINGS)]
         file = next((x for x in candidates if x.is_file()), None)
         if file is None:
@@ -149,7 +150,7 @@ def _open_shots(folder: Path, root: Path, frames: list[Frame], absent: list[str]
             continue
         mask = _find_mask(folder, file)
         if frame.mask is not None:
-            mask = find_file(_below(folder, frame.mask, f"{frame.where}: mask_path"))
+            mask = find_file(files.below(folder, frame.mask, f"{frame.where}: mask_path"))
         name = unicodedata.normalize("NFC", file.relative_to(folder).as_posix())  # as keyboards spell it
         shots.append(open_shot(frame, name, file, mask))
     return shots
@@ -196,16 +197,6 @@ def _picture_root(folder: Path, frames: list[Frame]) -> Path:
         if any(find_file(folder / place / frame.name).is_file() for frame in frames):
             return folder / place
     return folder / PICTURE_FOLDERS[0]
-
-
-def _below(root: Path, name: object, where: str) -> Path:
-    """A path that a file gives, which has to stay below `root`."""
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"{where}: {name!r} is no name of a file")
-    path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or ":" in path.as_posix().partition("/")[0]:
-        raise ValueError(f"{where}: {name!r} leads out of the folder {root}")
-    return root / path
 
 
 def _find_mask(folder: Path, file: Path) -> Path | None:

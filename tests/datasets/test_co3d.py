@@ -444,3 +444,17 @@ def test_real_sequence_is_one_object_in_all_views():
         covered = torch.zeros_like(mask)
         covered[points[:, 1], points[:, 0]] = True
         assert (covered & mask).sum() / (covered | mask).sum() > 0.8
+
+
+@pytest.mark.parametrize("part", ["image", "mask"])
+@pytest.mark.parametrize("path", ["../outside.png", "/etc/hosts", "thing/../../outside.png", "C:/outside.png"])
+def test_pictures_lie_below_the_root(tree, part, path):
+    annotations = tree / "thing" / "frame_annotations.jgz"
+    with gzip.open(annotations, "rt") as file:
+        records = json.load(file)
+    for i, record in enumerate(records):
+        record[part]["path"] = f"{path}{i}"
+    with gzip.open(annotations, "wt") as file:
+        json.dump(records, file)
+    with pytest.raises(ValueError, match="frame_annotations.jgz: .* leads out of the folder"):
+        load_sequence(tree, "thing", "a", 40)
