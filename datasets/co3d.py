@@ -29,7 +29,7 @@ from torch import Tensor
 
 from cameras import Cameras, Scene
 from datasets.annotations import ANNOTATIONS_FILE, Annotations, Frame, date_and_size
-from datasets.crop import Crop, check_focal, check_rotation, crop_and_resize, pixel_camera, scene_of_crops
+from datasets.crop import Crop, check_focal, check_place, check_rotation, crop_and_resize, pixel_camera, scene_of_crops
 from datasets.pictures import find_file, open_picture, orientation, pixels, read_mask
 
 SHAPES = {"R": (3, 3), "T": (3,), "focal_length": (2,), "principal_point": (2,)}  # what a camera has
@@ -90,7 +90,8 @@ def load_sequence(root: str | Path, category: str, sequence: str, size: int = 25
     source = _source(root, category)
     usable = _numbers(source, sequence)
     chosen = usable if frames is None else list(frames)
-    absent = [number for number in chosen if number not in usable]
+    known = set(usable)
+    absent = [number for number in chosen if number not in known]
     if absent:
         raise ValueError(f"{root}/{category}: sequence {sequence!r} has no usable frame {absent[0]}; "
                          f"it has {_some(usable)}")
@@ -171,6 +172,7 @@ def _parse_camera(viewpoint: dict, height: int, width: int) -> Cameras:
 
     # As for own photographs.
     check_rotation(R, "R")
+    check_place(T, principal, "T, principal_point")
     units = viewpoint.get("intrinsics_format", "ndc_norm_image_bounds")
     camera = pixel_camera(Cameras(R, T, focal, principal), units, height, width)
     check_focal(camera.focal, width, height, "focal_length")
@@ -217,6 +219,8 @@ class _Toy:
             # What makes up a scene, of the frames wanted.
             keys = ("R", "T", "f", "c", "images", "masks", "valid_region")
             item = {key: torch.as_tensor(self.items[sequence][key])[numbers] for key in keys}
+            if any(x.is_complex() or not x.isfinite().all() for x in item.values()):
+                raise ValueError("a number in it is not finite and real")
 
             # Intrinsics are in NDC of the square image already.
             R = item["R"].float().reshape(-1, 3, 3)
@@ -229,9 +233,16 @@ class _Toy:
             masks = _resized(item["masks"], 1, size, "nearest")
             valid = _resized(item["valid_region"], 1, size, "nearest")
         except (KeyError, TypeError, IndexError, RuntimeError, ValueError) as e:
+            reason = " ".join(str(e).split())[:100]
             raise ValueError(f"{self.file}: {sequence} is not a sequence of the toy dataset "
-                             f"({type(e).__name__}: {e})") from None
-        check_rotation(R, f"{self.file}: {sequence}: R")
+                             f"({type(e).__name__}: {reason})") from None
+
+        # As in a tree.
+        where = f"{self.file}: {sequence}"
+        check_rotation(R, f"{where}: R")
+        check_place(T, principal, where)
+        for one in focal:
+            check_focal(one * size / 2, size, size, f"{where}: f")
         cameras = Cameras(R, T, focal, principal)
         return Scene(images, masks, valid, cameras, [str(number) for number in numbers], sequence)
 
@@ -271,7 +282,7 @@ def _numbers(source: _Tree | _Toy, sequence: str, split: str | None = None) -> l
     if not numbers:
         where = f" in split {split!r}" if split else ""
         known = _some(source.sequences(split))
-        raise ValueError(f"{source.file}: no sequence {sequence!r}{where}; there is {known}")
+        raise ValueError(f"{source.file}: no sequence {sequence!r:.60}{where}; there is {known}")
     return numbers
 
 

@@ -201,7 +201,7 @@ def _picture_root(folder: Path, frames: list[Frame]) -> Path:
 def _below(root: Path, name: object, where: str) -> Path:
     """A path that a file gives, which has to stay below `root`."""
     if not isinstance(name, str) or not name:
-        raise ValueError(f"{where}: {name!r} is no name of a file")
+        raise ValueError(f"{where}: {name!r:.40} is no name of a file")
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or ":" in path.as_posix().partition("/")[0]:
         raise ValueError(f"{where}: {name!r} leads out of the folder {root}")

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from datasets.crop import check_focal, check_rotation
+from datasets.crop import FOCAL, check_focal, check_rotation
 from datasets.pictures import open_picture, orientation
 
 LAST_ROW = torch.tensor([[0, 0, 0, 1]], dtype=torch.float64)  # of a pose
@@ -98,7 +98,7 @@ class Frame(NamedTuple):
         # JSON has true, texts, lists, and with Python also NaN.
         value = self.numbers.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:
-            raise ValueError(f"{self.where}: {key}: {value!r} is no number, or not finite")
+            raise ValueError(f"{self.where}: {key}: {value!r:.40} is no number, or not finite")
         return value
 
     def focal_length(self, axis: str, side: float) -> float | None:
@@ -126,7 +126,7 @@ class Frame(NamedTuple):
         flags = [key for key in OTHER_LENSES if self.numbers.get(key)]
         model = str(flags[0] if flags else self.numbers.get("camera_model", "OPENCV"))
         if model not in PARAMETERS:
-            raise ValueError(f"{self.where}: camera_model: {model} is none of {', '.join(PARAMETERS)}; undistort the "
+            raise ValueError(f"{self.where}: camera_model: {model:.40} is none of {', '.join(PARAMETERS)}; undistort the "
                              "photographs first")
 
         # More coefficients than these five models have.
@@ -187,8 +187,9 @@ def open_shot(frame: Frame, name: str, file: Path, mask: Path | None) -> Shot:
     focal_y = frame.focal_length("y", listed_height) or focal_x
     check_focal(torch.tensor([focal_x, focal_y]), listed_width, listed_height, f"{frame.where}: fl_x, fl_y")
     center = frame.number("cx", listed_width / 2), frame.number("cy", listed_height / 2)
-    if max(abs(center[0]), abs(center[1])) <= 1:
-        raise ValueError(f"{frame.where}: cx, cy: {center[0]:g}, {center[1]:g} is the picture's corner: another unit?")
+    if not 1 < max(abs(center[0]), abs(center[1])) <= FOCAL[1] * max(listed_width, listed_height):
+        raise ValueError(f"{frame.where}: cx, cy: {center[0]:g}, {center[1]:g} is the picture's corner, or far outside "
+                         "of it: another unit?")
     distortion = [frame.number(key, 0.0) for key in ("k1", "k2", "p1", "p2")]
 
     # Pixels of the picture; distortion is about directions and stays.
