@@ -46,8 +46,6 @@ class DiffusionConfig:
             raise ValueError(f"prediction {self.prediction!r}: must be 'eps' or 'v'")
         if not (0 <= self.drop <= 1 and 0 < self.t_max <= 1):
             raise ValueError(f"drop {self.drop} and t_max {self.t_max}: must be within [0, 1], t_max above 0")
-        if self.noisings < 1:
-            raise ValueError(f"noisings {self.noisings}: must be at least 1")
 
 
 @dataclass(frozen=True)

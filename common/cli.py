@@ -86,8 +86,7 @@ def _end_with(error: str) -> None:
     out.
     """
     line = " ".join(error.split())
-    if len(line) > LONGEST:
-        line = f"{line[:LONGEST * 2 // 3]} ... {line[-LONGEST // 3:]}"
+    line = line if len(line) <= LONGEST else f"{line[:LONGEST * 2 // 3]} ... {line[-LONGEST // 3:]}"
     print("error:", line.encode(errors="backslashreplace").decode(), file=sys.stderr)
     sys.exit(2)
 

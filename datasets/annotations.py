@@ -66,8 +66,6 @@ class Annotations:
             rows = json.loads(self.archive.read(sequence))
         except Exception:
             # Broken bytes in a cached file raise nearly anything. It is made anew.
-            if self.archive.filename is None:
-                raise
             os.unlink(self.archive.filename)
             _open_archive.cache_clear()
             self.archive = _open_archive(*self.made_from)

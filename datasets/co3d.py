@@ -223,26 +223,24 @@ class _Toy:
                 raise ValueError("a number in it is not finite and real")
 
             # Intrinsics are in NDC of the square image already.
-            R = item["R"].float().reshape(-1, 3, 3)
-            T = item["T"].float().reshape(-1, 3)
-            focal = item["f"].float().reshape(-1, 2)
-            principal = item["c"].float().reshape(-1, 2)
+            R = item["R"].float().reshape(len(numbers), 3, 3)
+            T = item["T"].float().reshape(len(numbers), 3)
+            focal = item["f"].float().reshape(len(numbers), 2)
+            principal = item["c"].float().reshape(len(numbers), 2)
 
             # Masks stay as sharp as they are.
             images = _resized(item["images"], 3, size, "bilinear")
             masks = _resized(item["masks"], 1, size, "nearest")
             valid = _resized(item["valid_region"], 1, size, "nearest")
         except (KeyError, TypeError, IndexError, RuntimeError, ValueError) as e:
-            reason = " ".join(str(e).split())[:100]
             raise ValueError(f"{self.file}: {sequence} is not a sequence of the toy dataset "
-                             f"({type(e).__name__}: {reason})") from None
+                             f"({type(e).__name__}: {' '.join(str(e).split())[:100]})") from None
 
         # As in a tree.
         where = f"{self.file}: {sequence}"
         check_rotation(R, f"{where}: R")
         check_place(T, principal, where)
-        for one in focal:
-            check_focal(one * size / 2, size, size, f"{where}: f")
+        check_focal(torch.stack([focal.min(), focal.max()]) * size / 2, size, size, f"{where}: f")
         cameras = Cameras(R, T, focal, principal)
         return Scene(images, masks, valid, cameras, [str(number) for number in numbers], sequence)
 

@@ -126,8 +126,8 @@ class Frame(NamedTuple):
         flags = [key for key in OTHER_LENSES if self.numbers.get(key)]
         model = str(flags[0] if flags else self.numbers.get("camera_model", "OPENCV"))
         if model not in PARAMETERS:
-            raise ValueError(f"{self.where}: camera_model: {model:.40} is none of {', '.join(PARAMETERS)}; undistort the "
-                             "photographs first")
+            raise ValueError(f"{self.where}: camera_model: {model:.40} is none of {', '.join(PARAMETERS)}; undistort "
+                             "the photographs first")
 
         # More coefficients than these five models have.
         for key in ("k3", "k4", "k5", "k6"):
@@ -188,8 +188,7 @@ def open_shot(frame: Frame, name: str, file: Path, mask: Path | None) -> Shot:
     check_focal(torch.tensor([focal_x, focal_y]), listed_width, listed_height, f"{frame.where}: fl_x, fl_y")
     center = frame.number("cx", listed_width / 2), frame.number("cy", listed_height / 2)
     if not 1 < max(abs(center[0]), abs(center[1])) <= FOCAL[1] * max(listed_width, listed_height):
-        raise ValueError(f"{frame.where}: cx, cy: {center[0]:g}, {center[1]:g} is the picture's corner, or far outside "
-                         "of it: another unit?")
+        raise ValueError(f"{frame.where}: cx, cy: {center[0]:g}, {center[1]:g}, the picture's corner or far off: unit?")
     distortion = [frame.number(key, 0.0) for key in ("k1", "k2", "p1", "p2")]
 
     # Pixels of the picture; distortion is about directions and stays.
