@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from cameras import Cameras, pixel_grid, relative_to
 from common.machine import map_threads
+from common.settings import check_numbers
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,15 @@ class EFTConfig:
     depths: int = 20                               # points per ray [paper]
     harmonics: int = 6                             # frequencies 1, 2, ..., 2^5 of the harmonic embedding [paper]
     depth_margin: float = 5.0                      # rays run so far before and behind the mean camera distance
+
+    def __post_init__(self):
+        check_numbers(self)
+        if max(self.blocks, self.layers) > 64:
+            raise ValueError(f"blocks {self.blocks} and layers {self.layers} must be at most 64")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of {self.heads} heads")
+        if not (0 <= self.dropout < 1 and self.depth_margin > 0):
+            raise ValueError(f"dropout {self.dropout} must be in [0, 1), depth_margin {self.depth_margin} above 0")
 
 
 # ---------------------------------------------------------------------------------------------- encoder layers

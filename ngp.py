@@ -64,7 +64,7 @@ class FieldConfig:
         for name, least in _LEAST.items():
             value = getattr(self, name)
             _require(value >= least, f"{name} must be at least {least}, not {value}")
-        _require(self.bound > 0, f"bound must be positive, not {self.bound}")
+        _require(1e-3 <= self.bound <= 1e6, f"bound must be positive, from 0.001 to 1e6, not {self.bound}")
         _require(self.blob_radius > 0, f"blob_radius must be positive, not {self.blob_radius}")
         _require(0 < self.occupancy_alpha < 1, f"occupancy_alpha must be between 0 and 1, not {self.occupancy_alpha}")
         _require(self.occupancy_decay <= 1, f"occupancy_decay must be at most 1, not {self.occupancy_decay}")

@@ -283,7 +283,7 @@ class Checkpoint(NamedTuple):
         try:
             distillation.load_state_dict(state)
             total = state["settings"]["config"]["iterations"]
-            resumed_from = list(state["resumed_from"])
+            resumed_from = [int(x) for x in state["resumed_from"]]
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
             raise ValueError(f"{self.path}: not a whole state of a field ({type(e).__name__}); delete it to start again"
                              ) from None

@@ -28,6 +28,7 @@ from cameras import Cameras, depth_range
 from common import files
 from common.machine import randn
 from common.progress import Progress
+from common.settings import check_numbers
 from gpu.graphs import half_is_accurate
 
 ROOT = Path(__file__).resolve().parent
@@ -52,6 +53,7 @@ class Preset:
     diffusion: vldm.DiffusionConfig
 
     def __post_init__(self):
+        check_numbers(self)
         halvings = len(self.vae.widths) - 1
         if self.image_size < 1 or self.image_size % 2**halvings:
             raise ValueError(f"image_size {self.image_size} cannot be halved {halvings} times, once per VAE stage")
@@ -320,7 +322,7 @@ def trained_distance(path: Path) -> float | None:
     ours = header["preset"]["name"] != "paper" or read_trained_on(path) != []
     distance = header.get("trained_distance", TRAINED_DISTANCE if ours else None)
     if not (distance is None or isinstance(distance, float) and 0 < distance < math.inf):
-        raise ValueError(f"{path}: trained_distance {distance!r} is no distance")
+        raise ValueError(f"{path}: trained_distance {distance!r:.40} is no distance")
     return distance
 
 

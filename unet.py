@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.settings import check_numbers
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -43,6 +45,7 @@ class UNetConfig:
     tokens: int = 2                                            # number of time tokens
 
     def __post_init__(self):
+        check_numbers(self)
         if len(self.widths) != len(self.attention) + 1:
             raise ValueError(f"widths {self.widths}: must be one longer than attention {self.attention}")
         if any(width % self.groups for width in self.widths):

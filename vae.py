@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.settings import check_numbers
 from gpu.graphs import Graphed, half_copy
 from gpu.groupnorm import fuse, fused_vae_block
 
@@ -36,10 +37,11 @@ class VAEConfig:
     scale: float = 0.18215                          # of latents, for about unit variance; `train.py` measures its own
 
     def __post_init__(self):
+        check_numbers(self)
         if not self.widths or any(width % self.groups for width in self.widths):
             raise ValueError(f"widths {self.widths}: every stage's channels must be a multiple of {self.groups} groups")
-        if self.blocks < 1:
-            raise ValueError(f"blocks {self.blocks}: a stage needs at least one residual block")
+        if not 1 <= self.blocks <= 64:
+            raise ValueError(f"blocks {self.blocks}: a stage needs at least one residual block, and at most 64")
         if not self.scale > 0:
             raise ValueError(f"scale {self.scale}: must be above 0")
 

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.settings import check_numbers
 from gpu.graphs import Graphed, half_copy
 from gpu.groupnorm import fuse, fused_unet_block
 from unet import ResBlock, UNet, UNetConfig
@@ -40,12 +41,11 @@ class DiffusionConfig:
     t_max: float = 0.999      # largest time of training  [released: imagen_pytorch.py:217]
 
     def __post_init__(self):
+        check_numbers(self)
         if self.prediction not in ("eps", "v"):
             raise ValueError(f"prediction {self.prediction!r}: must be 'eps' or 'v'")
         if not (0 <= self.drop <= 1 and 0 < self.t_max <= 1):
             raise ValueError(f"drop {self.drop} and t_max {self.t_max}: must be within [0, 1], t_max above 0")
-        if self.noisings < 1:
-            raise ValueError(f"noisings {self.noisings}: must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def fill(module: nn.Module, state: dict, part: Part, path: str | Path) -> dict[s
             continue
         if name not in wanted or name in found:
             raise ValueError(f"{path}: key {key!r}: expected no such key, found {describe(value)}")
-        if not fits(value, wanted[name]):
+        if not fits(value, wanted[name]) or value.is_sparse:
             raise ValueError(f"{path}: key {key!r}: expected {describe(wanted[name])}, found {describe(value)}")
         found[name] = value.reshape(wanted[name].shape)
 

@@ -27,6 +27,8 @@ from common.processes import Interrupted, stoppable
 
 OUT_OF_MEMORY = re.compile("can't allocate|not enough memory|out of memory|[Ss]torage size calculation overflowed")
 
+LONGEST = 600  # characters of an error
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, exit code 2. What it returns says under `given` which flags stood
@@ -39,13 +41,16 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: list[str] | None = None, namespace=None) -> argparse.Namespace:
         """The values of all flags."""
         words = sys.argv[1:] if args is None else args
+        for flag, word in zip(["", *words], words):
+            if not word.strip() or word.startswith("--") and word.endswith("="):
+                self.error(f"{word.strip() or flag}: an empty value")
         parsed = super().parse_args(words, namespace)
         parsed.given = {word.partition("=")[0] for word in words if word.startswith("--")}
         return parsed
 
     def error(self, message: str):
         """Without the usage, which --help prints."""
-        self.exit(2, f"error: {message}\n")
+        _end_with(message)
 
 
 def run(command: Callable, args: argparse.Namespace) -> None:
@@ -77,8 +82,12 @@ def run(command: Callable, args: argparse.Namespace) -> None:
 
 
 def _end_with(error: str) -> None:
-    """One line, and the exit code of bad input."""
-    print("error:", " ".join(error.split()), file=sys.stderr)
+    """One line, and the exit code of bad input. Of a long one, such as of a value of 5000 digits, the middle is left
+    out.
+    """
+    line = " ".join(error.split())
+    line = line if len(line) <= LONGEST else f"{line[:LONGEST * 2 // 3]} ... {line[-LONGEST // 3:]}"
+    print("error:", line.encode(errors="backslashreplace").decode(), file=sys.stderr)
     sys.exit(2)
 
 

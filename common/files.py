@@ -150,7 +150,7 @@ def safe_name(name: str) -> str:
 def below(root: Path, name: object, where: str | Path) -> Path:
     """A path that a file gives, which has to stay below `root`. Raises `ValueError` with `where` it stands."""
     if not isinstance(name, str) or not name:
-        raise ValueError(f"{where}: {name!r} is no name of a file")
+        raise ValueError(f"{where}: {name!r:.40} is no name of a file")
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or ":" in path.as_posix().partition("/")[0]:
         raise ValueError(f"{where}: {name!r} leads out of the folder {root}")

@@ -6,6 +6,8 @@ A setting's path is its names with dots between them, `config.field.levels`.
 from __future__ import annotations
 
 import json
+import math
+from typing import get_args, get_origin, get_type_hints
 
 # What follows from the number of iterations, in a run that resumes a shorter one.
 LENGTH = ("config.iterations", "config.bootstrap", "config.input_pixels", "config.pixel_side")
@@ -48,3 +50,23 @@ def _flat(settings, path: str = "") -> dict:
     for name, value in settings.items():
         flat |= _flat(value, f"{path}.{name}" if path else name)
     return flat
+
+
+def check_numbers(config) -> None:
+    """Raises `ValueError` for a field of a network's config that is not of its type, not finite, or a number of things
+    below 1. Nested configs check themselves.
+    """
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        several = get_origin(kind) is tuple
+        kinds = get_args(kind) if several else (kind,)
+        values = value if isinstance(value, tuple) else (value,)
+
+        # As many values as a tuple's type says, or any number of them.
+        fits = isinstance(value, tuple) == several and (kinds[-1] is Ellipsis or len(values) == len(kinds))
+        for x in values:
+            fits &= isinstance(x, kinds[0]) or kinds[0] is float and type(x) is int
+            fits &= type(x) is not int or x >= 1 or kinds[0] is float
+            fits &= not isinstance(x, float) or math.isfinite(x)
+        if not fits:
+            raise ValueError(f"{name} {value!r:.40}: not {getattr(kind, '__name__', kind)}, finite, whole ones from 1")

@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import zipfile
@@ -46,7 +47,8 @@ class Annotations:
     def __init__(self, folder: Path):
         # A cached file is known by names, dates and sizes of its sources: reading their content is what it saves.
         stamp = [FORMAT, *map(date_and_size, _sources(folder))]
-        self.archive = _open_archive(folder.resolve(), json.dumps(stamp).encode())
+        self.made_from = folder.resolve(), json.dumps(stamp).encode()
+        self.archive = _open_archive(*self.made_from)
 
     def sequences(self, split: str | None = None) -> list[str]:
         """Names of all sequences, or of those with frames in the split, sorted."""
@@ -62,7 +64,14 @@ class Annotations:
         """The frames of a sequence in order of time, or those in the split; of an unknown sequence, none."""
         if sequence not in self.archive.namelist():
             return []
-        rows = json.loads(self.archive.read(sequence))
+        try:
+            rows = json.loads(self.archive.read(sequence))
+        except Exception:
+            # Broken bytes in a cached file raise nearly anything. It is made anew.
+            os.unlink(self.archive.filename)
+            _open_archive.cache_clear()
+            self.archive = _open_archive(*self.made_from)
+            return self.frames(sequence, split)
         frames = [Frame._make(row) for row in rows]
         frames.sort(key=lambda frame: (frame.time, frame.number))
         return [frame for frame in frames if split is None or split in frame.splits]
@@ -92,7 +101,7 @@ def _open_archive(folder: Path, stamp: bytes) -> zipfile.ZipFile:
     # There may be none yet, or broken bytes, which raise nearly anything.
     try:
         archive = zipfile.ZipFile(cached)
-        if archive.comment == stamp:
+        if archive.comment == _comment(stamp, archive):
             return archive
         archive.close()
     except Exception:
@@ -109,7 +118,7 @@ def _open_archive(folder: Path, stamp: bytes) -> zipfile.ZipFile:
 
 
 def _pack(folder: Path, stamp: bytes) -> bytes:
-    """A zip file: for every sequence a JSON list of its frames under its name, and the stamp as the file's comment."""
+    """A zip file: for every sequence a JSON list of its frames under its name, and `_comment` as the file's."""
     annotations, *set_lists = _sources(folder)
     splits = _read_set_lists(set_lists)
 
@@ -119,7 +128,7 @@ def _pack(folder: Path, stamp: bytes) -> bytes:
     for i, record in enumerate(_records(annotations)):
         try:
             frame = _usable_frame(record, splits)
-        except (AttributeError, KeyError, TypeError):
+        except (AttributeError, KeyError, TypeError, RecursionError):
             raise ValueError(f"{annotations}: record {i} lacks sequence_name, frame_number, image.path "
                              "or mask.path") from None
         if frame is not None:
@@ -131,10 +140,15 @@ def _pack(folder: Path, stamp: bytes) -> bytes:
     # A member a sequence: one is read without the others.
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        archive.comment = stamp
         for sequence, texts in frames.items():
             archive.writestr(sequence, f"[{','.join(texts.values())}]")
+        archive.comment = _comment(stamp, archive)
     return content.getvalue()
+
+
+def _comment(stamp: bytes, archive: zipfile.ZipFile) -> bytes:
+    """The stamp, and a checksum of the sequences' names, for which a zip file has none."""
+    return b"%s %08x" % (stamp, zlib.crc32("\n".join(archive.namelist()).encode()))
 
 
 # ---------------------------------------------------------------------------------------------- the sources
@@ -169,15 +183,15 @@ def _usable_frame(record: dict, splits: dict[str, list[str]]) -> Frame | None:
         return None
 
     # What a frame is found by. The name has a place in a zip file.
-    sequence = str(record["sequence_name"])
+    sequence = record["sequence_name"]
     number = record["frame_number"]
     time = record.get("frame_timestamp") or 0.0
     image = record["image"]["path"]
-    if type(number) is not int or not isinstance(time, (int, float)):
+    if type(number) is not int or type(time) not in (int, float) or not abs(time) < math.inf:
         raise TypeError("not a number")
     if not isinstance(image, str) or not isinstance(mask["path"], str):
         raise TypeError("not a path")
-    if not sequence or "\0" in sequence or not sequence.isprintable():
+    if not isinstance(sequence, str) or not sequence or not sequence.isprintable():
         raise TypeError("not a name")
 
     # The camera stays JSON, parsed for decoded frames only.
@@ -194,6 +208,6 @@ def _read_set_lists(set_lists: list[Path]) -> dict[str, list[str]]:
             for stage, members in json.loads(file.read_text()).items():
                 for _, _, image in members:
                     splits[image].append(f"{subset}/{stage}")
-        except (AttributeError, TypeError, ValueError):
+        except (AttributeError, TypeError, ValueError, RecursionError):
             raise ValueError(f"{file}: not a JSON object of lists of [sequence, frame number, image path]") from None
     return splits

@@ -30,7 +30,8 @@ from torch import Tensor
 from cameras import Cameras, Scene
 from common import files
 from datasets.annotations import ANNOTATIONS_FILE, Annotations, Frame, date_and_size
-from datasets.crop import Crop, check_lens, check_rotation, crop_and_resize, pixel_camera, scene_of_crops
+from datasets.crop import (Crop, check_lens, check_place, check_rotation, crop_and_resize, pixel_camera,
+                           scene_of_crops)
 from datasets.pictures import find_file, open_picture, orientation, pixels, read_mask
 
 SHAPES = {"R": (3, 3), "T": (3,), "focal_length": (2,), "principal_point": (2,)}  # what a camera has
@@ -91,7 +92,8 @@ def load_sequence(root: str | Path, category: str, sequence: str, size: int = 25
     source = _source(root, category)
     usable = _numbers(source, sequence)
     chosen = usable if frames is None else list(frames)
-    absent = [number for number in chosen if number not in usable]
+    known = set(usable)
+    absent = [number for number in chosen if number not in known]
     if absent:
         raise ValueError(f"{root}/{category}: sequence {sequence!r} has no usable frame {absent[0]}; "
                          f"it has {_some(usable)}")
@@ -177,6 +179,7 @@ def _parse_camera(viewpoint: dict, height: int, width: int) -> Cameras:
 
     # As for own photographs.
     check_rotation(R, "R")
+    check_place(T, principal, "T, principal_point")
     units = viewpoint.get("intrinsics_format", "ndc_norm_image_bounds")
     camera = pixel_camera(Cameras(R, T, focal, principal), units, height, width)
     check_lens(camera.focal.tolist(), camera.principal.tolist(), (width, height), "focal_length, principal_point")
@@ -223,12 +226,14 @@ class _Toy:
             # What makes up a scene, of the frames wanted.
             keys = ("R", "T", "f", "c", "images", "masks", "valid_region")
             item = {key: torch.as_tensor(self.items[sequence][key])[numbers] for key in keys}
+            if any(x.is_complex() or not x.isfinite().all() for x in item.values()):
+                raise ValueError("a number in it is not finite and real")
 
             # Intrinsics are in NDC of the square image already.
-            R = item["R"].float().reshape(-1, 3, 3)
-            T = item["T"].float().reshape(-1, 3)
-            focal = item["f"].float().reshape(-1, 2)
-            principal = item["c"].float().reshape(-1, 2)
+            R = item["R"].float().reshape(len(numbers), 3, 3)
+            T = item["T"].float().reshape(len(numbers), 3)
+            focal = item["f"].float().reshape(len(numbers), 2)
+            principal = item["c"].float().reshape(len(numbers), 2)
 
             # Masks stay as sharp as they are.
             images = _resized(item["images"], 3, size, "bilinear")
@@ -236,8 +241,14 @@ class _Toy:
             valid = _resized(item["valid_region"], 1, size, "nearest")
         except (KeyError, TypeError, IndexError, RuntimeError, ValueError) as e:
             raise ValueError(f"{self.file}: {sequence} is not a sequence of the toy dataset "
-                             f"({type(e).__name__}: {e})") from None
-        check_rotation(R, f"{self.file}: {sequence}: R")
+                             f"({type(e).__name__}: {' '.join(str(e).split())[:100]})") from None
+
+        # As in a tree.
+        where = f"{self.file}: {sequence}"
+        check_rotation(R, f"{where}: R")
+        check_place(T, principal, where)
+        lengths = [focal.min().item() * size / 2, focal.max().item() * size / 2]
+        check_lens(lengths, [size / 2], (size, size), f"{where}: f")
         cameras = Cameras(R, T, focal, principal)
         return Scene(images, masks, valid, cameras, [str(number) for number in numbers], sequence)
 
@@ -277,7 +288,7 @@ def _numbers(source: _Tree | _Toy, sequence: str, split: str | None = None) -> l
     if not numbers:
         where = f" in split {split!r}" if split else ""
         known = _some(source.sequences(split))
-        raise ValueError(f"{source.file}: no sequence {sequence!r}{where}; there is {known}")
+        raise ValueError(f"{source.file}: no sequence {sequence!r:.60}{where}; there is {known}")
     return numbers
 
 

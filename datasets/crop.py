@@ -24,6 +24,7 @@ from cameras import CONTEXT, Cameras, Scene
 MASK_THRESHOLD = 0.4  # foreground probability above which a pixel counts as the object
 ROUNDING = 2e-3       # what products of a rotation's rows may be off, in files with few digits
 FOCAL = (0.1, 100.0)  # focal lengths in longer sides of the picture: it spans 157 degrees at most, half of one at least
+FAR = 1e6             # of a camera or an axis from the origin, in CO3D's units or in half sides of the picture, at most
 
 
 # ---------------------------------------------------------------------------------------------- crop and resize
@@ -82,6 +83,12 @@ def check_lens(focal: list[float], principal: list[float], sides: tuple[float, f
     low, high = (factor * max(sides) for factor in FOCAL)
     if not low <= min(focal) <= max(focal) <= high or not 1 < max(map(abs, principal)) <= high:
         raise ValueError(f"{where}: {[*focal, *principal]} are no pixels of {sides[0]:g} x {sides[1]:g}; another unit?")
+
+
+def check_place(T: Tensor, principal: Tensor, where: str) -> None:
+    """Raises `ValueError` for translations T (*, 3) or principal points (*, 2) with which float32 cannot calculate."""
+    if max(T.abs().max(), principal.abs().max()) > FAR:
+        raise ValueError(f"{where}: a number in them is above {FAR:g}: another unit?")
 
 
 def crop_and_resize(image: np.ndarray, mask: np.ndarray, camera: Cameras, size: int) -> Crop:

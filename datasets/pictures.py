@@ -62,7 +62,8 @@ def open_picture(path: Path) -> Image.Image:
     raise nearly anything.
     """
     try:
-        return Image.open(path, formats=FORMATS)
+        with warnings.catch_warnings(action="ignore"):  # of a large picture; one above Pillow's hard limit is an error
+            return Image.open(path, formats=FORMATS)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except Exception as e:

@@ -99,7 +99,7 @@ def read_list(path: str | Path) -> list[Entry]:
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
         entries = [_entry(row) for row in rows]
-    except (KeyError, TypeError, ValueError, RecursionError) as e:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not a list of category, sequence, index and frames ({type(e).__name__})") from None
     if not entries:
         raise ValueError(f"{path}: an empty list")
@@ -108,12 +108,12 @@ def read_list(path: str | Path) -> list[Entry]:
 
 def _entry(row: dict) -> Entry:
     """One row of a list. Raises `TypeError` or `ValueError` for anything that is none."""
-    index = int(row["index"])
-    if not isinstance(row["category"], str) or not isinstance(row["sequence"], str):
-        raise TypeError("category and sequence are names")
-    if not 0 <= index < 2**31:
+    index = row["index"]
+    frames = row["frames"]
+    if not (row["category"].isprintable() and row["sequence"].isprintable()):
+        raise ValueError("category and sequence are names")
+    if type(index) is not int or not 0 <= index < 2**31:
         raise ValueError("index is a place in a list")
-    frames = tuple(int(number) for number in row["frames"])
-    if not frames:
-        raise ValueError("a sequence has frames")
-    return Entry(row["category"], row["sequence"], index, frames)
+    if not frames or not all(type(number) is int for number in frames):
+        raise ValueError("a sequence has frames, which have numbers")
+    return Entry(row["category"], row["sequence"], index, tuple(frames))

@@ -71,7 +71,7 @@ def _numbers(what: str, x, shape: tuple[int, ...]) -> Tensor:
     """Finite numbers of a shape, float64; those of one view stand for all."""
     try:
         numbers = torch.as_tensor(np.asarray(x, dtype=np.float64))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{what}: no array of numbers") from None
     if what == "K" and numbers.shape == shape[1:]:
         numbers = numbers.expand(shape)

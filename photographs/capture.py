@@ -108,6 +108,8 @@ def scene_of_layers(photographs: Photographs, layers: Iterable[Tensor], size: in
         _check_mask(decoded[3:], shot.mask or f"masks[{shot.name}]")
         if shot.distortion.any():
             decoded = _undistort(decoded, shot)
+            if not decoded[3].any():
+                raise ValueError(f"{shot.mask}: with its lens distortion undone, the mask is empty")
         whole.append(_square(decoded, shot, Box(0, 0, shot.width, shot.height), size))
         if cut:
             crops.append(_square(decoded, shot, object_box(decoded[3]), size))

@@ -126,8 +126,8 @@ class Frame(NamedTuple):
         flags = [key for key in OTHER_LENSES if self.numbers.get(key)]
         model = flags[0] if flags else str(self.numbers.get("camera_model", "OPENCV")).upper()
         if model not in PARAMETERS:
-            raise ValueError(f"{self.where}: camera_model: {model} is none of {', '.join(PARAMETERS)}; undistort the "
-                             "photographs first")
+            raise ValueError(f"{self.where}: camera_model: {model:.40} is none of {', '.join(PARAMETERS)}; undistort "
+                             "the photographs first")
 
         # More coefficients than these five models have.
         for key in ("k3", "k4", "k5", "k6"):
