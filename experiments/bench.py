@@ -416,6 +416,7 @@ def measure(part: Part, machine: Machine, device: torch.device) -> Row:
 # ---------------------------------------------------------------------------------------------- the command
 
 def main(argv: list[str] | None = None) -> None:
+    """Entry point: a row per part, and the same as JSON if asked for."""
     parser = argparse.ArgumentParser(description="time the parts on this machine, beside its physical limits")
     parser.add_argument("--parts", nargs="+", choices=[part.__name__ for part in PARTS], help="only these")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")

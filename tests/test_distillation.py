@@ -14,7 +14,7 @@ import torch
 import distillation
 import metrics
 import volume
-from cameras import Cameras, circle_path
+from cameras import Cameras, circle_path, pixel_grid
 from distillation import Distillation, Prior
 from presets import PRESETS
 from sparsefusion import Condition
@@ -236,6 +236,16 @@ def test_bootstrap_target():
     loss = work.bootstrap_loss(work.sample_eft_target(last))
     weight = SHORT.weight_prior(len(work.inputs))
     parity.assert_close(loss, weight * (math.sqrt(101) - 1) * 0.1 + SHORT.weight_opacity * 0.1, rtol=1e-4)
+
+
+def test_the_eft_image_is_aligned_to_the_rays():
+    """An image of its own rays' NDC, at full size, is the NDC of the picture's pixels."""
+    guide = prior(Dummy())
+    coarse = pixel_grid(8, 8, 32).t().reshape(2, 8, 8)
+    images = torch.cat([coarse, coarse[:1]]).expand(len(guide.viewpoints), -1, -1, -1)
+    work = Distillation(ball(2, 32), SHORT, 7, guide._replace(condition=guide.condition._replace(images=images)))
+    expected = pixel_grid(32, 32).t().reshape(2, 32, 32)
+    parity.assert_close(work.eft_images[0, :2], expected, atol=1e-6)
 
 
 def test_weight_of_the_prior():

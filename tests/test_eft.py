@@ -126,6 +126,12 @@ def test_encoder_layer_is_pytorchs(training):
     parity.assert_close(layer(x), expected, atol=5e-6)
 
 
+def test_plain_attention_is_pytorchs():
+    layer, x = encoder_layer().eval(), torch.randn(14, 5, 24)
+    expected, _ = torch.nn.MultiheadAttention.forward(layer.self_attn, x, x, x)
+    parity.assert_close(layer.attend(x), expected, atol=2e-6)
+
+
 def test_dropout_is_live_in_training():
     layer, x = encoder_layer(dropout=0.1).train(), torch.randn(2, 7, 5, 24)
     assert not torch.allclose(layer(x), layer(x))

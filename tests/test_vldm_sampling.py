@@ -71,6 +71,7 @@ def test_plms_parity(draw):
         if steps != [0]:
             parity.assert_close(log_snrs[:-1, 0], cosine_log_snr(taken), rtol=1e-5, atol=1e-3)
             parity.assert_close(log_snrs[1:, 0], cosine_log_snr(f[f"out_plms{i}_t_next"]), rtol=1e-5, atol=1e-3)
+            parity.assert_close(log_snrs[:-1, 0].sigmoid(), cosine_log_snr(taken).sigmoid(), atol=2e-6)
         parity.assert_close(calls, f[f"out_plms{i}_calls_log_snr"], rtol=1e-5, atol=1e-3)
         assert int(f[f"out_plms{i}_n_draws"]) == 1 + 2 * len(calls)
         alpha, _ = alpha_sigma(cosine_log_snr(torch.tensor([level])))
