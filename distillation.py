@@ -43,7 +43,7 @@ import vldm
 import volume
 from cameras import HALF_SIDE, Cameras, Scene, pixel_grid
 from common import files
-from common.machine import rand
+from common.machine import rand, stream_seed
 from common.progress import Progress
 from gpu.update import Group, Optimization
 from metrics import pseudo_huber
@@ -143,7 +143,7 @@ class Distillation:
         # The field, and where the masks allow it to be.
         device = inputs.images.device
         self.generator = torch.Generator(device)
-        self.field = Field(config.field, torch.Generator().manual_seed(seed)).to(device)
+        self.field = Field(config.field, torch.Generator().manual_seed(stream_seed(seed, "field"))).to(device)
         self.occupancy = Occupancy(config.field).to(device)
         whole = inputs.whole or inputs
         self.occupancy.carve(whole.masks, whole.cameras, whole.valid)
@@ -201,7 +201,7 @@ class Distillation:
         """All randomness of iteration i follows from the seed and i: a resumed run draws the same numbers. Python's
         generator chooses views and lattices, which a GPU does not have to wait for.
         """
-        self.generator.manual_seed(self.seed * 1_000_003 + i)
+        self.generator.manual_seed(stream_seed(self.seed, f"iteration {i}"))
         self.optimization.begin(i)
 
     def update(self, loss: Callable[[NamedTuple], Tensor], batch: NamedTuple) -> None:

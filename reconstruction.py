@@ -25,6 +25,7 @@ from torch import Tensor
 import volume
 from cameras import Cameras, Scene, Similarity, circle_path, object_half_side, relative_to
 from common import files
+from common.machine import stream_seed
 from common.processes import Interrupted, uninterruptible
 from common.progress import Progress
 from common.settings import differences
@@ -214,7 +215,7 @@ def query_viewpoints(cameras: Cameras, config: DistillConfig, seed: int) -> Came
     """The query viewpoints: on the circle through a scene's cameras (B,), and at all of them [released:
     distillation.py:73-76]. (Q,)
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(stream_seed(seed, "path"))
     circle = circle_path(cameras.to("cpu"), config.viewpoints, config.jitter, generator)
     return Cameras.cat([circle.to(cameras.T.device), cameras])
 

@@ -26,7 +26,7 @@ import vae
 import vldm
 from cameras import Cameras, depth_range
 from common import files
-from common.machine import randn
+from common.machine import randn, stream_seed
 from common.progress import Progress
 from common.settings import check_numbers
 from gpu.graphs import half_is_accurate
@@ -160,7 +160,7 @@ class SparseFusion(nn.Module):
                 # Dropout draws from torch's own generators, which are as they were afterwards.
                 with torch.random.fork_rng(gpus, enabled=train_mode):
                     if train_mode:
-                        torch.manual_seed(seed * 1_000_003 + first)
+                        torch.manual_seed(stream_seed(seed, f"EFT dropout {first}"))
                     some = queries[first:first + together]
                     rays_wanted = None if where is None else where[first]
                     views.append(self.eft.image(*given, some, size, *depth_range, rays, rays_wanted))

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import sparsefusion
 from cameras import Cameras, pixel_grid
 from common import cli, files
-from common.machine import rand, randn
+from common.machine import rand, randn, stream_seed
 from datasets.protocol import TRAINING, available
 from metrics import AttributeNet, pseudo_huber
 from presets import MODELS
@@ -192,7 +192,7 @@ class VAETraining:
         model.to(device).eval()
 
         # The scale that brings latents to unit variance, and how good the pictures come back.
-        generator = torch.Generator(device).manual_seed(self.seed)
+        generator = torch.Generator(device).manual_seed(stream_seed(self.seed, "scale"))
         count = min(256, self.data.rgba.shape[:2].numel())
         images, _ = draw_images(self.data, count, generator)
         scale = 1 / float(model.vae.moments(images)[0].std())
@@ -336,7 +336,7 @@ def command(args: argparse.Namespace) -> None:
     print(f"{len(data)} sequences of {data.rgba.shape[1]} pictures")
 
     # A network to train. Its file will tell what it has seen.
-    torch.manual_seed(args.seed)
+    torch.manual_seed(stream_seed(args.seed, "weights"))
     seen = training_data(args, config, data)
     if args.what == "vae":
         training = VAETraining(data, config, args.seed, [seen])

@@ -112,7 +112,7 @@ def whole_number(least: int) -> Callable[[str], int]:
 
 count = whole_number(1)
 views = whole_number(0)  # 0 for all
-seed = whole_number(0)   # small enough that numbers of iterations can be mixed in
+seed = whole_number(0)
 
 
 def words(text: str) -> tuple[str, ...]:

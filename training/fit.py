@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from common import files
+from common.machine import stream_seed
 from common.processes import Interrupted, uninterruptible
 from common.progress import Progress
 from common.settings import differences
 from gpu.update import load_adam
 
-NEVER = 2**62    # a step that no training reaches
-DROPOUT = 2**40  # between the seeds of dropout and of all else
+NEVER = 2**62  # a step that no training reaches
 Numbers = dict[str, Tensor]  # what a step shows: name -> scalar
 
 
@@ -130,8 +130,8 @@ class Fit:
 
         # Everything random in a step follows from the seed and its number; the global generator is dropout's, and has
         # numbers of its own.
-        self.generator.manual_seed(self.seed * 10_000_019 + step)
-        torch.manual_seed(self.seed * 10_000_019 + step + DROPOUT)
+        self.generator.manual_seed(stream_seed(self.seed, f"step {step}"))
+        torch.manual_seed(stream_seed(self.seed, f"dropout {step}"))
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
             loss, numbers = self.training.loss(self.generator)
 
