@@ -45,6 +45,7 @@ from cameras import HALF_SIDE, Cameras, Scene, pixel_grid
 from common import files
 from common.machine import rand, stream_seed
 from common.progress import Progress
+from common.settings import check_ranges
 from gpu.update import Group, Optimization
 from metrics import pseudo_huber
 from ngp import Field, FieldConfig
@@ -55,6 +56,7 @@ MOST_FURTHER = 20_000  # iterations that many input views may add
 LONG = 4000  # iterations from which on a field without a prior learns more from several rays per pixel than from one
 SAVE_SECONDS = 60  # between two checkpoints of a running distillation
 UNLIKE = 2  # a photograph so many times as bright or as dark as the median one was exposed differently
+MOST_SAMPLES = 2**26  # of the rays of an update: gigabytes
 LOOK_EVERY = 16  # iterations, at most, between two looks at the losses
 
 
@@ -587,19 +589,19 @@ class DistillConfig:
 
     def __post_init__(self):
         # Each number for itself.
-        for name, least in _LEAST.items():
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least {least}")
+        check_ranges(self, _RANGES)
         if max(self.betas) >= 1 or min(self.betas) < 0:
             raise ValueError(f"betas {self.betas} must be at least 0 and below 1")
 
-        # Numbers that must fit each other, and those with an upper end.
+        # Numbers that must fit each other.
         if not 0 <= self.bootstrap <= self.iterations:
             raise ValueError(f"bootstrap {self.bootstrap} is not between 0 and the {self.iterations} iterations")
-        if self.blur < 1 or self.blur % 2 == 0:
+        if self.blur % 2 == 0:
             raise ValueError(f"blur {self.blur} is not an odd number of pixels")
-        if not 0 <= self.min_noise_level <= 1:
-            raise ValueError(f"min_noise_level {self.min_noise_level} is not in [0, 1]")
+        rays = max(self.input_pixels * self.pixel_side**2, self.render_size**2)
+        samples = rays * (self.field.samples_per_ray + self.field.importance_samples)
+        if samples > MOST_SAMPLES:
+            raise ValueError(f"{rays} rays of an update have {samples} samples, more than {MOST_SAMPLES}")
         if not 0 < self.final_lr_fraction:
             raise ValueError(f"final_lr_fraction {self.final_lr_fraction} is not above 0")
 
@@ -656,12 +658,14 @@ class DistillConfig:
         return replace(fitted, pixel_side=2 * self.pixel_side, input_pixels=math.ceil(self.input_pixels / 2))
 
 
-_LEAST = {"half_side": 0, "prior_views": 0, "iterations": 1, "viewpoints": 1, "jitter": 0, "image_size": 1,
-          "render_size": 2, "lr_grid": 0, "lr_mlp": 0,
-          "eps": 0, "lr_exposure": 0, "weight_exposure": 0, "weight_background": 0, "weight_opacity": 0,
-          "weight_perceptual": 0, "input_pixels": 0, "pixel_side": 1, "picture_side": 1, "reference_views": 0,
-          "iterations_per_view": 0, "denoise_batch": 1, "occupancy_every": 1, "mesh_resolution": 1,
-          "turntable_frames": 1}
+_ANY = (0, math.inf)
+_RANGES = {"half_side": _ANY, "iterations": (1, 10**7), "viewpoints": (1, 2000), "jitter": _ANY,
+           "image_size": (1, 4096), "render_size": (2, 4096), "input_pixels": (0, 2**24), "pixel_side": (1, 64),
+           "picture_side": (1, 64), "lr_grid": _ANY, "lr_mlp": _ANY, "eps": _ANY, "lr_exposure": _ANY,
+           "weight_exposure": _ANY, "blur": (1, 255), "weight_background": _ANY, "weight_opacity": _ANY,
+           "prior_views": _ANY, "weight_perceptual": _ANY, "min_noise_level": (0, 1), "denoise_batch": (1, 1024),
+           "reference_views": (0, 10**6), "iterations_per_view": (0, 10**6), "occupancy_every": (1, 10**7),
+           "mesh_resolution": (1, 1024), "turntable_frames": (1, 3600)}
 
 
 def guess_exposures(images: Tensor, masks: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ def parser() -> argparse.ArgumentParser:
                    help="results, a folder per sequence (default: output/evaluation)")
 
     # How.
-    p.add_argument("--workers", type=cli.count, default=1, metavar="N", help="sequences at a time, a process each")
+    p.add_argument("--workers", type=cli.whole_number(1, 256), default=1, metavar="N", help="sequences at a time, a process each")
     p.add_argument("--strict", action="store_true",
                    help="stop at a sequence that cannot be read, instead of leaving it out")
     return p

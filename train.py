@@ -29,6 +29,7 @@ import sparsefusion
 from cameras import Cameras, pixel_grid
 from common import cli, files
 from common.machine import rand, randn, stream_seed
+from common.settings import check_ranges
 from datasets.protocol import TRAINING, available
 from metrics import AttributeNet, pseudo_huber
 from presets import MODELS
@@ -37,6 +38,8 @@ from training.fit import Fit, FitConfig, Numbers
 from training.packed import PackedScenes, load_packed
 from vae import VAE
 from vldm import latent_mask
+
+MOST_PARAMETERS = 2**31  # of a model; the paper's has 492 million
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,7 @@ class TrainConfig:
     model: Preset = MODELS["nano"]  # a prior's comes from its --vae file
 
     def __post_init__(self):
-        if min(self.batch, self.frames, self.min_views) < 1:
-            raise ValueError("batch, frames and min_views are at least 1")
+        check_ranges(self, {"batch": (1, 2**14), "frames": (1, 10_000), "min_views": (1, 64), "max_views": (1, 64)})
         if not self.min_views <= self.max_views:
             raise ValueError(f"min_views {self.min_views} is more than max_views {self.max_views}")
 
@@ -186,6 +188,7 @@ class VAETraining:
         """Write a weights file: the averaged autoencoder, whose scale is measured here, and an untrained EFT and
         UNet.
         """
+        torch.manual_seed(stream_seed(self.seed, "untrained weights"))  # the same after an interruption
         model = SparseFusion(self.config.model)
         model.vae.load_state_dict(average)
         device = self.data.rgba.device
@@ -317,6 +320,12 @@ def config_from_flags(args: argparse.Namespace) -> TrainConfig:
     settings = [f"{name}={getattr(args, name)}" for name in flags if getattr(args, name)]
     config = cli.apply_settings(TrainConfig(model=preset), settings + args.settings)
 
+    # What no machine holds is told before any of it is reserved.
+    with torch.device("meta"):
+        parameters = sum(x.numel() for x in SparseFusion(config.model).parameters())
+    if parameters > MOST_PARAMETERS:
+        raise ValueError(f"--set: a model of {parameters:,} parameters, more than {MOST_PARAMETERS:,}")
+
     # What a prior's file fixes, and what a sequence must have.
     if args.what == "prior" and replace(config.model, diffusion=preset.diffusion) != preset:
         raise ValueError("--set: a number of the architecture, which the --vae file fixes")
@@ -335,7 +344,8 @@ def command(args: argparse.Namespace) -> None:
     data = load_packed(args.root, args.category, config.frames, size, split=TRAINING).to(args.device)
     print(f"{len(data)} sequences of {data.rgba.shape[1]} pictures")
 
-    # A network to train. Its file will tell what it has seen.
+    # Where it goes, before the work; a network to train. Its file will tell what it has seen.
+    files.require_writable(args.out)
     torch.manual_seed(stream_seed(args.seed, "weights"))
     seen = training_data(args, config, data)
     if args.what == "vae":

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.settings import check_numbers
+from common.settings import check_numbers, check_ranges
 from gpu.graphs import Graphed, half_copy
 from gpu.groupnorm import fuse, fused_unet_block
 from unet import ResBlock, UNet, UNetConfig
@@ -63,8 +63,7 @@ class SamplerConfig:
     def __post_init__(self):
         if self.solver not in ("plms", "ddim", "dpmpp"):
             raise ValueError(f"solver {self.solver!r}: must be 'plms', 'ddim' or 'dpmpp'")
-        if self.plms_steps < 1 or self.sample_steps < 1:
-            raise ValueError(f"plms_steps {self.plms_steps} and sample_steps {self.sample_steps}: must be at least 1")
+        check_ranges(self, {"plms_steps": (1, 10_000), "sample_steps": (1, 10_000)})
         if not self.clip > 0:
             raise ValueError(f"clip {self.clip}: must be above 0")
         if not 0 < self.t_start <= 1:

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,9 @@ from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor, nn
+
+MACHINE = re.sub(r"\W", "_", platform.node())[:32]
+TEMPORARY = re.compile(rf"\..*\.{MACHINE}-(\d{{1,9}})\.part(\..*)?", re.DOTALL)  # names of `write_atomically`
 
 
 @contextmanager
@@ -33,10 +37,11 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
     if path.exists() and not path.is_file():
         raise FileExistsError(errno.EEXIST, "no regular file, so it is not replaced", str(path))
 
-    # The process is in the name, so that two runs do not write into one another's file.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    # Machine and process are in the name, so that two runs do not write into one another's file.
+    temporary = path.with_name(f".{path.stem}.{MACHINE}-{os.getpid()}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path.parent)
         yield temporary
         os.replace(temporary, path)
     except OSError as e:
@@ -44,6 +49,30 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+class _Tried(Exception):
+    """A file could be written."""
+
+
+def require_writable(path: str | Path) -> None:
+    """Raises `OSError` where a file cannot be written, before the work whose outcome it will be."""
+    with suppress(_Tried), write_atomically(path) as temporary:
+        temporary.touch()
+        raise _Tried
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files in a folder whose processes, on this machine, were killed."""
+    for file in folder.iterdir():
+        found = TEMPORARY.fullmatch(file.name)
+        if not found or os.name == "nt":  # where to ask for a process is to stop it
+            continue
+        with suppress(OSError):
+            try:
+                os.kill(int(found[1]), 0)
+            except ProcessLookupError:
+                file.unlink()
 
 
 def save_tensors(data: dict, path: str | Path) -> None:

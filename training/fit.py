@@ -19,7 +19,7 @@ from common import files
 from common.machine import stream_seed
 from common.processes import Interrupted, uninterruptible
 from common.progress import Progress
-from common.settings import differences
+from common.settings import check_ranges, differences
 from gpu.update import load_adam
 
 NEVER = 2**62  # a step that no training reaches
@@ -39,8 +39,7 @@ class FitConfig:
     save_seconds: float = 120.0       # between two saves of a running training
 
     def __post_init__(self):
-        if self.steps < 1 or self.warmup < 1:
-            raise ValueError("steps and warmup are at least 1")
+        check_ranges(self, {"steps": (1, 10**8), "warmup": (1, 10**8), "save_seconds": (0, math.inf)})
         if not (self.lr > 0 and self.clip_norm > 0):
             raise ValueError("lr and clip_norm are above 0")
         if not 0 <= self.ema < 1:
