@@ -64,15 +64,13 @@ class FieldConfig:
 
     def __post_init__(self):
         check_ranges(self, _RANGES)
-        _require(self.blob_radius > 0, f"blob_radius must be positive, not {self.blob_radius}")
-        _require(0 < self.occupancy_alpha < 1, f"occupancy_alpha must be between 0 and 1, not {self.occupancy_alpha}")
 
         # Numbers that must fit each other.
         _require(self.view_degree == 0 or self.hidden_layers > 0, "view_degree needs a hidden layer")
         _require(self.base_resolution <= self.finest_resolution,
                  f"base_resolution {self.base_resolution} is above finest_resolution {self.finest_resolution}")
         _require(self.levels * self.features_per_level << self.log2_hashmap_size <= 2**28,
-                 f"{self.levels} levels of 2^{self.log2_hashmap_size} rows of {self.features_per_level}: more than 2^28")
+                 f"{self.levels} levels of 2^{self.log2_hashmap_size} rows: over 2^28 numbers")
         _require(self.importance_samples == 0 or self.samples_per_ray >= 3,
                  f"importance_samples need samples_per_ray of at least 3, not {self.samples_per_ray}")
 
@@ -81,7 +79,9 @@ _RANGES = {"levels": (1, 64), "features_per_level": (1, 64), "log2_hashmap_size"
            "base_resolution": (1, 2**20), "finest_resolution": (1, 2**20), "bound": (1e-3, 1e6), "width": (1, 4096),
            "hidden_layers": (0, 64), "view_degree": (0, 4), "samples_per_ray": (1, 4096),
            "importance_samples": (0, 4096), "near": (0, math.inf), "occupancy_cells": (1, 512),
-           "occupancy_decay": (0, 1), "mask_threshold": (0, 0.999), "forgiven_views": (1, 10**6)}
+           "occupancy_decay": (0, 1),
+           "occupancy_alpha": (1e-9, 0.999), "blob_radius": (1e-6, math.inf), "mask_threshold": (0, 0.999),
+           "forgiven_views": (1, 10**6)}
 
 
 def _require(fits: bool, message: str) -> None:

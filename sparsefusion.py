@@ -55,7 +55,7 @@ class Preset:
     def __post_init__(self):
         check_numbers(self)
         halvings = len(self.vae.widths) - 1
-        if self.image_size < 1 or self.image_size % 2**halvings:
+        if self.image_size % 2**halvings:
             raise ValueError(f"image_size {self.image_size} cannot be halved {halvings} times, once per VAE stage")
         if self.vae.channels != self.unet.channels:
             raise ValueError(f"vae.channels {self.vae.channels} are not the UNet's channels {self.unet.channels}")

@@ -52,8 +52,8 @@ def list_file(part: str, path: Path) -> None:
     load_part(module, part, path)
     with torch.no_grad():
         out = forward_pass(ready(model, "cpu"), part)
-    print(f"{path}: weights {files.digest(*module.state_dict().values())}; a forward pass has the mean {out.mean():.4g} "
-          f"and the deviation {out.std():.4g}")
+    print(f"{path}: weights {files.digest(*module.state_dict().values())}; a forward pass: mean {out.mean():.4g}, "
+          f" deviation {out.std():.4g}")
 
 
 def forward_pass(model: SparseFusion, part: str) -> Tensor:
@@ -85,7 +85,7 @@ def convert(args: argparse.Namespace) -> None:
             list_file(part, parts[part])
         return
     if args.out is None or len(given) < len(parts):
-        raise ValueError("--eft, --vldm, --vae and --out are needed; without --out any of the three lists what it holds")
+        raise ValueError("--eft, --vldm, --vae and --out are needed; without --out any of the three is listed")
     files.require_writable(args.out)
     model = from_released(args.eft, args.vldm, args.vae)
     trained_on = [{"what": "prior", "category": args.category}] if args.category else []

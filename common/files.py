@@ -98,7 +98,7 @@ def save_json(data, path: str | Path) -> None:
 def read_json(path: str | Path) -> dict:
     """The object in a JSON file. Raises `ValueError` with one line for anything else."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else None
     except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):

@@ -45,6 +45,7 @@ COMMANDS = {
     "evaluate": ["evaluate", *SHARED, "--instances", "0"],
     "train": ["train", *fuzz.TRAIN, "steps=102", "fit.save_seconds=0"],
 }
+ROOM = 2**28  # bytes of a disk that is large enough
 SECONDS = 120  # of a run, at most
 VARYING = {"seconds", "distillation_seconds", "peak_gb", "command"}  # of results: what no two runs have in common
 
@@ -58,7 +59,7 @@ def start(home: Path, command: list[str], prepare=lambda: None) -> int:
         return child
     status = 70
     try:
-        with open(home.parent / "said", "w") as said:
+        with open(home.parents[1] / "said", "w") as said:
             os.dup2(said.fileno(), 1)
             os.dup2(said.fileno(), 2)
         sys.stdout = open(1, "w", closefd=False)
@@ -130,7 +131,7 @@ def difference(found: dict, expected: dict) -> str:
 
 def said(home: Path) -> str:
     """All that the last run has said."""
-    return (home.parent / "said").read_text(errors="replace")
+    return (home.parents[1] / "said").read_text(errors="replace")
 
 
 def copy(originals: Path, home: Path) -> None:
@@ -173,10 +174,13 @@ def kill(args: argparse.Namespace, folder: Path) -> int:
             for moment in moments:
                 child = start(home, command)
                 time.sleep(moment)
+                # Every other one while it writes.
+                end = time.monotonic() + (rng.random() < 0.5) * whole
+                while time.monotonic() < end and not writing(home):
+                    time.sleep(0.0005)
                 os.kill(child, signal.SIGKILL)
                 killed += finish(child) == -signal.SIGKILL
-            before = results_left(home)
-            left += before
+            left += writing(home)
             code = finish(start(home, command))
             wrong = difference(results(home), expected) if code == 0 else f"exit code {code}: {said(home)[-300:]}"
             bad += bool(wrong)
@@ -188,9 +192,12 @@ def kill(args: argparse.Namespace, folder: Path) -> int:
     return failures
 
 
-def results_left(home: Path) -> int:
+def writing(home: Path) -> int:
     """How many temporary files there are."""
-    return sum(file.name.startswith(".") for file in home.rglob("*"))
+    with contextlib.suppress(FileNotFoundError):
+        return sum(name.startswith(".") for folder in ("out", "cache") for *_, names in os.walk(home / folder)
+                   for name in names)
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------- full disks
@@ -213,61 +220,62 @@ def full(args: argparse.Namespace, folder: Path) -> int:
     originals, failures = originals_in(folder / "originals"), 0
     for name in args.command:
         command = COMMANDS[name]
-        with disk(folder / name / "disk", 2**28) as mounted:
-            home = folder / name / "disk" / "home"
+        home = folder / name / "disk" / "home"
+        with disk(home.parent, ROOM) as mounted:
+            # What an undisturbed run needs.
             copy(originals, home)
-            empty = used(home)
-            most = largest(home, command)
+            before = used(home)
+            assert finish(start(home, command)) == 0, said(home)
             expected = results(home)
-            room = used(home) - empty + most
+            most = max(file.stat().st_size for file in (home / "out").rglob("*") if file.is_file())
+            needed = used(home) - before + most if mounted else most
 
-            # Less room than an undisturbed run needs.
+            # Less than that; then room, for the same bits.
             rng = random.Random(f"{args.seed} {name}")
             ended, bad = 0, 0
             for turn in range(args.times):
                 copy(originals, home)
-                size = int(rng.random() * (room if mounted else most))
-                child = start(home, command, None if mounted else lambda: limit(size)) if not mounted else None
+                size = int(rng.random() * needed)
                 if mounted:
-                    remount(home.parent, used(home) + size)
-                    child = start(home, command)
-                code, text = finish(child), said(home)
+                    resize(home.parent, used(home) + size)
+                code = finish(start(home, command, (lambda: None) if mounted else (lambda: limit(size))))
+                wrong, line = judge_full(code, home)
+                if code == 0:
+                    wrong = wrong or difference(results(home), expected)
+                ended += code == 2
                 if mounted:
-                    remount(home.parent, 2**28)
-                lines = [line for line in text.splitlines() if line.startswith("error:") or "Traceback" in line]
-                wrong = ""
-                if code == 2:
-                    ended += 1
-                    if len(lines) != 1 or not any(word in lines[0] for word in ("out", "cache", "list.json")):
-                        wrong = f"says {text[-300:]!r}"
-                elif code != 0:
-                    wrong = f"exit code {code}: {text[-300:]!r}"
-                left = results_left(home)
-                wrong = wrong or (f"{left} temporary files left" if left else "")
-
-                # With room, the same bits.
+                    resize(home.parent, ROOM)
                 code = finish(start(home, command))
                 if not wrong:
                     wrong = difference(results(home), expected) if code == 0 else f"then {code}: {said(home)[-300:]}"
                 bad += bool(wrong)
                 if args.verbose or wrong:
-                    print(f"{name}, seed {args.seed}, turn {turn}, {size} bytes: {lines} {wrong}", flush=True)
+                    print(f"{name}, seed {args.seed}, turn {turn}, {size} bytes: {line} {wrong}", flush=True)
             failures += bad
             kind = "a tmpfs" if mounted else "a limit on the size of a file"
-            print(f"{name}: {ended} of {args.times} runs met {kind} that was full, of 0 to {room} bytes; {bad} "
+            print(f"{name}: {ended} of {args.times} runs met {kind} that was full, of 0 to {needed} bytes; {bad} "
                   "failures", flush=True)
     return failures
 
 
+def judge_full(code: int, home: Path) -> tuple[str, str]:
+    """What is wrong with the end of a run on a full disk ("" for nothing), and its last line."""
+    text = said(home)
+    line = (text.splitlines() or [""])[-1]
+    left = writing(home)
+    if left:
+        return f"{left} temporary files left", line
+    if code == 0:
+        return "", "there was room"
+    names = [str(path.relative_to(home)) for path in home.rglob("*")] + ["out/", "cache/"]
+    well = code == 2 and text.count("error:") == 1 and "Traceback" not in text and line.startswith("error:")
+    return ("" if well and any(name in line for name in names) else f"exit code {code}: {text[-500:]!r}"), line
+
+
 def used(folder: Path) -> int:
-    """Bytes below a folder, in pages."""
-    return sum(-(-file.lstat().st_size // 4096) * 4096 + 4096 for file in folder.rglob("*"))
-
-
-def largest(home: Path, command: list[str]) -> int:
-    """Run a command; the size of the largest file that it leaves."""
-    assert finish(start(home, command)) == 0, said(home)
-    return max(file.stat().st_size for file in (home / "out").rglob("*") if file.is_file())
+    """Bytes in use of a folder's file system."""
+    status = os.statvfs(folder)
+    return (status.f_blocks - status.f_bfree) * status.f_frsize
 
 
 def limit(size: int) -> None:
@@ -275,21 +283,12 @@ def limit(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def remount(folder: Path, size: int) -> None:
+def resize(folder: Path, size: int) -> None:
     """Give a tmpfs another size."""
     subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)
 
 
 # ---------------------------------------------------------------------------------------------- a long evaluation
-
-def set_number(*path):
-    """A fault of the annotations: a number that is none."""
-    def change(records, folder, value=math.nan):
-        for key in path[:-1]:
-            records = records[key]
-        records[path[-1]] = value
-    return change
-
 
 FAULTS = {
     "no picture": lambda records, folder: (folder / "images" / "4.png").unlink(),
@@ -303,9 +302,9 @@ FAULTS = {
                                                 (folder / "images" / "4.png").symlink_to("nowhere")],
     "an empty mask": lambda records, folder: fuzz.Image.new("L", (24, 24)).save(folder / "masks" / "4.png"),
     "a mask of another size": lambda records, folder: fuzz.Image.new("L", (9, 24)).save(folder / "masks" / "4.png"),
-    "a camera of NaN": set_number(3, "viewpoint", "T", 0),
+    "a camera of NaN": lambda records, folder: records[3]["viewpoint"].update(T=[math.nan, 0, 10]),
     "no rotation": lambda records, folder: records[3]["viewpoint"].update(R=[[1, 0, 0], [0, 2, 0], [0, 0, 1]]),
-    "a focal length of 0": set_number(3, "viewpoint", "focal_length"),
+    "a focal length of 0": lambda records, folder: records[3]["viewpoint"].update(focal_length=[0, 0]),
     "no viewpoint": lambda records, folder: records[3].pop("viewpoint"),
     "a size of words": lambda records, folder: records[3]["image"].update(size=["x", 24]),
     "a path that leads out": lambda records, folder: records[3]["image"].update(path="../../../etc/passwd"),
@@ -314,7 +313,7 @@ FAULTS = {
 
 def long(args: argparse.Namespace, folder: Path) -> int:
     """An evaluation of many sequences, of which two of three have one fault each."""
-    home = folder / "home"
+    home = folder / "long" / "home"
     names = [f"s{i:03d}" for i in range(args.sequences)]
     trees.write(home / "tree", {name: 11 for name in names})
     sparsefusion.save(small.tiny_model(), home / "tiny.pt")
@@ -370,8 +369,8 @@ def long(args: argparse.Namespace, folder: Path) -> int:
         failures.append(f"memory grows: {memory}")
     if len(set(descriptors[1:])) > 1:
         failures.append(f"descriptors: {descriptors}")
-    print(f"{len(names)} sequences, {len(broken)} broken: {memory[0]:.0f} MB after the first, {memory[third]:.0f} after a "
-          f"third, {memory[-1]:.0f} at the end; {descriptors[1]:.0f} to {descriptors[-1]:.0f} descriptors; "
+    print(f"{len(names)} sequences, {len(broken)} broken: {memory[0]:.0f} MB after the first, {memory[third]:.0f} after "
+          f"a third, {memory[-1]:.0f} at the end; {descriptors[1]:.0f} to {descriptors[-1]:.0f} descriptors; "
           f"{len(failures)} failures")
     print("\n".join(failures))
     return len(failures)
@@ -387,7 +386,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=20, help="kill, full: so many of each command")
     parser.add_argument("--sequences", type=int, default=50, help="long: so many")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--verbose", action="store_true", help="full: every line")
+    parser.add_argument("--verbose", action="store_true", help="full: the last line of every run")
     args = parser.parse_args()
 
     # Every run saves after each iteration, so that kills and full disks come while it writes.

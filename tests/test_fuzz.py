@@ -68,6 +68,8 @@ TRAIN = ["vae", "--root", "tree", "--category", "things", "--out", "out/vae.pt",
 LITTLE = replace(PRESETS["plain"], iterations=1, bootstrap=0, image_size=16, input_pixels=16, pixel_side=1,
                  turntable_frames=2,
                  field=replace(small.FIELD, levels=1, log2_hashmap_size=8, samples_per_ray=8, occupancy_cells=16))
+FLAGS = sorted({flag for parser in (distill.parser(), evaluate.parser(), train.parser(), convert.parser())
+                for flag in parser._option_string_actions} - {"--help", "-h"})
 COMMANDS = {"distill": distill.main, "evaluate": evaluate.main, "train": train.main, "check": check.main,
             "convert": convert.main}
 
@@ -76,8 +78,10 @@ TEXTS = {"@deep": "[" * 200_000 + "]" * 200_000, "@nested": "[" * 900 + "]" * 90
          "@objects": '{"a":' * 200_000 + "1" + "}" * 200_000,
          "@digits": "9" * 5000, "@huge": "9" * 400, "@exponent": "1e999"}
 ODD = [None, True, False, 0, 1, -1, 0.5, 1e308, -1e30, 1e-320, 2**31, 2**63, -(2**70), math.nan, math.inf, "", "x",
-       "..", "../../up", "/absolute", "a\nb", "nul\0", "\u00e9" * 400, "\ud800", [], {}, [[]], [[1], [2, 3]], {"a": {}},
+       "..", "../../up", "/absolute", "a\nb", "nul\0", "\u00e9" * 400, "\ud800", " ", "e\u0301", "\u200b", "images/\u00e91.png", [], {}, [[]], [[1], [2, 3]], {"a": {}},
        [1, 2, 3], ["a", "b"], [None], "9" * 5000, *TEXTS]
+NUMBERS = ["3", "7", "1e-30", "1e30", "1,1", "0.9,0.9", "8,16,16", "1000000", "16777217", "999999999", "-5", "0x10",
+           "1e5", "4096", "9" * 30, "99999999,99999999", "1.", "+1", "Infinity", "none", "0,0"]
 WORDS = ["", " ", "-1", "0", "1", "2", "0.5", "1e400", "nan", "-inf", "9" * 5000, "x", "a\nb", "..", "/dev/null", "a=b",
          "true", "1,2", ",", "1,,2", "\u00e9", "--", "\ud800", "x" * 5000, "1_0", "\u0661"]
 
@@ -277,6 +281,12 @@ def mutate_tensors(rng: random.Random, file: Path) -> str:
                 here[key] = odd_tensor(here[key])
             words = [f"tensor {'.'.join(path)}"]
             break
+        if isinstance(here[key], torch.Tensor) and rng.random() < 0.5:
+            names = here if isinstance(here, dict) else range(len(here))
+            other = rng.choice([name for name in names if isinstance(here[name], torch.Tensor)])
+            here[key], here[other] = here[other], here[key]
+            words = [f"{key} and {other} swapped"]
+            break
         here = here[key]
     if not words:
         data, what = mutate_data(rng, data, [x for x in ODD if not str(x).startswith("@")] + [10**400, (1, "a")])
@@ -285,17 +295,35 @@ def mutate_tensors(rng: random.Random, file: Path) -> str:
     return words[0]
 
 
+def replace_file(rng: random.Random, file: Path) -> str:
+    """Something else at a file's place, or the file under another name."""
+    rule = rng.choice(["gone", "folder", "folder", "link", "loop", "pipe", "device", "renamed", "twice", "forbidden"])
+    other = file.with_name(rng.choice([f" {file.name}", f"{file.name} ", file.name.upper(), f"e\u0301{file.name}",
+                                       f"{file.stem}.x{file.suffix}", f"a\nb{file.suffix}", f".{file.name}",
+                                       f"{file.name}.bak", file.stem, f"\u3000{file.name}"]))
+    if rule == "twice":
+        shutil.copy(file, other)
+    elif rule == "forbidden":
+        file.chmod(0)
+    elif rule == "renamed":
+        file.rename(other)
+    else:
+        file.unlink()
+    if rule == "folder":
+        file.mkdir()
+    elif rule == "pipe":
+        os.mkfifo(file)
+    elif rule in ("link", "loop", "device"):
+        file.symlink_to({"link": "nowhere", "loop": file.name, "device": "/dev/null"}[rule])
+    return f"{rule}, {other.name!r}" if rule in ("twice", "renamed") else rule
+
+
 def mutate_file(rng: random.Random, file: Path) -> str:
     """A file of any kind, in place; what was done to it."""
-    # Any file may be broken, gone, or no file.
+    # Any file may be gone, no file, elsewhere, or broken.
     rule = rng.random()
-    if rule < 0.03:
-        file.unlink()
-        return f"{file.name}: gone"
-    if rule < 0.06:
-        file.unlink()
-        file.mkdir()
-        return f"{file.name}: a folder"
+    if rule < 0.08:
+        return f"{file.name}: {replace_file(rng, file)}"
     if rule < 0.25:
         content, what = mutate_bytes(rng, file.read_bytes())
         file.write_bytes(content)
@@ -331,12 +359,16 @@ def some_file(rng: random.Random, folder: Path) -> Path:
     return rng.choice(kinds[rng.choice(sorted(kinds))])
 
 
-def mutate_flags(rng: random.Random, argv: list[str], config: type) -> tuple[list[str], str]:
+def mutate_flags(rng: random.Random, argv: list[str], config: type | None) -> tuple[list[str], str]:
     """A command line with one word changed, or with a setting more."""
     argv = list(argv)
     i = rng.randrange(len(argv))
-    rule = rng.choice(["word", "word", "delete", "insert", "twice", "set", "set", "set"])
-    if rule == "word":
+    rule = rng.choice(["word", "word", "delete", "insert", "twice", "flag", "flag", "set", "set", "set"])
+    if config is None and rule == "set":
+        rule = "flag"
+    if rule == "flag":
+        argv[i:i] = [rng.choice(FLAGS), rng.choice(WORDS + NUMBERS)][:rng.choice([1, 2, 2, 2])]
+    elif rule == "word":
         argv[i] = rng.choice(WORDS)
     elif rule == "delete":
         del argv[i]
@@ -346,7 +378,7 @@ def mutate_flags(rng: random.Random, argv: list[str], config: type) -> tuple[lis
         argv.insert(i, argv[i])
     else:
         name = rng.choice(sorted(cli.field_types(config)))
-        argv += ["--set", f"{name}={rng.choice(WORDS + ['3', '7', '1e-30', '1e30', '1,1', '0.9,0.9', '8,16,16'])}"]
+        argv += ["--set", f"{name}={rng.choice(WORDS + NUMBERS)}"]
     return argv, f"{rule}: {argv[min(i, len(argv) - 1)]!r:.40}, last {argv[-1]!r:.60}"
 
 
@@ -502,11 +534,22 @@ def flags_train(rng, home):
     return what, command("train", argv)
 
 
+def flags_check(rng, home):
+    argv, what = mutate_flags(rng, ["tree", "--category", "things", "--sequence", "a", "--out", "out/check.png"], None)
+    return what, command("check", argv)
+
+
+def flags_convert(rng, home):
+    argv, what = mutate_flags(rng, ["--eft", "eft.pt", "--vldm", "vldm.pt", "--vae", "vae.pt", "--out", "out/w.pt"], None)
+    return what, command("convert", argv)
+
+
 # Entry point: the folder that it needs, and how often it is called.
 ENTRIES = {read_co3d: ("co3d", 16), read_cache: ("co3d", 3), read_list: ("list", 6), read_arrays: ("toy", 6),
            read_weights: ("weights", 10), read_perceptual: ("perceptual", 4), run_convert: ("released", 4),
            run_distill: ("run", 4), run_train: ("run", 4), run_check: ("transforms", 3), flags_distill: ("flags", 8),
-           flags_evaluate: ("flags", 4), flags_train: ("flags", 5)}
+           flags_evaluate: ("flags", 4), flags_train: ("flags", 5), flags_check: ("co3d", 3),
+           flags_convert: ("released", 1)}
 CHOICES = [(entry, place, often) for entry, (place, often) in ENTRIES.items()]
 CHOICES += [(read_co3d, "toy", 5)]
 CHOICES += [(read_photographs, place, 6) for place in ("transforms", "synthetic", "text", "binary")]
@@ -560,7 +603,7 @@ def run_case(originals: Path, seed: int, case: int) -> tuple[str, str, str]:
                 wrong = f"on stderr: {err.getvalue()[:500]!r}"
         except SystemExit as e:
             text = err.getvalue()
-            if entry is run_check and e.code == 1:
+            if entry in (run_check, flags_check) and e.code == 1:
                 wrong = ""
             elif e.code != 2 or not text.startswith("error:"):
                 wrong = f"exit code {e.code}, {text[:500]!r}"
@@ -584,8 +627,9 @@ def run_case(originals: Path, seed: int, case: int) -> tuple[str, str, str]:
         after = seen(Path(folder))
         strange = []
         for path, stamp in after.items():
-            inside = path.relative_to(home).parts[0] in ("out", "cache", "output")
-            if path.name.startswith(".") or (before.get(path) != stamp and not inside and place != "flags"):
+            inside = any(home / name in path.parents for name in ("out", "cache", "output"))
+            new = before.get(path) != stamp
+            if new and (path.name.startswith(".") or not inside and not entry.__name__.startswith("flags")):
                 strange.append(path.name)
         gone = [path.name for path in before.keys() - after.keys() if path.parent.name != "out"]
         if not wrong and (strange or gone):

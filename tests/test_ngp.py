@@ -22,7 +22,7 @@ from volume import Occupancy
     ({"bound": 0.0}, "bound 0.0 is not from 0.001"),
     ({"bound": float("nan")}, "bound nan is not from 0.001"),
     ({"near": float("nan")}, "near nan is not from 0 to inf"),
-    ({"occupancy_alpha": 1.0}, "occupancy_alpha must be between 0 and 1"),
+    ({"occupancy_alpha": 1.0}, "occupancy_alpha 1.0 is not from"),
     ({"occupancy_decay": 1.5}, "occupancy_decay 1.5 is not from 0 to 1"),
     ({"mask_threshold": 1.0}, "mask_threshold 1.0 is not from 0 to 0.999"),
     ({"forgiven_views": 0}, "forgiven_views 0 is not from 1"),

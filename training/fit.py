@@ -39,11 +39,8 @@ class FitConfig:
     save_seconds: float = 120.0       # between two saves of a running training
 
     def __post_init__(self):
-        check_ranges(self, {"steps": (1, 10**8), "warmup": (1, 10**8), "save_seconds": (0, math.inf)})
-        if not (self.lr > 0 and self.clip_norm > 0):
-            raise ValueError("lr and clip_norm are above 0")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema {self.ema} is not at least 0 and below 1")
+        check_ranges(self, {"steps": (1, 10**8), "warmup": (1, 10**8), "save_seconds": (0, math.inf),
+                            "ema": (0, 0.9999999), "lr": (1e-12, 1e6), "clip_norm": (1e-12, math.inf)})
 
 
 class Fit:
