@@ -95,7 +95,9 @@ def save_list(entries: list[Entry], path: str | Path) -> None:
 
 def read_list(path: str | Path) -> list[Entry]:
     """The list in a file of `save_list`. Raises `ValueError` with one line for anything else."""
-    # Entries may be written by hand.
+    # Entries may be written by hand; a pipe would be waited for.
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
         entries = [_entry(row) for row in rows]

@@ -305,8 +305,8 @@ FAULTS = {
     "a camera of NaN": lambda records, folder: records[3]["viewpoint"].update(T=[math.nan, 0, 10]),
     "no rotation": lambda records, folder: records[3]["viewpoint"].update(R=[[1, 0, 0], [0, 2, 0], [0, 0, 1]]),
     "a focal length of 0": lambda records, folder: records[3]["viewpoint"].update(focal_length=[0, 0]),
-    "no viewpoint": lambda records, folder: records[3].pop("viewpoint"),
-    "a size of words": lambda records, folder: records[3]["image"].update(size=["x", 24]),
+    "a focal length of words": lambda records, folder: records[3]["viewpoint"].update(focal_length=["x", 2.2]),
+    "a pipe": lambda records, folder: [(folder / "masks" / "4.png").unlink(), os.mkfifo(folder / "masks" / "4.png")],
     "a path that leads out": lambda records, folder: records[3]["image"].update(path="../../../etc/passwd"),
 }
 
