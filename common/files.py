@@ -51,15 +51,11 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-class _Tried(Exception):
-    """A file could be written."""
-
-
 def require_writable(path: str | Path) -> None:
     """Raises `OSError` where a file cannot be written, before the work whose outcome it will be."""
-    with suppress(_Tried), write_atomically(path) as temporary:
+    with suppress(EOFError), write_atomically(path) as temporary:
         temporary.touch()
-        raise _Tried
+        raise EOFError  # so it is removed again
 
 
 def _remove_leftovers(folder: Path) -> None:
