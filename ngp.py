@@ -54,6 +54,9 @@ class FieldConfig:
     blob_radius: float = 0.2        # standard deviation of the Gaussian in the density logit (DreamFusion)
     samples_per_ray: int = 64       # D, stratified samples of a ray [released: distillation.py:507]
     importance_samples: int = 64    # I, samples added where density is; 0: none [released: distillation.py:508]
+    # Bins in which a ray's occupied cells are looked for, so that all its samples are placed there; 0: they are placed
+    # in the whole box around the occupied cells, and those that fall into others are skipped.
+    bins_per_ray: int = 0
     near: float = 0.1               # least t of a sample [released: distillation.py:520]
     occupancy_cells: int = 128      # G, occupancy cells per side (Instant NGP, appendix E.2)
     occupancy_decay: float = 0.95   # factor of a cell's running maximum of density at an update (Instant NGP, E.2)
@@ -71,17 +74,18 @@ class FieldConfig:
                  f"base_resolution {self.base_resolution} is above finest_resolution {self.finest_resolution}")
         _require(self.levels * self.features_per_level << self.log2_hashmap_size <= 2**28,
                  f"{self.levels} levels of 2^{self.log2_hashmap_size} rows: over 2^28 numbers")
+        _require(self.importance_samples == 0 or self.bins_per_ray == 0,
+                 "bins_per_ray already say where samples are needed, so importance_samples must be 0")
         _require(self.importance_samples == 0 or self.samples_per_ray >= 3,
                  f"importance_samples need samples_per_ray of at least 3, not {self.samples_per_ray}")
 
 
 _RANGES = {"levels": (1, 64), "features_per_level": (1, 64), "log2_hashmap_size": (1, 28),
            "base_resolution": (1, 2**20), "finest_resolution": (1, 2**20), "bound": (1e-3, 1e6), "width": (1, 4096),
-           "hidden_layers": (0, 64), "view_degree": (0, 4), "samples_per_ray": (1, 4096),
-           "importance_samples": (0, 4096), "near": (0, math.inf), "occupancy_cells": (1, 512),
-           "occupancy_decay": (0, 1),
-           "occupancy_alpha": (1e-9, 0.999), "blob_radius": (1e-6, math.inf), "mask_threshold": (0, 0.999),
-           "forgiven_views": (1, 10**6)}
+           "hidden_layers": (0, 64), "view_degree": (0, 4), "blob_radius": (1e-6, math.inf),
+           "samples_per_ray": (1, 4096), "importance_samples": (0, 4096), "bins_per_ray": (0, 4096),
+           "near": (0, math.inf), "occupancy_cells": (1, 512), "occupancy_decay": (0, 1),
+           "occupancy_alpha": (1e-9, 0.999), "mask_threshold": (0, 0.999), "forgiven_views": (1, 10**6)}
 
 
 def _require(fits: bool, message: str) -> None:

@@ -1,5 +1,6 @@
 """Evaluation: the protocol whatever the workers and the order, what is taken up, what is left out, tables."""
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -130,6 +131,23 @@ def test_strict_stops_at_a_bad_sequence(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(*QUICK, "--strict", "--targets", 1, root=tree, category="things")
     assert "1.png" in capsys.readouterr().err and not (tmp_path / "out" / "things" / "b").exists()
+
+
+def test_a_full_disk_stops_it(run, monkeypatch, capsys):
+    """It would be full for the other sequences, too; what a sequence lacks leaves out that one alone."""
+    calls = []
+
+    def fail(instance, *args):
+        calls.append(instance.source.name)
+        raise OSError(number, "too bad", "field.pt")
+
+    monkeypatch.setattr(evaluate, "run_instance", fail)
+    for number, count in ((errno.ENOSPC, 1), (errno.EACCES, 2)):
+        calls.clear()
+        with pytest.raises(SystemExit) as e:
+            run(*QUICK)
+        error = capsys.readouterr().err
+        assert e.value.code == 2 and len(calls) == count and "field.pt" in error and len(error.splitlines()) == 1
 
 
 def test_a_samples_noise_is_the_views_own(run, tmp_path):
