@@ -44,6 +44,7 @@ import train
 from cameras import Scene
 from checkpoints import convert
 from common import cli
+from common.progress import Progress
 from datasets import annotations, co3d, protocol
 from distillation import DistillConfig
 from photographs.arrays import scene_from_arrays
@@ -670,7 +671,7 @@ def main() -> None:
     cases = range(args.cases) if args.case is None else [args.case]
     counts, seconds, failures = Counter(), Counter(), 0
     with prepared() as originals:
-        for case in cases:
+        for case in Progress(cases, "fuzz"):
             began = time.monotonic()
             entry, what, wrong = run_case(originals, args.seed, case)
             counts[entry] += 1
