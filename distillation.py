@@ -43,7 +43,7 @@ import vldm
 import volume
 from cameras import HALF_SIDE, Cameras, Scene, pixel_grid
 from common import files
-from common.machine import rand, stream_seed
+from common.machine import stream_seed
 from common.progress import Progress
 from common.settings import check_ranges
 from gpu.update import Group, Optimization

@@ -369,8 +369,8 @@ def long(args: argparse.Namespace, folder: Path) -> int:
         failures.append(f"memory grows: {memory}")
     if len(set(descriptors[1:])) > 1:
         failures.append(f"descriptors: {descriptors}")
-    print(f"{len(names)} sequences, {len(broken)} broken: {memory[0]:.0f} MB after the first, {memory[third]:.0f} after "
-          f"a third, {memory[-1]:.0f} at the end; {descriptors[1]:.0f} to {descriptors[-1]:.0f} descriptors; "
+    print(f"{len(names)} sequences, {len(broken)} broken: {memory[0]:.0f} MB after the first, {memory[third]:.0f} "
+          f"after a third, {memory[-1]:.0f} at the end; {descriptors[1]:.0f} to {descriptors[-1]:.0f} descriptors; "
           f"{len(failures)} failures")
     print("\n".join(failures))
     return len(failures)

@@ -79,7 +79,8 @@ TEXTS = {"@deep": "[" * 200_000 + "]" * 200_000, "@nested": "[" * 900 + "]" * 90
          "@objects": '{"a":' * 200_000 + "1" + "}" * 200_000,
          "@digits": "9" * 5000, "@huge": "9" * 400, "@exponent": "1e999"}
 ODD = [None, True, False, 0, 1, -1, 0.5, 1e308, -1e30, 1e-320, 2**31, 2**63, -(2**70), math.nan, math.inf, "", "x",
-       "..", "../../up", "/absolute", "a\nb", "nul\0", "\u00e9" * 400, "\ud800", " ", "e\u0301", "\u200b", "images/\u00e91.png", [], {}, [[]], [[1], [2, 3]], {"a": {}},
+       "..", "../../up", "/absolute", "a\nb", "nul\0", "\u00e9" * 400, "\ud800", " ", "e\u0301", "\u200b", "images/\u00e91.png",
+       [], {}, [[]], [[1], [2, 3]], {"a": {}},
        [1, 2, 3], ["a", "b"], [None], "9" * 5000, *TEXTS]
 NUMBERS = ["3", "7", "1e-30", "1e30", "1,1", "0.9,0.9", "8,16,16", "1000000", "16777217", "999999999", "-5", "0x10",
            "1e5", "4096", "9" * 30, "99999999,99999999", "1.", "+1", "Infinity", "none", "0,0"]
@@ -541,7 +542,8 @@ def flags_check(rng, home):
 
 
 def flags_convert(rng, home):
-    argv, what = mutate_flags(rng, ["--eft", "eft.pt", "--vldm", "vldm.pt", "--vae", "vae.pt", "--out", "out/w.pt"], None)
+    argv = ["--eft", "eft.pt", "--vldm", "vldm.pt", "--vae", "vae.pt", "--out", "out/w.pt"]
+    argv, what = mutate_flags(rng, argv, None)
     return what, command("convert", argv)
 
 
