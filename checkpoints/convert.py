@@ -79,13 +79,12 @@ def forward_pass(model: SparseFusion, part: str) -> Tensor:
 def convert(args: argparse.Namespace) -> None:
     """Read, match, write; without --out, list."""
     parts = {"eft": args.eft, "vldm": args.vldm, "vae": args.vae}
-    given = [part for part, path in parts.items() if path]
-    if args.out is None and given:
-        for part in given:
+    if not any(parts.values()) or args.out and not all(parts.values()):
+        raise ValueError("--eft, --vldm, --vae and --out are needed; without --out any of the three is listed")
+    if args.out is None:
+        for part in filter(parts.get, parts):
             list_file(part, parts[part])
         return
-    if args.out is None or len(given) < len(parts):
-        raise ValueError("--eft, --vldm, --vae and --out are needed; without --out any of the three is listed")
     files.require_writable(args.out)
     model = from_released(args.eft, args.vldm, args.vae)
     trained_on = [{"what": "prior", "category": args.category}] if args.category else []
