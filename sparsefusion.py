@@ -29,7 +29,8 @@ from common import files
 from common.machine import randn
 from common.progress import Progress
 from common.settings import check_numbers
-from gpu.graphs import half_is_accurate
+from gpu.graphs import HalfFeatures, accelerate, half_copy, half_is_accurate
+from gpu.groupnorm import fuse, fused_unet_block, fused_vae_block
 
 ROOT = Path(__file__).resolve().parent
 SHIPPED = ROOT / "sample" / "nano.pt"
@@ -38,6 +39,8 @@ TRAINED_DISTANCE = 9.8  # mean distance of the toys' cameras from the origin, to
 
 # Bytes of the tokens that go through the EFT at once, in float32: what fits a CPU's caches, what fills a GPU.
 EFT_BYTES = {"cpu": 2**21, "cuda": 2**29}
+
+VAE_AT_ONCE = 4  # pictures that a GPU encodes or decodes at once: more are no faster, and the largest maps take memory
 
 
 # ---------------------------------------------------------------------------------------------- presets
@@ -361,6 +364,18 @@ def ready(model: SparseFusion, device: str) -> SparseFusion:
     on CUDA.
     """
     model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    model.vae.accelerate()
-    model.vldm.accelerate()
+    if next(model.parameters()).is_cuda:
+        run_in_half(model.vae, model.vldm.unet)
     return model
+
+
+def run_in_half(autoencoder: vae.VAE, denoiser: unet.UNet) -> None:
+    """From now on, on a GPU, what needs no weights' gradients runs on this moment's weights in half precision."""
+    half = fuse(half_copy(autoencoder), {vae.VAEBlock: fused_vae_block})
+    names = {"encode": "the autoencoder's encoder", "decode": "the autoencoder's decoder"}
+    accelerate(autoencoder, half, names, VAE_AT_ONCE)
+    encoder = autoencoder.encoder
+    encoder.features = HalfFeatures(half.encoder.features, encoder.features, autoencoder.encode)
+
+    half = fuse(half_copy(denoiser, unet.UNet.EXACT), {unet.ResBlock: fused_unet_block})
+    accelerate(denoiser, half, {"embed_features": "the UNet's first layer", "predict": "the UNet"})

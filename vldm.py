@@ -19,16 +19,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.settings import check_numbers
-from gpu.graphs import Graphed, half_copy
-from gpu.groupnorm import fuse, fused_unet_block
-from unet import ResBlock, UNet, UNetConfig
+from unet import UNet, UNetConfig
 
 
 @dataclass(frozen=True)
@@ -165,25 +162,10 @@ class VLDM(nn.Module):
         super().__init__()
         self.unet = UNet(unet)
         self.config = diffusion
-        self.fast: FastUNet | None = None
-
-    def accelerate(self) -> VLDM:
-        """On CUDA: from now on, what needs no gradients runs on this moment's weights in half precision."""
-        self.fast = None
-        if self.unet.final_conv.weight.is_cuda:
-            half = fuse(half_copy(self.unet, UNet.EXACT), {ResBlock: fused_unet_block})
-            embed_features = Graphed("the UNet's first layer", half.embed_features, self.unet.embed_features)
-            predict = Graphed("the UNet", half.predict, self.unet.predict)
-            self.fast = FastUNet(embed_features, predict)
-        return self
 
     def denoiser(self, cond: Tensor, sampler: SamplerConfig) -> Denoiser:
         """The network for views with features cond (B, C, s, s), as the samplers use it."""
-        # In half precision, if there is such a copy, where no gradients are needed.
-        network = self.unet
-        if self.fast is not None and not torch.is_grad_enabled():
-            network = self.fast
-        return Denoiser(network, self.config.prediction, cond, sampler.guidance, sampler.clip)
+        return Denoiser(self.unet, self.config.prediction, cond, sampler.guidance, sampler.clip)
 
     def loss(self, x0: Tensor, cond: Tensor, t: Tensor, eps: Tensor, mask: Tensor | None = None) -> Tensor:
         """Training loss (Sec. 3.1) of latents x0 and noise eps (B, 4, h, w) at times t (B,): a scalar.
@@ -203,12 +185,6 @@ class VLDM(nn.Module):
         return diffusion_loss(prediction, target, log_snr, self.config.snr_gamma, mask)
 
 
-class FastUNet(NamedTuple):
-    """What a UNet runs on CUDA, under the same names."""
-    embed_features: Graphed
-    predict: Graphed
-
-
 # ---------------------------------------------------------------------------------------------- the network as denoiser
 
 class Denoiser:
@@ -216,7 +192,7 @@ class Denoiser:
     their features. Samplers need not know whether the network predicts noise or v.
     """
 
-    def __init__(self, network: UNet | FastUNet, prediction: str, cond: Tensor, guidance: float, clip: float):
+    def __init__(self, network: UNet, prediction: str, cond: Tensor, guidance: float, clip: float):
         """cond (B, C, s, s): features of the views; guidance and clip as in `SamplerConfig`."""
         self.network = network
         self.prediction = prediction

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import sparsefusion
-import vae
 from gpu import graphs
 from gpu.graphs import Graphed, half_copy
 from tests.support import parity
@@ -28,7 +27,7 @@ class StandIn(graphs.Replay):
 
 @pytest.fixture
 def captured(monkeypatch):
-    """The shapes of the inputs of every graph so far."""
+    """The shapes of the inputs of every graph so far. Graphs are made where no gradients are needed."""
     captured = []
 
     def replay(function, batch, pool, warm_ups):
@@ -37,7 +36,8 @@ def captured(monkeypatch):
 
     monkeypatch.setattr(graphs, "Replay", replay)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    return captured
+    with torch.no_grad():
+        yield captured
 
 
 def scaled(x, factor):
@@ -71,6 +71,8 @@ def test_half_precision_that_is_too_wrong_is_not_taken(captured, noise, capsys, 
 
 def test_half_precision_that_is_close_is_taken_without_a_word(captured, noise, capsys):
     function, x = Graphed("the network", lambda x: x.half(), lambda x: x), noise(2, 4)()
+    with torch.enable_grad():
+        assert function(x) is x and not captured
     assert torch.equal(function(x), x.half().float()) and function(x).dtype == torch.float32
     assert function.half_is_accurate
     assert not capsys.readouterr().err
@@ -107,12 +109,12 @@ def test_garbage_is_not_collected_while_a_graph_is_recorded(monkeypatch):
 
 def test_an_autoencoder_takes_a_few_pictures_at_once(monkeypatch):
     """For its largest maps take much memory."""
-    model = tiny_model().vae
+    model = tiny_model()
     taken = []
-    monkeypatch.setattr(vae, "Graphed", lambda *given: taken.append(given[3]))
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    model.accelerate()
-    assert taken == [vae.AT_ONCE] * 2 and vae.AT_ONCE < max(graphs.SIZES)
+    monkeypatch.setattr(graphs, "Graphed", lambda *given: taken.append(given[3]))
+    sparsefusion.run_in_half(model.vae, model.vldm.unet)
+    assert taken == [sparsefusion.VAE_AT_ONCE] * 2 + [max(graphs.SIZES)] * 2
+    assert sparsefusion.VAE_AT_ONCE < max(graphs.SIZES)
 
 
 # --- on a GPU ---
@@ -121,6 +123,7 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA de
 
 
 @CUDA
+@torch.no_grad()
 def test_graphs_of_several_sizes_share_memory_and_do_not_mix(noise):
     network = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64)).cuda()
     function = Graphed("the network", half_copy_of(network), network)
@@ -128,7 +131,7 @@ def test_graphs_of_several_sizes_share_memory_and_do_not_mix(noise):
     first = [function(x) for x in inputs]
     for x, y in zip(inputs, first):
         assert torch.equal(function(x), y) and y.dtype == torch.float32
-        parity.assert_close(y, network(x).detach().cpu(), std=0.02)
+        parity.assert_close(y, network(x).cpu(), std=0.02)
 
 
 @CUDA
@@ -174,7 +177,7 @@ def test_a_model_on_a_gpu_is_the_model():
     shown = model.denoise(x.cuda(), features.cuda(), levels, torch.Generator().manual_seed(0), SHORT.sampler)
     expected = exact.denoise(x, features, levels, torch.Generator().manual_seed(0), SHORT.sampler)
     parity.assert_close(shown, expected, atol=0.02)
-    assert model.vae.fast.encode.half_is_accurate and model.vldm.fast.predict.half_is_accurate
+    assert model.vae.encode.half_is_accurate and model.vldm.unet.predict.half_is_accurate
 
     def gradient(model, a, b):
         return torch.autograd.grad(model.feature_distance(a, b).sum(), a)[0]
