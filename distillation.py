@@ -45,7 +45,7 @@ from cameras import HALF_SIDE, Cameras, Scene, pixel_grid
 from common import files
 from common.machine import rand
 from common.progress import Progress
-from gpu.update import Group, Optimization
+from gpu.update import GraphedAdam, Graphs
 from metrics import pseudo_huber
 from ngp import Field, FieldConfig
 from sparsefusion import Condition, SparseFusion
@@ -56,6 +56,7 @@ LONG = 4000  # iterations from which on a field without a prior learns more from
 SAVE_SECONDS = 60  # between two checkpoints of a running distillation
 UNLIKE = 2  # a photograph so many times as bright or as dark as the median one was exposed differently
 LOOK_EVERY = 16  # iterations, at most, between two looks at the losses
+NEVER = 2**62    # an iteration that no run reaches
 
 
 # ---------------------------------------------------------------------------------------------- the algorithm
@@ -150,11 +151,16 @@ class Distillation:
         self.exposures = Exposures(config.guess_exposures(inputs)).to(device)
 
         # One optimizer, a learning rate for each of its three groups.
-        self.optimization = Optimization([
-            Group(self.field.encoding.parameters(), config.lr_grid),
-            Group(self.field.network_parameters(), config.lr_mlp),
-            Group(self.exposures.parameters(), config.lr_exposure),
+        self.graphs = Graphs(device)
+        self.adam = GraphedAdam([
+            (self.field.encoding.parameters(), config.lr_grid),
+            (self.field.network_parameters(), config.lr_mlp),
+            (self.exposures.parameters(), config.lr_exposure),
         ], config.betas, config.eps, device)
+
+        # On the device, so that nothing waits for it: the present iteration, and the first in which a loss broke.
+        self.iteration = torch.zeros((), dtype=torch.long, device=device)
+        self.broken = {}  # by the loss's name
         self.input_error = torch.zeros((), device=device)  # mean squared, of the last colors, for the progress bar
 
         # Targets: of the input views the photographs, of the bootstrap the EFT's images.
@@ -193,7 +199,7 @@ class Distillation:
 
         # Occupied cells follow the field, unless it is broken.
         if (i + 1) % self.config.occupancy_every == 0:
-            self.optimization.check_losses()
+            self.check_losses()
             self.occupancy.update(self.field, self.generator)
             self.fit_buffer()
 
@@ -202,11 +208,26 @@ class Distillation:
         generator chooses views and lattices, which a GPU does not have to wait for.
         """
         self.generator.manual_seed(self.seed * 1_000_003 + i)
-        self.optimization.begin(i)
+        self.iteration.fill_(i)
 
     def update(self, loss: Callable[[NamedTuple], Tensor], batch: NamedTuple) -> None:
-        """A step of Adam down a loss of a batch."""
-        self.loss = self.optimization.update(loss, batch)
+        """A step of Adam down a loss of a batch; on a GPU all of `descend` is one CUDA graph."""
+        self.broken.setdefault(loss.__name__, torch.full_like(self.iteration, NEVER))
+        self.loss = self.graphs.run(loss.__name__, partial(self.descend, loss), batch)
+
+    def descend(self, loss: Callable[[NamedTuple], Tensor], batch: NamedTuple) -> Tensor:
+        """The loss of a batch, its gradient, a step of Adam. Returns the loss, a scalar."""
+        self.adam.zero_grad(set_to_none=True)
+        value = loss(batch)
+        value.backward()
+        self.adam.step()
+
+        # When it broke, if it did, without looking at it.
+        value = value.detach()
+        now = torch.where(value.isfinite(), NEVER, self.iteration)
+        broken = self.broken[loss.__name__]
+        torch.minimum(broken, now, out=broken)
+        return value
 
     def input_loss(self, batch: InputPixels) -> Tensor:
         """Pixels of input views against their photographs: color, silhouette, opacity, exposures."""
@@ -318,7 +339,7 @@ class Distillation:
         images = []
         for view, lattice, _ in queries:
             rays = self.cast(self.prior.viewpoints[view], lattice)
-            color = self.optimization.evaluate(self.color, rays)
+            color = self.graphs.run("color", self.color, rays)
             images.append(self.full_image(color, lattice.grid(color.device)))
 
         features = torch.stack([self.prior.condition.features[query.view] for query in queries])
@@ -381,7 +402,7 @@ class Distillation:
                   "capacity; it is larger now")
         if most > self.buffer.size or most < self.buffer.size / 2:
             self.buffer = self.new_buffer()
-            self.optimization.forget_graphs()
+            self.graphs.forget()
         self.buffer.most.zero_()
 
     # ------------------------------------------------------------------ the loop
@@ -393,28 +414,35 @@ class Distillation:
         saved = time.monotonic()
         for i in progress:
             began = time.monotonic()
-            self.optimization.set_rates(self.config.final_lr_fraction ** (i / total))
+            self.adam.set_rates(self.config.final_lr_fraction ** (i / total))
             self.step(i)
             self.completed = i + 1
 
             # Now and then, for to look at a loss is to wait for a GPU.
             if self.completed % LOOK_EVERY == 0 or self.completed == total:
-                self.optimization.check_losses()
+                self.check_losses()
                 psnr = -10 * math.log10(float(self.input_error) + 1e-10)
                 progress.note = f"loss {float(self.loss):.4f}, input view {psnr:.1f} dB"
             self.seconds += time.monotonic() - began
 
             # Something to resume from.
             if save is not None and time.monotonic() - saved > SAVE_SECONDS:
-                self.optimization.check_losses()
+                self.check_losses()
                 save()
                 saved = time.monotonic()
+
+    def check_losses(self) -> None:
+        """Raises `FloatingPointError` if a loss was not finite so far, naming it and the first such iteration."""
+        for name, iteration in sorted(self.broken.items(), key=lambda item: int(item[1])):
+            if iteration < NEVER:
+                raise FloatingPointError(f"the {name.replace('_', ' ')} is not a finite number in iteration "
+                                         f"{int(iteration)}; the field cannot recover from that")
 
     def state_dict(self) -> dict:
         """What a rerun resumes from."""
         parts = {name: getattr(self, name).state_dict() for name in ("field", "occupancy", "exposures")}
         return parts | {
-            "optimizer": self.optimization.state_dict(),
+            "optimizer": self.adam.state_dict(),
             "targets": {i: x_hat.clone() for i, x_hat in self.targets.items() if i >= self.completed},
             "completed": self.completed,
             "seconds": self.seconds,
@@ -425,7 +453,8 @@ class Distillation:
         for name in ("field", "occupancy", "exposures"):
             files.check_weights(state[name], getattr(self, name))
             getattr(self, name).load_state_dict(state[name])
-        self.optimization.load_state_dict(state["optimizer"])
+        self.adam.load_state_dict(state["optimizer"])
+        self.graphs.forget()
         self.completed = state["completed"]
         self.seconds = float(state["seconds"])
 

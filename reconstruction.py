@@ -187,7 +187,7 @@ def reconstruct(scene: Scene, inputs: list[int], model: SparseFusion | None = No
 
     # From here on nothing is rounded, and graphs and their memory are not needed.
     distillation.field.eval()
-    distillation.optimization.forget_graphs()
+    distillation.graphs.forget()
     return Reconstruction(distillation.field, distillation.occupancy, scene.cameras[0], unit, scene.world, config,
                           distillation.seconds, earlier, resumed_from)
 
@@ -270,7 +270,7 @@ class Checkpoint(NamedTuple):
                 distillation.run(title, save)
             except Interrupted as e:
                 # Between two iterations, so the state is one that a rerun resumes from without a trace.
-                distillation.optimization.check_losses()
+                distillation.check_losses()
                 save()
                 e.add_note(f"{self.path} has {distillation.completed} of {distillation.config.iterations} iterations")
                 raise

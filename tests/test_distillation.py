@@ -80,7 +80,7 @@ def test_the_algorithm_alternates_and_bootstraps_first():
     assert all(0.2 <= level < 1 for level in model.noise_levels) and len(set(model.noise_levels)) == 3
     assert model.sampler == SHORT.sampler
     assert all(not x.requires_grad and x.shape == (1, 3, 32, 32) for x in model.images)
-    steps = [int(s["step"]) for s in work.optimization.state_dict()["state"].values()]
+    steps = [int(s["step"]) for s in work.adam.state_dict()["state"].values()]
     # Two updates an iteration, only one of which sees an input's exposure.
     assert steps[-1] == 6 and set(steps[:-1]) == {12}
     assert work.completed == 6
@@ -124,12 +124,12 @@ def test_without_a_prior_only_the_input_views_are_seen():
     work = Distillation(ball(2, 32), SHORT, 7)
     work.bootstrap_loss = work.distillation_loss = None
     work.run()
-    assert {int(s["step"]) for s in work.optimization.state_dict()["state"].values()} == {6}
+    assert {int(s["step"]) for s in work.adam.state_dict()["state"].values()} == {6}
 
 
 def rates(work):
     """The present learning rates."""
-    return [group["lr"] for group in work.optimization.adam.param_groups]
+    return [group["lr"] for group in work.adam.param_groups]
 
 
 def test_learning_rates_fall_to_the_last_iteration():
@@ -148,7 +148,7 @@ def test_learning_rates_can_be_constant():
         work.step = lambda iteration: None
         work.completed, work.loss = iteration, torch.zeros(())
         work.run()
-        assert rates(work) == work.optimization.peak_rates
+        assert rates(work) == work.adam.peak_rates
 
 
 @pytest.mark.parametrize("term, broken", [("input", 2), ("query", 2), ("input", 3), ("query", 4), ("query", 0)])
@@ -182,7 +182,7 @@ def test_losses_are_not_read_in_every_iteration(monkeypatch):
     for every, looks in ((10, [9, 16, 19, 24]), (16, [15, 16, 24]), (1000, [16, 24])):
         config = replace(SHORT, iterations=24, occupancy_every=every, bootstrap=3)
         work, seen = Distillation(ball(2, 32), config, 7), []
-        monkeypatch.setattr(work.optimization, "check_losses", lambda: seen.append(work.completed))
+        monkeypatch.setattr(work, "check_losses", lambda: seen.append(work.completed))
         work.run()
         assert seen == looks
 
@@ -264,7 +264,7 @@ def test_no_gradient_through_the_denoiser():
     assert not x_hat.requires_grad and 0 <= x_hat.min() and x_hat.max() <= 1 and x_hat.std() > 0
     work = Distillation(ball(2, 32), replace(SHORT, lr_exposure=0.0), 7, guide)
     work.run()  # the field's update must not need the prior's gradients either: it is the only thing that moves
-    moved = {p for g in work.optimization.adam.param_groups for p in g["params"]}
+    moved = {p for g in work.adam.param_groups for p in g["params"]}
     assert moved == {work.exposures.log_gains, *work.field.parameters()}
     assert not work.exposures.log_gains.any()  # its learning rate is 0 here
 
