@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -107,12 +108,6 @@ def x0_from_eps(z: Tensor, log_snr: Tensor, eps: Tensor) -> Tensor:
     """The clean latent that `eps` implies: (z_t - sigma eps) / alpha. z, eps (B, ...); log_snr (B,) or ()."""
     alpha, sigma = alpha_sigma(as_factor(log_snr, z))
     return (z - sigma * eps) / alpha.clamp(min=1e-8)
-
-
-def eps_from_x0(z: Tensor, log_snr: Tensor, x0: Tensor) -> Tensor:
-    """The noise that `x0` implies: (z_t - alpha x0) / sigma. z, x0 (B, ...); log_snr (B,) or ()."""
-    alpha, sigma = alpha_sigma(as_factor(log_snr, z))
-    return (z - alpha * x0) / sigma
 
 
 def posterior(x0: Tensor, z: Tensor, log_snr_t: Tensor, log_snr_s: Tensor) -> tuple[Tensor, Tensor]:
@@ -278,35 +273,47 @@ def denoise(denoiser: Denoiser, latents: Tensor, noise_levels: Sequence[float], 
     if sampler.plms_steps == 1:
         return denoiser(z, log_snrs[0])
 
-    # Images with more steps first, so that those still on their way are the first m.
-    order = torch.tensor(sorted(range(len(z)), key=lambda image: -steps[image]), device=z.device)
+    # Images with more steps come first, so that those that are still on their way are always the first ones.
+    views = torch.tensor(sorted(range(len(z)), key=lambda image: -steps[image]), device=z.device)
+
+    def draw() -> Tensor:
+        """Noise in that order."""
+        return randn()[views]
+
+    z = solve(denoiser, z[views], log_snrs[:, views], sorted(steps, reverse=True), views, draw, sampler)
+    return z[views.argsort()]
+
+
+def solve(denoiser: Denoiser, z: Tensor, log_snrs: Tensor, steps: list[int], views: Tensor, draw: Callable[[], Tensor],
+          sampler: SamplerConfig) -> Tensor:
+    """Latents z (B, 4, h, w) at the end of their ways, whose log-SNRs are (n + 1, B), after `steps` each, which fall.
+
+    views (B,): whose latents they are. `draw()` is a standard normal draw like z, for steps that are random.
+    """
     count = torch.tensor(steps, device=z.device)
     history = []  # of what the solver remembers (m, 4, h, w), newest first
-
-    for k in range(max(steps)):
-        # From t to s, for some as the last step.
+    for k in range(steps[0]):
+        # The first m images go from t to s, some of them for the last time.
         m = sum(n > k for n in steps)
-        going_on = sum(n > k + 1 for n in steps)
-        on = order[:m]
-        log_snr_t = log_snrs[k, on]
-        log_snr_s = log_snrs[k + 1, on]
-        last = count[on] == k + 1
-
-        def move(x0: Tensor) -> Tensor:
-            """Where clean latents x0 (m, 4, h, w) lead from t to s."""
-            draw = randn()[on] if sampler.ancestral and going_on else None
-            return step(z[on], x0, log_snr_t, log_snr_s, last, draw, sampler)
+        z_t = z[:m]
+        log_snr_t = log_snrs[k, :m]
+        log_snr_s = log_snrs[k + 1, :m]
+        move = partial(step, z_t, log_snr_t, log_snr_s, count[:m] == k + 1, draw if k + 1 < steps[0] else None, sampler)
 
         # The clean latent by the network, and by what it said before.
+        x0, eps = denoiser.estimate(z_t, log_snr_t, views[:m])
         history = [before[:m] for before in history]
-        x0, eps = denoiser.estimate(z[on], log_snr_t, on)
-        if sampler.solver == "plms":
-            history = [eps, *history[:3]]
-            x0 = plms_estimate(denoiser, z[on], x0, log_snr_t, log_snr_s, on, history, move, sampler)
-        elif sampler.solver == "dpmpp":
+        if sampler.solver == "dpmpp":
             history = [x0, *history[:1]]
-            x0 = dpmpp_estimate(history, log_snrs[max(k - 1, 0):k + 2, on]).clamp(-sampler.clip, sampler.clip)
-        z = z.index_copy(0, on, move(x0))
+            x0 = dpmpp_estimate(history, log_snrs[max(k - 1, 0):k + 2, :m]).clamp(-sampler.clip, sampler.clip)
+        elif sampler.solver == "plms":
+            history = [eps, *history[:3]]
+            if k == 0:
+                ahead = denoiser.estimate(move(x0), log_snr_s, views[:m])
+                x0 = improved_euler(z_t, log_snr_t, (x0, eps), ahead, sampler)
+            else:
+                x0 = plms_estimate(z_t, log_snr_t, history, sampler.clip)
+        z = torch.cat([move(x0), z[m:]])
     return z
 
 
@@ -361,12 +368,12 @@ def noised(x0: Tensor, log_snr: Tensor, noise_levels: Sequence[float], randn: Ca
     return torch.where(as_factor(torch.tensor(kept, device=x0.device), x0), x0, z) if any(kept) else z
 
 
-def step(z: Tensor, x0: Tensor, log_snr_t: Tensor, log_snr_s: Tensor, last: Tensor, draw: Tensor | None,
-         sampler: SamplerConfig) -> Tensor:
-    """From z at t to s, with clean latents x0, all (m, 4, h, w), and log-SNRs (m,).
+def step(z: Tensor, log_snr_t: Tensor, log_snr_s: Tensor, last: Tensor, draw: Callable[[], Tensor] | None,
+         sampler: SamplerConfig, x0: Tensor) -> Tensor:
+    """From z at t to s, where the clean latents are x0, all (m, 4, h, w), and log-SNRs (m,).
 
-    `last` (m,): for which it is the last step. `draw`: standard normal noise of an ancestral step, None where it is the
-    last step of all.
+    `last` (m,): for which it is the last step. `draw()`: standard normal noise for a random step, of m images or more;
+    None where it is the last step of all.
     """
     # DDIM (Song et al. 2021): the clean latent, and the noise that it implies in z, at s's level.
     mean, variance = posterior(x0, z, log_snr_t, log_snr_s)
@@ -375,7 +382,7 @@ def step(z: Tensor, x0: Tensor, log_snr_t: Tensor, log_snr_s: Tensor, last: Tens
         alpha_s, sigma_s = alpha_sigma(as_factor(log_snr_s, z))
         moved = alpha_s * x0 + sigma_s * (z - alpha_t * x0) / sigma_t
     elif draw is not None:
-        moved = mean + variance.clamp(min=1e-20).sqrt() * draw
+        moved = mean + variance.clamp(min=1e-20).sqrt() * draw()[:len(z)]
     else:
         moved = mean
 
@@ -407,22 +414,24 @@ ADAMS_BASHFORTH = {
 }
 
 
-def plms_estimate(denoiser: Denoiser, z: Tensor, x0: Tensor, log_snr_t: Tensor, log_snr_s: Tensor, views: Tensor,
-                  history: list[Tensor], move: Callable[[Tensor], Tensor], sampler: SamplerConfig) -> Tensor:
+def plms_estimate(z: Tensor, log_snr: Tensor, history: list[Tensor], clip: float) -> Tensor:
     """The clean latent of a step by PLMS (Liu et al. 2022): the noise is extrapolated from the latest predictions.
 
-    z, x0 (m, 4, h, w) at t; `history`: up to four predicted noises, latest first. The first step is improved Euler: it
-    tries where x0 leads by `move`, and takes the mean of the two clean latents: the mean of the two noises [released:
-    plms.py:137-143] is coarser near t = 1, where a small difference in noise is a large one in the clean latent
-    (sigma / alpha is 30 at t = 0.98).
+    z (m, 4, h, w) at log_snr (m,); `history`: two to four predicted noises like z, latest first.
     """
-    if len(history) == 1:
-        x0_ahead, eps_ahead = denoiser.estimate(move(x0), log_snr_s, views)
-        if sampler.ancestral:
-            eps = (history[0] + eps_ahead) / 2
-        else:
-            eps = eps_from_x0(z, log_snr_t, (x0 + x0_ahead) / 2)
-    else:
-        coefficients = ADAMS_BASHFORTH[len(history)]
-        eps = sum(coefficient * eps for coefficient, eps in zip(coefficients, history))
-    return clean_latent(z, log_snr_t, eps, sampler.clip)
+    coefficients = ADAMS_BASHFORTH[len(history)]
+    eps = sum(coefficient * eps for coefficient, eps in zip(coefficients, history))
+    return clean_latent(z, log_snr, eps, clip)
+
+
+def improved_euler(z: Tensor, log_snr: Tensor, here: tuple[Tensor, Tensor], ahead: tuple[Tensor, Tensor],
+                   sampler: SamplerConfig) -> Tensor:
+    """The clean latent of the first step by PLMS: the mean of what the network says here and where that leads.
+
+    z (m, 4, h, w) at log_snr (m,); `here`, `ahead`: clean latent and noise by the network. The mean of the two noises
+    [released: plms.py:137-143] is coarser near t = 1, where a small difference in noise is a large one in the clean
+    latent (sigma / alpha is 30 at t = 0.98); it remains where steps are random.
+    """
+    if sampler.ancestral:
+        return clean_latent(z, log_snr, (here[1] + ahead[1]) / 2, sampler.clip)
+    return (here[0] + ahead[0]) / 2
