@@ -50,7 +50,7 @@ class DiffusionConfig:
 class SamplerConfig:
     """The numbers of sampling from noise and of multi-step denoising."""
     solver: str = "plms"          # of multi-step denoising: "plms" (Sec. 3.2), "ddim" or "dpmpp"
-    plms_steps: int = 50          # steps of any solver from a noise level of 1/2 or more; 1: one-step denoising
+    denoise_steps: int = 50       # steps of any solver from a noise level of 1/2 or more; 1: one-step denoising
     sample_steps: int = 500       # steps of ancestral sampling  [released: load_model.py:82]
     clip: float = 10.0            # largest absolute value of a clean estimate  [released: load_model.py:87-90]
     t_start: float = 1.0          # time at which sampling from noise starts; higher noise levels are lowered to it
@@ -61,8 +61,8 @@ class SamplerConfig:
     def __post_init__(self):
         if self.solver not in ("plms", "ddim", "dpmpp"):
             raise ValueError(f"solver {self.solver!r}: must be 'plms', 'ddim' or 'dpmpp'")
-        if self.plms_steps < 1 or self.sample_steps < 1:
-            raise ValueError(f"plms_steps {self.plms_steps} and sample_steps {self.sample_steps}: must be at least 1")
+        if min(self.denoise_steps, self.sample_steps) < 1:
+            raise ValueError(f"denoise_steps {self.denoise_steps}, sample_steps {self.sample_steps}: must be at least 1")
         if not self.clip > 0:
             raise ValueError(f"clip {self.clip}: must be above 0")
         if not 0 < self.t_start <= 1:
@@ -263,14 +263,14 @@ def denoise(denoiser: Denoiser, latents: Tensor, noise_levels: Sequence[float], 
     """Noise latents (B, 4, h, w) to levels in [0, 1], one per image, and denoise them in several steps (Sec. 3.2): the
     same shape.
 
-    With `plms_steps` = 1 it is one-step denoising, at every level: the network is called once, and what it takes for
+    With `denoise_steps` = 1 it is one-step denoising, at every level: the network is called once, and what it takes for
     the clean latent is the result. `randn()` is a standard normal draw like all latents.
     """
     # To each image's noise level, from where its way to time 0 leads over log-SNRs of its own.
     log_snrs, steps = schedule(noise_levels, sampler)
     log_snrs = log_snrs.to(latents.device)
     z = noised(latents, log_snrs[0], noise_levels, randn, sampler)
-    if sampler.plms_steps == 1:
+    if sampler.denoise_steps == 1:
         return denoiser(z, log_snrs[0])
 
     # Images with more steps come first, so that those that are still on their way are always the first ones.
@@ -321,17 +321,17 @@ def schedule(noise_levels: Sequence[float], sampler: SamplerConfig) -> tuple[Ten
     """Log-SNRs on the way from each image's noise level to time 0, (n + 1, B), and its number of steps, at most n.
 
     The levels are lowered to `t_start`. From 0.99 on PLMS starts at 1 [released: plms.py:80-85]; the other solvers
-    start at 0.99, since at 1 log-SNR has no end. There are `plms_steps` steps from level 1/2 on, below so many that
+    start at 0.99, since at 1 log-SNR has no end. There are `denoise_steps` steps from level 1/2 on, below so many that
     they are no longer than the shortest of these [released: plms.py:87-93]; PLMS rounds down, and takes none below
-    1 / (2 plms_steps), the others round up. PLMS takes even steps in time, the others in log-SNR (Lu et al. 2022).
+    1 / (2 denoise_steps), the others round up. PLMS takes even steps in time, the others in log-SNR (Lu et al. 2022).
     """
     ways = []
     for level in noise_levels:
         # Where it starts, and how many steps lead to 0.
         start = start_time(level, sampler)
-        wanted = 2 * sampler.plms_steps * start
+        wanted = 2 * sampler.denoise_steps * start
         whole = int(wanted) if sampler.solver == "plms" else math.ceil(wanted)
-        n = 1 if sampler.plms_steps == 1 else min(whole, sampler.plms_steps)
+        n = 1 if sampler.denoise_steps == 1 else min(whole, sampler.denoise_steps)
 
         # Evenly.
         if sampler.solver == "plms":

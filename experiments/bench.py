@@ -219,7 +219,7 @@ def _denoiser_runs(model: sparsefusion.SparseFusion, batch: int, device: torch.d
 
     # Whole denoisings.
     for solver, steps in (("plms", 50), ("dpmpp", 10)):
-        sampler = replace(vldm.SamplerConfig(), solver=solver, plms_steps=steps)
+        sampler = replace(vldm.SamplerConfig(), solver=solver, denoise_steps=steps)
         runs[f"denoise, {solver} {steps}"] = partial(model.denoise, images, features, levels, generator, sampler)
     return runs
 

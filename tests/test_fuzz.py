@@ -59,7 +59,7 @@ CASES = 420
 LONGEST = {"command": 640, "loader": 320}  # characters of a message, the names of folders apart
 SECONDS = 20    # of a case, at most
 QUICK = ["--set", "iterations=1", "bootstrap=1", "viewpoints=1", "render_size=16", "mesh_resolution=8",
-         "turntable_frames=1", "plms_steps=1", "sample_steps=1", "field.levels=2", "samples_per_ray=8",
+         "turntable_frames=1", "denoise_steps=1", "sample_steps=1", "field.levels=2", "samples_per_ray=8",
          "occupancy_cells=8", "log2_hashmap_size=8"]
 DISTILL = ["--root", "tree", "--category", "things", "--protocol", "all", "--weights", "tiny.pt", "--device", "cpu",
            "--feature-net", "net.pt", "--targets", "1", "--out", "out", *QUICK]

@@ -107,7 +107,7 @@ def test_images_denoised_together_are_as_denoised_alone(solver):
     """In any order, each with its level."""
     model, g = tiny_model(), torch.Generator().manual_seed(0)
     x, features = torch.rand(4, 3, 32, 32, generator=g), torch.rand(4, 16, 8, 8, generator=g)
-    sampler, levels = replace(SHORT.sampler, solver=solver, plms_steps=4), [0.1, 0.9, 0.02, 0.4]
+    sampler, levels = replace(SHORT.sampler, solver=solver, denoise_steps=4), [0.1, 0.9, 0.02, 0.4]
     together = model.denoise(x, features, levels, g.manual_seed(1), sampler)
 
     # One generator draws for one image after the other.

@@ -110,7 +110,7 @@ def test_noise_and_clean_latent_imply_each_other(noise):
 @pytest.mark.parametrize("config, numbers, words", [
     (DiffusionConfig, {"prediction": "x0"}, "'x0'"), (DiffusionConfig, {"drop": 1.5}, "drop 1.5"),
     (DiffusionConfig, {"t_max": 0.0}, "t_max 0.0"), (DiffusionConfig, {"noisings": 0}, "noisings 0"),
-    (SamplerConfig, {"plms_steps": 0}, "plms_steps 0"), (SamplerConfig, {"solver": "euler"}, "solver 'euler'"),
+    (SamplerConfig, {"denoise_steps": 0}, "denoise_steps 0"), (SamplerConfig, {"solver": "euler"}, "solver 'euler'"),
     (SamplerConfig, {"sample_steps": 0}, "sample_steps 0"), (SamplerConfig, {"clip": 0.0}, "clip 0.0"),
     (SamplerConfig, {"t_start": 1.2}, "t_start 1.2")])
 def test_numbers_that_do_not_fit(config, numbers, words):
@@ -261,7 +261,7 @@ def test_overfits_one_latent(tiny_unet, noise, prediction):
 
 def test_nano_shapes(noise):
     autoencoder, model = VAE(presets.NANO.vae).eval(), VLDM(presets.NANO.unet, presets.NANO.diffusion).eval()
-    sampler = replace(presets.NANO_SAMPLER, plms_steps=10)
+    sampler = replace(presets.NANO_SAMPLER, denoise_steps=10)
     with torch.no_grad():
         latents = autoencoder.encode(torch.rand(1, 3, 128, 128))
         assert latents.shape == (1, 4, 16, 16) and autoencoder.decode(latents).shape == (1, 3, 128, 128)

@@ -159,7 +159,7 @@ def test_any_number_of_views(flags, inputs, targets, fast, tiny_weights, tmp_pat
 
 def test_released_is_a_printed_list_of_settings(fast, tiny_weights, tmp_path, capsys):
     flags = ["--weights", tiny_weights, "--targets", 1]
-    settings = ["sampler.ancestral=false", "plms_steps=2", "sample_steps=3"]
+    settings = ["sampler.ancestral=false", "denoise_steps=2", "sample_steps=3"]
     result = command(tmp_path, *flags, "--released", "--set", *settings)
     printed = capsys.readouterr().out
     assert all(setting in printed for setting in presets.RELEASED)
@@ -170,9 +170,10 @@ def test_released_is_a_printed_list_of_settings(fast, tiny_weights, tmp_path, ca
 
 def test_the_whole_config_is_recorded(fast, tiny_weights, tmp_path):
     flags = ["--weights", tiny_weights, "--targets", 1]
-    result = command(tmp_path, *flags, "--set", "levels=2", "weight_opacity=0.5", "plms_steps=3")
+    result = command(tmp_path, *flags, "--set", "levels=2", "weight_opacity=0.5", "denoise_steps=3")
     config = result["settings"]["config"]
-    assert config["field"]["levels"] == 2 and config["weight_opacity"] == 0.5 and config["sampler"]["plms_steps"] == 3
+    assert config["field"]["levels"] == 2 and config["weight_opacity"] == 0.5
+    assert config["sampler"]["denoise_steps"] == 3
     assert config["lr_grid"] == SHORT.lr_grid and config["betas"] == [0.9, 0.99]
     state = torch.load(tmp_path / "field.pt", weights_only=True)
     assert state["settings"]["config"]["field"]["levels"] == 2
