@@ -131,24 +131,24 @@ class DenoisedView(NamedTuple):
 class Distillation:
     """The field of one instance with everything that its optimization needs: `run` repeats `step`, the algorithm."""
 
-    def __init__(self, inputs: Scene, config: DistillConfig, seed: int, prior: Prior | None = None):
-        """inputs: the V input views, in the object frame. Without a `prior` the field fits them alone."""
-        self.inputs = inputs
+    def __init__(self, input_views: Scene, config: DistillConfig, seed: int, prior: Prior | None = None):
+        """input_views (V): in the object frame. Without a `prior` the field fits them alone."""
+        self.input_views = input_views
         self.config = config
         self.seed = seed
         self.prior = prior
-        self.weight_prior = config.weight_prior(len(inputs))
+        self.prior_weight = config.prior_weight(len(input_views))
         self.completed = 0      # iterations
         self.seconds = 0.0      # that they took
 
         # The field, and where the masks allow it to be.
-        device = inputs.images.device
+        device = input_views.images.device
         self.generator = torch.Generator(device)
         self.field = Field(config.field, torch.Generator().manual_seed(seed)).to(device)
         self.occupancy = Occupancy(config.field).to(device)
-        whole = inputs.whole or inputs
+        whole = input_views.whole or input_views
         self.occupancy.carve(whole.masks, whole.cameras, whole.valid)
-        self.exposures = Exposures(config.guess_exposures(inputs)).to(device)
+        self.exposures = Exposures(config.guess_exposures(input_views)).to(device)
 
         # One optimizer, a learning rate for each of its three groups.
         self.graphs = Graphs(device)
@@ -164,19 +164,15 @@ class Distillation:
         self.input_error = torch.zeros((), device=device)  # mean squared, of the last colors, for the progress bar
 
         # Targets: of the input views the photographs, of the bootstrap the EFT's images.
-        self.colors = blurred(inputs.images, inputs.valid, config.blur)
-        self.masks = blurred(inputs.masks, inputs.valid, config.blur)
-        self.valid_pixels = (inputs.valid.flatten() > 0.5).nonzero().squeeze(-1)  # of all views
+        self.colors = blurred(input_views.images, input_views.valid, config.blur)
+        self.masks = blurred(input_views.masks, input_views.valid, config.blur)
+        self.valid_pixels = (input_views.valid.flatten() > 0.5).nonzero().squeeze(-1)  # of all views
         self.eft_images = None
         if prior is not None:
             size = prior.model.preset.image_size
             self.eft_images = F.interpolate(prior.condition.images, size, mode="bilinear", align_corners=True)
 
-        # On a GPU, shapes that never change.
-        self.buffer = None
-        if device.type == "cuda":
-            self.buffer = self.new_buffer()
-
+        self.buffer = self.new_buffer() if device.type == "cuda" else None  # for shapes that never change
         self.targets = {}   # x_hat (1, 3, S, S) of the present and the next iterations
         self.loss = None    # () of the latest update
 
@@ -247,7 +243,7 @@ class Distillation:
         """Pixels of a query view against the EFT's image."""
         rendering = self.render(batch.rays)
         silhouette = rendering.opacity[:, None]
-        loss = self.weight_prior * photometric_loss(rendering.color, silhouette, batch.color, batch.mask)
+        loss = self.prior_weight * photometric_loss(rendering.color, silhouette, batch.color, batch.mask)
         return loss + self.config.weight_opacity * opacity_loss(silhouette)
 
     def distillation_loss(self, batch: DenoisedView) -> Tensor:
@@ -258,7 +254,7 @@ class Distillation:
         # Move it towards the denoised version, in pixels and in features.
         pixels = (x - batch.x_hat).abs().mean()
         perceptual = self.prior.perceptual_loss(x, batch.x_hat).mean()
-        loss = self.weight_prior * (batch.weight * pixels + self.config.weight_perceptual * perceptual)
+        loss = self.prior_weight * (batch.weight * pixels + self.config.weight_perceptual * perceptual)
         return loss + self.config.weight_opacity * opacity_loss(rendering.opacity)
 
     # ------------------------------------------------------------------ what an iteration is fit to
@@ -268,17 +264,17 @@ class Distillation:
         if self.config.input_pixels:
             return self.sample_scattered()
         rng = random.Random(f"{self.seed} {i} input")
-        view = rng.randrange(len(self.inputs))
-        lattice = random_lattice(self.config.render_size, self.inputs.images.shape[-1], rng)
-        rays = self.cast(self.inputs.cameras[view], lattice)
+        view = rng.randrange(len(self.input_views))
+        lattice = random_lattice(self.config.render_size, self.input_views.images.shape[-1], rng)
+        rays = self.cast(self.input_views.cameras[view], lattice)
         color = as_rows(lattice.pick(self.colors[view:view + 1]))
         mask = as_rows(lattice.pick(self.masks[view:view + 1]))
-        valid = as_rows(lattice.pick(self.inputs.valid[view:view + 1]))
+        valid = as_rows(lattice.pick(self.input_views.valid[view:view + 1]))
         return InputPixels(rays, color, mask, valid, torch.full((len(color),), view, device=color.device))
 
     def sample_scattered(self) -> InputPixels:
         """Random valid pixels of all input views."""
-        size = self.inputs.images.shape[-1]
+        size = self.input_views.images.shape[-1]
         device = self.valid_pixels.device
         chosen = torch.randint(len(self.valid_pixels), (self.config.input_pixels,), generator=self.generator,
                                device=device)
@@ -292,7 +288,7 @@ class Distillation:
         if count > 1:
             offsets = rand(len(pixel), count, 2, generator=self.generator, device=device) - 0.5
             xy = xy + offsets * (2 / size)
-        o, d = self.inputs.cameras[view].rays(xy)
+        o, d = self.input_views.cameras[view].rays(xy)
         rays = self.with_samples(o.reshape(-1, 3), d.reshape(-1, 3))
 
         # What the photographs show there.
@@ -376,7 +372,7 @@ class Distillation:
     def new_buffer(self) -> SampleBuffer:
         """A buffer for the samples of every view that may be rendered, and a tenth more."""
         # A buffer of one sample renders nothing, but counts.
-        counter = SampleBuffer(1, self.inputs.images.device)
+        counter = SampleBuffer(1, self.input_views.images.device)
         if self.config.input_pixels:
             self.render(self.sample_scattered().rays, counter)
 
@@ -385,8 +381,8 @@ class Distillation:
         if self.prior is not None:
             views = self.prior.viewpoints
         elif not self.config.input_pixels:
-            views = self.inputs.cameras
-        size = self.inputs.images.shape[-1]
+            views = self.input_views.cameras
+        size = self.input_views.images.shape[-1]
         for view in views:
             self.render(self.cast(view, Lattice(size, size // self.config.render_size, 0, 0)), counter)
         return SampleBuffer(int(1.1 * counter.most) + 1024, counter.most.device)
@@ -463,7 +459,7 @@ class Distillation:
         for i, x_hat in targets.items():
             if x_hat.shape != self.eft_images[:1].shape:
                 raise ValueError(f"a target has the shape {tuple(x_hat.shape)}")
-            self.targets[i] = x_hat.to(self.inputs.images)
+            self.targets[i] = x_hat.to(self.input_views.images)
 
 
 def as_rows(images: Tensor) -> Tensor:
@@ -639,20 +635,20 @@ class DistillConfig:
         return replace(self, iterations=iterations, bootstrap=min(self.bootstrap, iterations * 2 // 3),
                        iterations_per_view=0)
 
-    def weight_prior(self, views: int) -> float:
+    def prior_weight(self, views: int) -> float:
         """Of the query views' losses, in [0, 1]: the more the input views say, the less is left to a prior to say."""
         return min(1.0, self.prior_views / views) if self.prior_views else 1.0
 
-    def guess_exposures(self, inputs: Scene) -> Tensor:
+    def guess_exposures(self, input_views: Scene) -> Tensor:
         """Logarithmic gains (V,) of input views with which their optimization begins; 0 where none are learned."""
         if not self.lr_exposure:
-            return torch.zeros(len(inputs), device=inputs.images.device)
-        return guess_exposures(inputs.images, inputs.masks)
+            return torch.zeros(len(input_views), device=input_views.images.device)
+        return guess_exposures(input_views.images, input_views.masks)
 
-    def exposed_alike(self, inputs: Scene) -> Tensor:
+    def exposed_alike(self, input_views: Scene) -> Tensor:
         """The images (V, 3, S, S) of input views for a prior, as if they had been exposed as most are."""
-        gains = self.guess_exposures(inputs).exp()[:, None, None, None]
-        return (inputs.images / gains).clamp(0, 1)
+        gains = self.guess_exposures(input_views).exp()[:, None, None, None]
+        return (input_views.images / gains).clamp(0, 1)
 
     def fitted(self, views: int) -> DistillConfig:
         """The same for a number of input views: each further one sees details that a finer grid can hold, with fewer

@@ -218,9 +218,7 @@ class PriorTraining:
         # Every sequence is brought to one distance, and has its own depth range.
         self.model.trained_distance = sparsefusion.TRAINED_DISTANCE
         units = [self.model.eft_units(data.cameras[i]) for i in range(len(data))]
-        scale = torch.tensor([one.scale for one in units], device=data.rgba.device)
-        self.near = torch.tensor([one.near for one in units], device=data.rgba.device)
-        self.far = torch.tensor([one.far for one in units], device=data.rgba.device)
+        scale, self.near, self.far = torch.tensor(units, device=data.rgba.device).T
         self.data = replace(data, cameras=data.cameras.scaled(scale[:, None, None]))
         if data.rgba.is_cuda:
             self.capture_unet()

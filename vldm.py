@@ -62,7 +62,7 @@ class SamplerConfig:
         if self.solver not in ("plms", "ddim", "dpmpp"):
             raise ValueError(f"solver {self.solver!r}: must be 'plms', 'ddim' or 'dpmpp'")
         if min(self.denoise_steps, self.sample_steps) < 1:
-            raise ValueError(f"denoise_steps {self.denoise_steps}, sample_steps {self.sample_steps}: must be at least 1")
+            raise ValueError(f"denoise_steps {self.denoise_steps}, sample_steps {self.sample_steps}: both at least 1")
         if not self.clip > 0:
             raise ValueError(f"clip {self.clip}: must be above 0")
         if not 0 < self.t_start <= 1:

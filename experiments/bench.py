@@ -249,8 +249,8 @@ def epipolar_transformer(device: torch.device) -> Iterator[Part]:
     for views, side in ((2, 256), (6, 256), (24, 256), (2, 128), (2, 512)) if large else ((2, 128), (6, 128)):
         around = _cameras_around(views + viewpoints).to(device)
         images = torch.rand(views, 3, side, side, device=device)
-        map_size = preset.map_size * side // preset.image_size
-        run = partial(model.condition, images, around[:views], around[views:], (3.0, 13.0), map_size)
+        map_size = replace(preset, image_size=side).map_size
+        run = partial(_condition_of, model, replace(preset, image_size=side), images, around)
 
         # Tokens of T1 and of T2 are as many; those of T3 are few.
         config = preset.eft
@@ -260,6 +260,13 @@ def epipolar_transformer(device: torch.device) -> Iterator[Part]:
         operations = tokens * config.layers * 2 * (linear + attention)
         moved = tokens * config.layers * 2 * 2 * config.width * (2 if large else 4)
         yield Part("EFT", f"{viewpoints} viewpoints, {views} inputs of {side}^2, {preset.name}", run, moved, operations)
+
+
+def _condition_of(model: sparsefusion.SparseFusion, preset: sparsefusion.Preset, images: Tensor,
+                  around: cameras.Cameras) -> sparsefusion.Condition:
+    """What the EFT says of all cameras but the first ones, those of images (V, 3, S, S), by a preset's sizes."""
+    model.preset = preset
+    return model.condition(images, around[:len(images)], around[len(images):], around)
 
 
 def _cameras_around(count: int) -> cameras.Cameras:

@@ -211,7 +211,7 @@ def test_gradient_of_the_distillation_loss_by_hand():
     loss = work.distillation_loss(work.sample_query(first, work.denoise_ahead(first)[first]))
     loss.backward()
     x, silhouette, n = seen.detach()[:, :3], seen.detach()[:, 3:], 3 * 32 * 32
-    prior, weight = SHORT.weight_prior(len(work.inputs)), distillation.fusion_weight(model.noise_levels[0])
+    prior, weight = SHORT.prior_weight(len(work.input_views)), distillation.fusion_weight(model.noise_levels[0])
     expected = weight * torch.ones_like(x) / n + SHORT.weight_perceptual * 2 * (x - x / 2) / n  # sign(x - x / 2) = 1
     expected = prior * expected
     parity.assert_close(seen.grad[:, :3], expected, rtol=1e-4, atol=1e-9)
@@ -234,7 +234,7 @@ def test_bootstrap_target():
     seen = seen * torch.tensor([1, 1, 1, 0.0]).reshape(1, 4, 1, 1)  # empty where the mask is 1
     work = at_query(model, seen)
     loss = work.bootstrap_loss(work.sample_eft_target(last))
-    weight = SHORT.weight_prior(len(work.inputs))
+    weight = SHORT.prior_weight(len(work.input_views))
     parity.assert_close(loss, weight * (math.sqrt(101) - 1) * 0.1 + SHORT.weight_opacity * 0.1, rtol=1e-4)
 
 
@@ -251,8 +251,8 @@ def test_the_eft_image_is_aligned_to_the_rays():
 def test_weight_of_the_prior():
     """All of it where the views are no more than it is worth."""
     config = replace(SHORT, prior_views=1.5)
-    assert [config.weight_prior(views) for views in (1, 2, 6, 24)] == [1, 0.75, 0.25, 0.0625]
-    assert replace(SHORT, prior_views=0.0).weight_prior(24) == 1 == PRESETS["paper"].weight_prior(24)
+    assert [config.prior_weight(views) for views in (1, 2, 6, 24)] == [1, 0.75, 0.25, 0.0625]
+    assert replace(SHORT, prior_views=0.0).prior_weight(24) == 1 == PRESETS["paper"].prior_weight(24)
 
 
 def test_no_gradient_through_the_denoiser():
@@ -426,7 +426,7 @@ def test_blur():
     parity.assert_close(work.colors[0, :, row, 16], scene.images[0][:, *square].mean((1, 2)), rtol=1e-5)
     parity.assert_close(work.masks[0, 0, row, 16], scene.masks[0, 0][square].mean(), rtol=1e-5)
     assert torch.equal(plain.colors, scene.images) and torch.equal(plain.masks, scene.masks)
-    assert torch.equal(work.inputs.masks, scene.masks)
+    assert torch.equal(work.input_views.masks, scene.masks)
     assert torch.equal(work.occupancy.possible, plain.occupancy.possible)
     padded = replace(scene, valid=scene.valid.clone())
     padded.valid[..., 15:, :] = 0  # what nothing shows counts nowhere

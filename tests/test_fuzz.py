@@ -47,7 +47,6 @@ from common import cli
 from datasets import annotations, co3d, protocol
 from distillation import DistillConfig
 from photographs.arrays import scene_from_arrays
-from photographs.capture import load_capture
 from photographs.reading import read_capture
 from presets import PRESETS
 from reconstruction import reconstruct
@@ -400,9 +399,9 @@ def read_photographs(rng, home):
     often = rng.random() < 0.3
 
     def call():
-        capture = load_capture(read_capture(home), 24)
+        scene = read_capture(home).load(24)
         if often:
-            look(capture.scene)
+            look(scene)
     return what, call
 
 
@@ -431,8 +430,8 @@ def read_list(rng, home):
     what = mutate_file(rng, home / "list.json")
 
     def call():
-        for entry in protocol.read_list(home / "list.json")[:2]:
-            co3d.load_sequence(home / "tree", entry.category, entry.sequence, 16, entry.frames)
+        for sequence in protocol.read_list(home / "list.json", home / "tree")[:2]:
+            sequence.load(16)
     return what, call
 
 

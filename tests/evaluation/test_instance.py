@@ -12,8 +12,8 @@ from PIL import Image
 import distill
 import presets
 import sparsefusion
-from evaluation.flags import SAMPLE, SHIPPED_FEATURE_NET, config_from_flags, instance_from_flags, note_new_categories
-from evaluation.instance import baselines
+from evaluation.instance import (SAMPLE, SHIPPED_FEATURE_NET, baselines, config_from_flags, instance_from_flags,
+                                 note_new_categories)
 from export.pictures import LABELS, WIDEST
 from presets import PRESETS
 from reconstruction import Checkpoint, reconstruct
@@ -41,17 +41,18 @@ def test_a_sampler_is_its_models(tiny_weights):
     ((), 15080), (("--iterations", "900"), 900), (("--set", "iterations=1200"), 1200)])
 def test_many_photographs_get_more_iterations_unless_their_number_is_asked_for(flags, iterations, capsys):
     """What a run is known by has the numbers that it is made with."""
-    args = distill.parser().parse_args(["--no-prior", "--preset", "plain", *flags])
+    args = distill.parser().parse_args(["--preset", "plain", *flags])
+    args.weights = None
     names = [f"{i}.png" for i in range(108)]
-    source = types.SimpleNamespace(index=0, names=names, possible_inputs=names[:100], settings=dict)
-    instance = instance_from_flags(args, source, config_from_flags(args, True), no_prior=True)
-    assert replace(instance, views=0).settings()["config"]["iterations"] == iterations
-    assert replace(instance, views=12).settings()["config"]["iterations"] == (iterations if flags else 1000)
+    source = types.SimpleNamespace(index=0, names=names, inputs=list(range(100)), settings=dict)
+
+    def made_with(views):
+        args.views = views
+        return instance_from_flags(args, source, config_from_flags(args)).settings()["config"]["iterations"]
 
     # Who gets more is told.
-    replace(instance, views=12).note_more_iterations()
-    assert capsys.readouterr().out == ""
-    replace(instance, views=0).note_more_iterations()
+    assert made_with(12) == (iterations if flags else 1000) and capsys.readouterr().out == ""
+    assert made_with(0) == iterations
     assert capsys.readouterr().out == (
         "" if flags else "15080 iterations instead of 1000, for there are many input views (--iterations N decides)\n")
 
