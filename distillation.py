@@ -46,7 +46,6 @@ from common import files
 from common.machine import rand
 from common.progress import Progress
 from gpu.update import GraphedAdam, Graphs
-from metrics import pseudo_huber
 from ngp import Field, FieldConfig
 from sparsefusion import Condition, SparseFusion
 from volume import Occupancy, SampleBuffer
@@ -468,6 +467,14 @@ def as_rows(images: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------- losses
+
+def pseudo_huber(x: Tensor, scale: float = 0.1) -> Tensor:
+    """(sqrt(1 + (x / s)^2) - 1) s, elementwise (Charbonnier et al., 1994): the color loss of training and distillation.
+
+    Quadratic near 0, linear far from it. [released: common_utils.py:183-190]
+    """
+    return ((1 + x**2 / scale**2).sqrt() - 1) * scale
+
 
 def photometric_loss(color: Tensor, silhouette: Tensor, target: Tensor, mask: Tensor, weight_background: float = 1.0,
                      valid: Tensor | float = 1.0) -> Tensor:

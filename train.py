@@ -30,7 +30,8 @@ from cameras import Cameras, pixel_grid
 from common import cli, files
 from common.machine import rand, randn
 from datasets.protocol import TRAINING, available
-from metrics import AttributeNet, pseudo_huber
+from distillation import pseudo_huber
+from metrics import AttributeNet
 from presets import MODELS
 from sparsefusion import Preset, SparseFusion
 from training.fit import Fit, FitConfig, Numbers
