@@ -334,7 +334,7 @@ class Distillation:
         images = []
         for view, lattice, _ in queries:
             rays = self.cast(self.prior.viewpoints[view], lattice)
-            color = self.graphs.run("color", self.color, rays)
+            color = self.graphs.run("color", lambda rays: self.render(rays).color, rays)
             images.append(self.full_image(color, lattice.grid(color.device)))
 
         features = torch.stack([self.prior.condition.features[query.view] for query in queries])
@@ -357,10 +357,6 @@ class Distillation:
         """What rays see of the field."""
         draws = (rays.u, rays.u_importance)
         return volume.render(self.field, rays.o, rays.d, None, self.occupancy, draws, buffer or self.buffer)
-
-    def color(self, rays: Rays) -> Tensor:
-        """The colors (R, 3) that rays see of the field."""
-        return self.render(rays).color
 
     def full_image(self, color: Tensor, grid: Tensor) -> Tensor:
         """Colors (s * s, 3) on the lattice of a query view as an image of the diffusion model's size, (1, 3, S, S)."""

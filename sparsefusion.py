@@ -271,7 +271,8 @@ def load(path: Path, device: str = "cpu", stage: str = "prior") -> SparseFusion:
     try:
         with torch.device("meta"):
             model = SparseFusion(preset)
-        weights = _in_current_spelling(data["weights"])
+        # Files from before 0.2 spell one of the EFT's layers otherwise.
+        weights = {name.replace("eft.colour.", "eft.color."): x for name, x in data["weights"].items()}
         files.check_weights(weights, model)
         weights = {name: x.to(device) for name, x in weights.items()}  # as they are, since half is half the way
         model.load_state_dict({name: x.float() if x.is_floating_point() else x for name, x in weights.items()},
@@ -337,11 +338,6 @@ def _read_header(path: Path, date: int, size: int) -> dict:
     """Cached: several parts of a command use it, and reading it reads the names of a thousand tensors."""
     data = files.read_tensors(path)
     return {name: x for name, x in data.items() if name != "weights"}
-
-
-def _in_current_spelling(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under today's names: files from before 0.2 spell one of the EFT's layers otherwise."""
-    return {name.replace("eft.colour.", "eft.color."): x for name, x in weights.items()}
 
 
 def blank(preset: Preset, device: str = "cpu") -> SparseFusion:

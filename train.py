@@ -288,17 +288,6 @@ def attributes(roots: list[Path], category: str, names: list[str]) -> Tensor:
     return torch.tensor([known[name] for name in names])
 
 
-def training_data(args: argparse.Namespace, config: TrainConfig, data: PackedScenes) -> dict:
-    """What a weights file says about one of its trainings: which network, which category, how much of it."""
-    return {
-        "what": args.what,
-        "category": args.category,
-        "sequences": len(data),
-        "frames": config.frames,
-        "steps": config.fit.steps,
-    }
-
-
 # ---------------------------------------------------------------------------------------------- the command
 
 def config_from_flags(args: argparse.Namespace) -> TrainConfig:
@@ -336,7 +325,8 @@ def command(args: argparse.Namespace) -> None:
 
     # A network to train. Its file will tell what it has seen.
     torch.manual_seed(args.seed)
-    seen = training_data(args, config, data)
+    seen = {"what": args.what, "category": args.category, "sequences": len(data), "frames": config.frames,
+            "steps": config.fit.steps}
     if args.what == "vae":
         training = VAETraining(data, config, args.seed, [seen])
     elif args.what == "prior":

@@ -212,7 +212,7 @@ class Denoiser:
         """
         output = self.predict(z, log_snr, views)
         if self.prediction == "eps":
-            return clean_latent(z, log_snr, output, self.clip), output
+            return x0_from_eps(z, log_snr, output).clamp(-self.clip, self.clip), output
 
         # From v = alpha eps - sigma x0 and z = alpha x0 + sigma eps.
         alpha, sigma = alpha_sigma(as_factor(log_snr, z))
@@ -230,11 +230,6 @@ class Denoiser:
         # Classifier-free guidance (Ho and Salimans 2022): away from what is predicted without features.
         unconditional = self.network.predict(z, log_snr, self.without[:len(z)])  # the same for every view
         return unconditional + self.guidance * (output - unconditional)
-
-
-def clean_latent(z: Tensor, log_snr: Tensor, eps: Tensor, clip: float) -> Tensor:
-    """The clean latent that `eps` implies, in [-clip, clip]; like z."""
-    return x0_from_eps(z, log_snr, eps).clamp(-clip, clip)
 
 
 # ---------------------------------------------------------------------------------------------- sampling from noise
@@ -381,10 +376,8 @@ def step(z: Tensor, log_snr_t: Tensor, log_snr_s: Tensor, last: Tensor, draw: Ca
         alpha_t, sigma_t = alpha_sigma(as_factor(log_snr_t, z))
         alpha_s, sigma_s = alpha_sigma(as_factor(log_snr_s, z))
         moved = alpha_s * x0 + sigma_s * (z - alpha_t * x0) / sigma_t
-    elif draw is not None:
-        moved = mean + variance.clamp(min=1e-20).sqrt() * draw()[:len(z)]
     else:
-        moved = mean
+        moved = mean if draw is None else mean + variance.clamp(min=1e-20).sqrt() * draw()[:len(z)]
 
     # The last step is the posterior's mean where steps are random, and in PLMS.
     if sampler.ancestral or sampler.solver == "plms":
@@ -421,7 +414,7 @@ def plms_estimate(z: Tensor, log_snr: Tensor, history: list[Tensor], clip: float
     """
     coefficients = ADAMS_BASHFORTH[len(history)]
     eps = sum(coefficient * eps for coefficient, eps in zip(coefficients, history))
-    return clean_latent(z, log_snr, eps, clip)
+    return x0_from_eps(z, log_snr, eps).clamp(-clip, clip)
 
 
 def improved_euler(z: Tensor, log_snr: Tensor, here: tuple[Tensor, Tensor], ahead: tuple[Tensor, Tensor],
@@ -433,5 +426,6 @@ def improved_euler(z: Tensor, log_snr: Tensor, here: tuple[Tensor, Tensor], ahea
     latent (sigma / alpha is 30 at t = 0.98); it remains where steps are random.
     """
     if sampler.ancestral:
-        return clean_latent(z, log_snr, (here[1] + ahead[1]) / 2, sampler.clip)
+        eps = (here[1] + ahead[1]) / 2
+        return x0_from_eps(z, log_snr, eps).clamp(-sampler.clip, sampler.clip)
     return (here[0] + ahead[0]) / 2

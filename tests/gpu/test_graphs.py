@@ -117,6 +117,27 @@ def test_an_autoencoder_takes_a_few_pictures_at_once(monkeypatch):
     assert sparsefusion.VAE_AT_ONCE < max(graphs.SIZES)
 
 
+def test_a_model_in_half_precision_is_the_model(captured):
+    """With stand-ins for the graphs: what needs no gradients runs by them, and the feature distance in half, too."""
+    exact, model = tiny_model(), tiny_model()
+    sparsefusion.run_in_half(model.vae, model.vldm.unet)
+    g = torch.Generator().manual_seed(0)
+    x, features = torch.rand(3, 3, 32, 32, generator=g), torch.rand(3, 16, 8, 8, generator=g)
+    shown, expected = (one.denoise(x, features, [0.3, 0.9, 0.6], torch.Generator().manual_seed(0), SHORT.sampler)
+                       for one in (model, exact))
+    parity.assert_close(shown, expected, atol=0.02)
+    assert len(captured) >= 4 and not torch.equal(shown, expected)
+    assert model.vae.encode.half_is_accurate and model.vldm.unet.predict.half_is_accurate
+    assert model.state_dict().keys() == exact.state_dict().keys()
+
+    a = x[:1].requires_grad_()
+    with torch.enable_grad():
+        half, known = (torch.autograd.grad(one.feature_distance(a, x[1:2]).sum(), a)[0] for one in (model, exact))
+        assert torch.equal(model.vae.encode(x), exact.vae.encode(x))
+    parity.assert_close(half, known, std=0.1)
+    assert not torch.equal(half, known)
+
+
 # --- on a GPU ---
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
