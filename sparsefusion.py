@@ -152,7 +152,7 @@ class SparseFusion(nn.Module):
         with _training(self.eft, train_mode), torch.autocast("cuda", torch.float16, enabled=half):
             # The inputs are encoded once; every query viewpoint looks at the same maps.
             maps = self.eft.encode(images)
-            inputs = (maps[None], images[None], cameras.unsqueeze(0))
+            look = partial(self.eft.image, maps[None], images[None], cameras.unsqueeze(0))
             for first in Progress(range(0, len(queries), together), title):
                 # Dropout draws from torch's own generators, which are as they were afterwards.
                 with torch.random.fork_rng(gpus, enabled=train_mode):
@@ -160,7 +160,7 @@ class SparseFusion(nn.Module):
                         torch.manual_seed(dropout_seed * 1_000_003 + first)
                     some = queries[first:first + together]
                     rays_wanted = None if where is None else where[first]
-                    views.append(self.eft.image(*inputs, some, size, *depth_range, rays, rays_wanted))
+                    views.append(look(some, size, *depth_range, rays, rays_wanted))
 
         # Side by side.
         features = torch.cat([view.features for view in views])

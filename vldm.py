@@ -293,7 +293,8 @@ def solve(denoiser: Denoiser, z: Tensor, log_snrs: Tensor, steps: list[int], vie
         z_t = z[:m]
         log_snr_t = log_snrs[k, :m]
         log_snr_s = log_snrs[k + 1, :m]
-        move = partial(step, z_t, log_snr_t, log_snr_s, count[:m] == k + 1, draw if k + 1 < steps[0] else None, sampler)
+        noise = draw if k + 1 < steps[0] else None  # the last step of all is not random
+        move = partial(step, z_t, log_snr_t, log_snr_s, count[:m] == k + 1, noise, sampler)
 
         # The clean latent by the network, and by what it said before.
         x0, eps = denoiser.estimate(z_t, log_snr_t, views[:m])
