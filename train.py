@@ -31,7 +31,8 @@ from common import cli, files
 from common.machine import rand, randn, stream_seed
 from common.settings import check_ranges
 from datasets.protocol import TRAINING, available
-from metrics import AttributeNet, pseudo_huber
+from distillation import pseudo_huber
+from metrics import AttributeNet
 from presets import MODELS
 from sparsefusion import Preset, SparseFusion
 from training.fit import Fit, FitConfig, Numbers
@@ -221,9 +222,7 @@ class PriorTraining:
         # Every sequence is brought to one distance, and has its own depth range.
         self.model.trained_distance = sparsefusion.TRAINED_DISTANCE
         units = [self.model.eft_units(data.cameras[i]) for i in range(len(data))]
-        scale = torch.tensor([one.scale for one in units], device=data.rgba.device)
-        self.near = torch.tensor([one.near for one in units], device=data.rgba.device)
-        self.far = torch.tensor([one.far for one in units], device=data.rgba.device)
+        scale, self.near, self.far = torch.tensor(units, device=data.rgba.device).T
         self.data = replace(data, cameras=data.cameras.scaled(scale[:, None, None]))
         if data.rgba.is_cuda:
             self.capture_unet()
@@ -292,17 +291,6 @@ def attributes(roots: list[Path], category: str, names: list[str]) -> Tensor:
     return torch.tensor([known[name] for name in names])
 
 
-def training_data(args: argparse.Namespace, config: TrainConfig, data: PackedScenes) -> dict:
-    """What a weights file says about one of its trainings: which network, which category, how much of it."""
-    return {
-        "what": args.what,
-        "category": args.category,
-        "sequences": len(data),
-        "frames": config.frames,
-        "steps": config.fit.steps,
-    }
-
-
 # ---------------------------------------------------------------------------------------------- the command
 
 def config_from_flags(args: argparse.Namespace) -> TrainConfig:
@@ -347,7 +335,8 @@ def command(args: argparse.Namespace) -> None:
     # Where it goes, before the work; a network to train. Its file will tell what it has seen.
     files.require_writable(args.out)
     torch.manual_seed(stream_seed(args.seed, "weights"))
-    seen = training_data(args, config, data)
+    seen = {"what": args.what, "category": args.category, "sequences": len(data), "frames": config.frames,
+            "steps": config.fit.steps}
     if args.what == "vae":
         training = VAETraining(data, config, args.seed, [seen])
     elif args.what == "prior":

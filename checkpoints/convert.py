@@ -53,7 +53,7 @@ def list_file(part: str, path: Path) -> None:
     with torch.no_grad():
         out = forward_pass(ready(model, "cpu"), part)
     print(f"{path}: weights {files.digest(*module.state_dict().values())}; a forward pass: mean {out.mean():.4g}, "
-          f" deviation {out.std():.4g}")
+          f"deviation {out.std():.4g}")
 
 
 def forward_pass(model: SparseFusion, part: str) -> Tensor:
@@ -73,7 +73,7 @@ def forward_pass(model: SparseFusion, part: str) -> Tensor:
     # Two inputs and a query view, ten units from the origin.
     R, T = look_at(torch.tensor([[0, 0, -10.0], [6, 0, -8], [-6, 0, -8]]), torch.zeros(3), torch.tensor([0, 1.0, 0]))
     cameras = Cameras(R, T, torch.full((3, 2), 2.0), torch.zeros(3, 2))
-    return model.condition(images, cameras[:2], cameras[2:], cameras, size=8).features
+    return model.condition(images, cameras[:2], cameras[2:], cameras).features
 
 
 def convert(args: argparse.Namespace) -> None:
