@@ -102,7 +102,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-def test_workers_and_shares_change_nothing(tmp_path, monkeypatch, threads):
+def test_workers_and_shares_change_nothing(tmp_path, monkeypatch, forked, threads):
     tree = trees.write(tmp_path / "co3d", {"a": 12, "b": 11, "c": 12})
     sparsefusion.save(tiny_model(), tmp_path / "tiny.pt")
 

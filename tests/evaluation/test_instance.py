@@ -11,6 +11,7 @@ from PIL import Image
 
 import distill
 import presets
+import reconstruction
 import sparsefusion
 from evaluation.flags import SAMPLE, SHIPPED_FEATURE_NET, config_from_flags, instance_from_flags, note_new_categories
 from evaluation.instance import baselines
@@ -18,7 +19,7 @@ from export.pictures import LABELS, WIDEST
 from presets import PRESETS
 from reconstruction import Checkpoint, reconstruct
 from tests.support.helpers import one_line
-from tests.support.small import SHORT, tiny_model
+from tests.support.small import SHORT, tiny_model, two_viewpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT.parent / "shared" / "co3d_real"
@@ -108,11 +109,11 @@ def check_outputs(out, result, methods, size, frames):
     assert {p.name for p in (out / "views").iterdir()} == shown
 
 
-def test_the_shipped_sample(tmp_path, capsys):
-    """The main command, few iterations, fewer viewpoints and pictures of the turntable: nothing else is changed."""
+def test_the_shipped_sample(tmp_path, capsys, monkeypatch):
+    """The main command, few iterations, two viewpoints and fewer pictures of the turntable: nothing else is changed."""
+    monkeypatch.setattr(reconstruction, "query_viewpoints", two_viewpoints)
     out = tmp_path / "results"
-    result = command(out, "--iterations", 4, "--targets", 1, "--set", "viewpoints=2", "turntable_frames=3",
-                     "mesh_resolution=48")
+    result = command(out, "--iterations", 4, "--targets", 1, "--set", "turntable_frames=3", "mesh_resolution=48")
     check_outputs(out, result, METHODS, 128, 3)
     settings = result["settings"]
     assert settings["seed"] == settings["entry"]["index"] == 0 and result["seconds"] > 0
