@@ -11,7 +11,7 @@ from vldm import alpha_sigma
 
 @pytest.fixture
 def forked(monkeypatch):
-    """Other processes are forked from one that has imported torch, which takes each of those spawned two seconds."""
+    """Other processes are forked from one that has imported torch; a spawned one would import it for two seconds."""
     if "forkserver" in multiprocessing.get_all_start_methods():
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch"])
