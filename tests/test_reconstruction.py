@@ -3,7 +3,7 @@ import copy
 import json
 import math
 import signal
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +14,6 @@ import distillation
 import reconstruction
 import sparsefusion
 from common import files, processes
-from common.settings import differences
 from distillation import Distillation
 from export import mesh
 from export.pictures import PREVIEWS, add_preview, to_image
