@@ -20,7 +20,7 @@ from tests.support.small import SHORT
     ({"render_size": 1}, "render_size"), ({"betas": (0.9, 1.0)}, "betas"), ({"lr_grid": -1.0}, "lr_grid"),
     ({"weight_opacity": -1.0}, "weight_opacity"), ({"denoise_batch": 0}, "denoise_batch"),
     ({"turntable_frames": 0}, "turntable_frames"),
-    ({"input_pixels": 2**22}, "4194304 rays of an update have 134217728 samples")])
+    ({"input_pixels": 2**23}, "8388608 rays of an update have 134217728 samples")])
 def test_numbers_that_do_not_fit(change, words):
     with pytest.raises(ValueError, match=words):
         replace(SHORT, **change)
