@@ -535,7 +535,8 @@ def flags_train(rng, home):
 
 
 def flags_check(rng, home):
-    argv, what = mutate_flags(rng, ["tree", "--category", "things", "--sequence", "a", "--out", "out/check.png"], None)
+    argv = ["tree", "--category", "things", "--sequence", "a", "--views", "2", "--out", "out/check.png"]
+    argv, what = mutate_flags(rng, argv, None)
     return what, command("check", argv)
 
 
