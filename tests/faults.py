@@ -177,7 +177,7 @@ def kill(args: argparse.Namespace, folder: Path) -> int:
                 # Every other one while it writes.
                 end = time.monotonic() + (rng.random() < 0.5) * whole
                 while time.monotonic() < end and not writing(home):
-                    time.sleep(0.0005)
+                    time.sleep(0.003)
                 os.kill(child, signal.SIGKILL)
                 killed += finish(child) == -signal.SIGKILL
             left += writing(home)

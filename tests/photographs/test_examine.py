@@ -258,6 +258,6 @@ def test_bad_input_ends_in_one_line(scene, tmp_path, capsys, monkeypatch):
     one_line(capsys, check.main, [tmp_path, "--frames", "p1.png"], "two or more")
 
     # Before anything is computed.
-    monkeypatch.setattr(check.OwnPhotographs, "examine", None)
+    monkeypatch.setattr(check, "examine_views", None)
     one_line(capsys, check.main, [tmp_path, "--out", "look"], "--out look: its ending is none of .png, .jpg")
     one_line(capsys, check.main, [tmp_path, "--out", tmp_path / "p0.png" / "x.png"], "p0.png")
