@@ -24,7 +24,7 @@ from distillation import DistillConfig
 from evaluation import baselines, results
 from evaluation.sources import Source, choose_targets, find_views, random_views
 from evaluation.tables import Rows
-from export.mesh import write_ply
+from export.mesh import write_glb, write_ply
 from export.pictures import Views, comparison, save_animation, save_picture, save_views
 from reconstruction import Checkpoint, Distance, Reconstruction, reconstruct
 from sparsefusion import SparseFusion
@@ -188,9 +188,11 @@ def write_outputs(scene: Scene, inputs: list[int], targets: list[int], pictures:
     names = [scene.names[i] for i in targets]
     save_picture(comparison(shown, inputs, targets, pictures), out / "comparison.png")
     save_views(pictures, shown.images[targets], names, out / "views")
-    turntable = ours.turntable(scene.user_cameras(), scene.images.shape[-1], "last step, turntable")
+    turntable = ours.turntable(scene.images.shape[-1], "last step, turntable")
     save_animation(turntable, out / "turntable.gif")
-    write_ply(out / "mesh.ply", ours.mesh())
+    mesh = ours.mesh()
+    write_ply(out / "mesh.ply", mesh)
+    write_glb(out / "mesh.glb", mesh)
 
 
 def run_instance(instance: Instance, out: Path, overwrite: bool = False, extend: bool = False) -> dict:
@@ -217,7 +219,7 @@ def run_instance(instance: Instance, out: Path, overwrite: bool = False, extend:
 
     # The method, and what it is compared with.
     title = "step 1 of 2, field fit" if model is None else "step 1 of 5, distillation"
-    checkpoint = Checkpoint(out / "field.pt", extend, out / "previews.png", {"world": world})
+    checkpoint = Checkpoint(out / "field.pt", extend, out / "previews.png")
     ours = reconstruct(scene, inputs, model, instance.config, instance.seed, loss_distance, title, checkpoint)
     pictures = show_all(scene, inputs, targets, model, instance, ours, out)
     truth = (scene.whole or scene)[targets]
