@@ -150,12 +150,6 @@ class Reconstruction(NamedTuple):
             orbit = orbit._replace(focal=orbit.focal * TURNTABLE_FILL / reach)
         return orbit
 
-    def turntable(self, size: int, title: str | None = None) -> Tensor:
-        """Once around, on the orbit at the height of the scene's cameras: pictures (frames, 3, size, size)."""
-        orbit = self.orbit()
-        path = orbit.cameras(self.config.turntable_frames, orbit.elevation[None])
-        return self.render(path, size, title, pixel_side=1).images
-
     def mesh(self) -> Mesh:
         """The largest connected part of the surface, in the user's world."""
         surface = extract_mesh(self.field, self.config.mesh_resolution, occupancy=self.occupancy,

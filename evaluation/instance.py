@@ -188,8 +188,10 @@ def write_outputs(scene: Scene, inputs: list[int], targets: list[int], pictures:
     names = [scene.names[i] for i in targets]
     save_picture(comparison(shown, inputs, targets, pictures), out / "comparison.png")
     save_views(pictures, shown.images[targets], names, out / "views")
-    turntable = ours.turntable(scene.images.shape[-1], "last step, turntable")
-    save_animation(turntable, out / "turntable.gif")
+    orbit = ours.orbit()
+    path = orbit.cameras(ours.config.turntable_frames, orbit.elevation[None])
+    turntable = ours.render(path, scene.images.shape[-1], "last step, turntable", pixel_side=1)
+    save_animation(turntable.images, out / "turntable.gif")
     mesh = ours.mesh()
     write_ply(out / "mesh.ply", mesh)
     write_glb(out / "mesh.glb", mesh)

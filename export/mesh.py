@@ -27,7 +27,8 @@ from volume import Occupancy, compositing_weights, evaluate_samples, sampled_box
 BITS = 2 ** torch.arange(8.0).reshape(1, 1, 2, 2, 2)
 
 LIMIT = 5.0        # of log density above and below the surface's
-SMOOTHINGS = 3     # means over 3 x 3 x 3 points
+SMOOTHINGS = 3     # means over 3 x 3 x 3 points of a grid of `FINE`; fewer of a coarser one, or thin parts vanish
+FINE = 128         # points a side
 BARELY_INSIDE = 0.1  # log density of a point that is filled
 SHORTEST = 0.02    # nearest that the surface comes to a point of the grid, in steps: no face is degenerate
 MOST_FACES = 100_000
@@ -75,14 +76,14 @@ class Mesh(NamedTuple):
 @torch.no_grad()
 def extract_mesh(field: Field, resolution: int = 128, threshold: float | None = None,
                  occupancy: Occupancy | None = None, most_faces: int = MOST_FACES,
-                 smoothings: int = SMOOTHINGS) -> Mesh:
+                 smoothings: int | None = None) -> Mesh:
     """The surface where density passes the threshold, by surface nets: always closed, every edge between two faces.
 
     The field is sampled `resolution` times along the longest side of its cube, or of the occupancy's box, outside whose
     occupied cells it counts as empty; more coarsely where the surface would have more than `most_faces`. Log density is
-    averaged over 3 x 3 x 3 points `smoothings` times, or the surface would have a field's noise. `threshold` is a
-    density; by default one that absorbs all but e^-5 along that side, whatever the units. A field that never reaches it
-    gives an empty mesh.
+    averaged over 3 x 3 x 3 points `smoothings` times (default: up to three), or the surface would have a field's noise.
+    `threshold` is a density; by default one that absorbs all but e^-5 along that side, whatever the units. A field that
+    never reaches it gives an empty mesh.
     """
     # A grid that fills the box, with an empty ring around it; z runs fastest.
     box = sampled_box(field, occupancy)
@@ -96,6 +97,8 @@ def extract_mesh(field: Field, resolution: int = 128, threshold: float | None = 
     # The field on it, smooth.
     surface_density = 5 / longest if threshold is None else threshold
     values = _log_ratio(field, x, box, step, surface_density, occupancy).reshape(1, 1, *counts)
+    if smoothings is None:
+        smoothings = round(SMOOTHINGS * min(1, resolution / FINE) ** 2)
     for _ in range(smoothings):
         values = F.avg_pool3d(F.pad(values, [1] * 6, value=-LIMIT), 3, stride=1)
 
