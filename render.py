@@ -112,12 +112,14 @@ def command(args: argparse.Namespace) -> None:
     taken = [file for kind in args.show for file in sorted(out.glob(f"{kind}*.{args.format}"))]
     if taken and not args.overwrite:
         raise ValueError(f"{taken[0]} is there already; choose another --out, or --overwrite")
+    for file in taken:
+        file.unlink()
 
     # How near and how far the object is at most, by its occupied cells, in the field's unit.
     turned = result.turned(path)
     cells = result.occupancy.corners()[:-1, :-1, :-1][result.occupancy.occupied]
-    _, depths = turned.project(cells.expand(len(path), -1, -1))
-    depths = depths.min().item(), depths.max().item()
+    ends = [camera.project(cells)[1].aminmax() for camera in turned]
+    depths = min(end.min for end in ends).item(), max(end.max for end in ends).item()
 
     # One view after the other.
     pictures = {kind: [] for kind in args.show}

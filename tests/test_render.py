@@ -108,7 +108,9 @@ def test_a_moving_picture_is_not_replaced(capture, capsys):
     with Image.open(folder / "render" / "color.gif") as gif:
         assert gif.n_frames == 2 and gif.size == (16, 16)
     one_line(capsys, render.main, flags, "is there already")
+    (folder / "render" / "color_0007.gif").touch()  # of a longer run
     render.main([*flags, "--overwrite"])
+    assert [p.name for p in (folder / "render").iterdir()] == ["color.gif"]
 
 
 def test_a_path_of_cameras_is_read_like_a_capture(capture, tmp_path):
