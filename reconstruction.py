@@ -100,6 +100,7 @@ class Reconstruction(NamedTuple):
         """
         cameras = self.turned(cameras)
         side = pixel_side or self.config.picture_side
+        unit = self.unit * (1.0 if self.world is None else self.world.scale)
         images = []
         silhouettes = []
         depths = []
@@ -108,7 +109,7 @@ class Reconstruction(NamedTuple):
             view = volume.render_image(self.field, cameras[i], side * size, side * size, None, self.occupancy)
             images.append(F.avg_pool2d(view.color, side))
             silhouettes.append(F.avg_pool2d(view.opacity, side))
-            depths.append(F.avg_pool2d(view.depth, side))
+            depths.append(F.avg_pool2d(view.depth, side) * unit)
         return Views(torch.stack(images), torch.stack(silhouettes), torch.stack(depths))
 
     def turned(self, cameras: Cameras) -> Cameras:

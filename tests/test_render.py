@@ -49,6 +49,10 @@ def test_a_finished_field_opens(capture):
     cameras = made.cameras[:2]
     for a, b in zip(made.render(cameras, 24), opened.render(cameras, 24)):
         assert torch.equal(a, b)
+    views = made.render(cameras, 24)
+    depth = (views.depths.sum((1, 2, 3)) / views.silhouettes.sum((1, 2, 3))).double()
+    distance = (cameras.centers() - made.world.shift).norm(dim=-1)
+    parity.assert_close(depth, distance, rtol=0.1)  # as far away as the object's middle
     for a, b in zip(made.mesh(), opened.mesh()):
         assert torch.equal(a, b)
     assert opened.config == made.config and opened.unit == made.unit and opened.seconds == made.seconds
@@ -90,7 +94,7 @@ def test_all_round_in_every_kind(capture, tmp_path, capsys):
     # White is the nearest, in the unit of the cameras, and black the farthest; there is no blue in the background.
     near, far = (float(printed.split(before)[1].split()[0]) for before in ("depth: ", "white, "))
     seen = views.silhouettes[:, 0] > 0.5
-    depth = made.unit * made.world.scale * (views.depths / views.silhouettes)[:, 0][seen]
+    depth = (views.depths / views.silhouettes)[:, 0][seen]
     blue = (shown["depth"][:, 2] / views.silhouettes[:, 0])[seen]
     assert seen.sum() > 50 and (far - blue * (far - near) - depth).abs().max() < 1.1 / 255 / 0.5 * (far - near)
     middle = path.centers().sub(orbit.middle).norm(dim=-1).mean()
