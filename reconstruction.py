@@ -123,8 +123,7 @@ class Reconstruction(NamedTuple):
         """From which pixels cameras (T,) of the user's world see the visual hull of the input masks, (T, size, size)
         boolean; wrong only by saying yes.
         """
-        cameras = self.turned(cameras)
-        return torch.stack([self.occupancy.silhouette(camera, size) for camera in cameras])
+        return self.occupancy.silhouettes(self.turned(cameras), size)
 
     def orbit(self, elevation: float | None = None) -> Orbit:
         """Where to look from, all round the object: as far away and as high as the scene's cameras, or at another
