@@ -81,12 +81,14 @@ class Reconstruction(NamedTuple):
                 part.load_state_dict(state[name])
                 part.to(device).eval()
 
-            # Where it is.
+            # Where it is; a first look shows whether all of that fits together.
             frame = Cameras(**state["frame"]).to(device)
             world = state["world"] and Similarity(**state["world"])
-            return Reconstruction(parts["field"], parts["occupancy"], frame, float(state["unit"]), world,
-                                  Cameras(**state["cameras"]), config, state["seconds"], state["seconds"],
-                                  state["resumed_from"])
+            opened = Reconstruction(parts["field"], parts["occupancy"], frame, float(state["unit"]), world,
+                                    Cameras(**state["cameras"]), config, state["seconds"], state["seconds"],
+                                    state["resumed_from"])
+            opened.render(opened.cameras[:1], 1)
+            return opened
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
             reason = " ".join(str(e).split())[:160]
             raise ValueError(f"{path}: no field that can be opened ({reason})") from None
