@@ -5,16 +5,17 @@ beside that: the whole masks say what is empty, and whole pictures are measured.
 middle. The lens's distortion is undone at the photograph's own size and intrinsics: what a barrel lens brings in from
 beyond that frame is lost, for a phone 2 % at each border.
 
-Shapes: `V` photographs, `S` side of the square output, `H W` rows and columns of a photograph.
+Shapes: `P` points, `S` side of the square output, `H W` rows and columns of a photograph.
 """
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import replace
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,41 +23,73 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from cameras import Scene
+from cameras import Cameras, Scene
 from common.progress import Progress
 from datasets.annotations import date_and_size
 from datasets.crop import MASK_THRESHOLD, Box, box_of_crop, box_of_mask
 from datasets.pictures import LOOK, alpha_mask, inverted, open_picture, pixels, read_mask
 from photographs.normalization import normalization
-from photographs.reading import Photographs
-from photographs.shots import Shot
+from photographs.shots import Convention, Shot, world_to_view
 from volume import MASK_GAP
 
+AT_ONCE = 50_000_000  # pixels of decoded photographs in memory, at most, if there is more than one (20 bytes each)
 COVERED = 0.995  # part of a photograph that a mask covers at most
 GRAY = 0.6       # part of a mask that may be neither black nor white, of what is not black
 
 
 # ---------------------------------------------------------------------------------------------- what others call
 
-class Capture(NamedTuple):
-    """A folder of photographs as a scene."""
-    scene: Scene               # all photographs, masked, in the normalized world; their names are the files'
-    inputs: list[int] | None   # positions that the files name as inputs; None where they do not say
-    targets: list[int] | None  # likewise
-    source: str                # one line: what was read
-
-
-def load_capture(photographs: Photographs, size: int | None = None, cut: bool = True) -> Capture:
-    """The photographs of a folder, in squares of `size` pixels (None: the longest side of the largest photograph), cut
-    to the object or whole.
-
-    Raises `FileNotFoundError` or `ValueError` with one line on what is missing or broken.
+@dataclass(frozen=True)
+class Photographs:
+    """Photographs of one object with masks and cameras, in the user's world; nothing is decoded before `load`. Views
+    are told by their positions.
     """
-    try:
-        scene = normalized(load_pictures(photographs, size, cut), photographs.points)
-    except ValueError as e:
-        raise ValueError(f"{photographs.folder}: {e}") from None
-    return Capture(scene, photographs.inputs, photographs.targets, photographs.source)
+    folder: Path
+    shots: list[Shot]          # with different names
+    convention: Convention     # of their matrices
+    points: Tensor             # (P, 3) points that COLMAP saw, world, float64; P may be 0
+    source: str = ""           # one line: what was read
+    inputs: list[int] | None = None   # positions that the files name as inputs; None where they do not say
+    targets: list[int] | None = None  # likewise
+    index = 0                  # in a list, which seeds a sequence; they stand in none
+
+    @property
+    def sequence(self) -> str:
+        """What their results are called."""
+        return self.folder.resolve().name
+
+    @property
+    def names(self) -> list[str]:
+        """What the views are called: their files."""
+        return [shot.name for shot in self.shots]
+
+    def at(self, positions: list[int]) -> Photographs:
+        """Some of the photographs, of which none is named as an input or a target."""
+        return replace(self, shots=[self.shots[i] for i in positions], inputs=None, targets=None)
+
+    def settings(self) -> dict:
+        """What they are, as plain data, cameras and points by sixteen hexadecimal digits: equal ones say that nothing
+        has changed. Opens nothing.
+        """
+        points = hashlib.sha256(self.points.numpy().tobytes()).hexdigest()
+        rows = [points, self.inputs, self.targets]
+        for shot in self.shots:
+            numbers = torch.cat([shot.matrix.flatten(), shot.focal, shot.principal, shot.distortion])
+
+            # Pictures by dates and sizes: there may be gigabytes of them.
+            rows += [numbers.tolist(), date_and_size(shot.file), date_and_size(shot.mask)]
+        return {"capture": self.sequence, "pictures": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]}
+
+    def load(self, size: int | None = None, cut: bool = True) -> Scene:
+        """All views in squares of `size` pixels (None: the longest side of the largest photograph), cut to the object
+        or whole, in the normalized world.
+
+        Raises `FileNotFoundError` or `ValueError` with one line on what is missing or broken.
+        """
+        try:
+            return normalized(load_pictures(self, size, cut), self.points)
+        except ValueError as e:
+            raise ValueError(f"{self.folder}: {e}") from None
 
 
 def normalized(scene: Scene, points: Tensor) -> Scene:
@@ -70,21 +103,6 @@ def normalized(scene: Scene, points: Tensor) -> Scene:
     return replace(scene, world=world)
 
 
-def stamp(photographs: Photographs) -> str:
-    """Sixteen hexadecimal digits of what a capture is read from: cameras, points, dates and sizes of its pictures.
-
-    Equal stamps: nothing has changed since. Opens nothing.
-    """
-    points = hashlib.sha256(photographs.points.numpy().tobytes()).hexdigest()
-    rows = [points, photographs.inputs, photographs.targets]
-    for shot in photographs.shots:
-        numbers = torch.cat([shot.matrix.flatten(), shot.focal, shot.principal, shot.distortion])
-
-        # Pictures by dates and sizes: there may be gigabytes of them.
-        rows += [numbers.tolist(), date_and_size(shot.file), date_and_size(shot.mask)]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
-
-
 # ---------------------------------------------------------------------------------------------- pictures
 
 def load_pictures(photographs: Photographs, size: int | None = None, cut: bool = False) -> Scene:
@@ -93,36 +111,57 @@ def load_pictures(photographs: Photographs, size: int | None = None, cut: bool =
 
     The cameras are float64. Raises `ValueError` for a picture that cannot be decoded, and for an empty mask.
     """
-    # One at a time: decoded, they may be a hundred times as large as what is kept of them.
-    layers = map(_decode, Progress(photographs.shots, "reading photographs"))
-    return scene_of_layers(photographs, layers, size, cut)
+    return scene_of_layers(photographs, lambda i: _decode(photographs.shots[i]), size, cut, "reading photographs")
 
 
-def scene_of_layers(photographs: Photographs, layers: Iterable[Tensor], size: int | None, cut: bool) -> Scene:
-    """The same of decoded photographs: masked colors, mask, and ones, (5, H, W) in [0, 1] each."""
-    if size is None:
-        size = max(max(shot.width, shot.height) for shot in photographs.shots)
-    whole = []
-    crops = []
-    for decoded, shot in zip(layers, photographs.shots):
-        _check_mask(decoded[3:], shot.mask or f"masks[{shot.name}]")
-        if shot.distortion.any():
-            decoded = _undistort(decoded, shot)
-            if not decoded[3].any():
-                raise ValueError(f"{shot.mask}: with its lens distortion undone, the mask is empty")
-        whole.append(_square(decoded, shot, Box(0, 0, shot.width, shot.height), size))
+def scene_of_layers(photographs: Photographs, decode: Callable[[int], Tensor], size: int | None, cut: bool,
+                    title: str | None = None) -> Scene:
+    """The same of photographs that a function decodes by their number: masked colors, mask, and ones, (5, H, W) in
+    [0, 1] each. `title` shows progress.
+    """
+    shots = photographs.shots
+    largest = max(max(shot.width, shot.height) for shot in shots)
+    size = size or largest
+    cut = cut and largest > size  # else there is nothing to gain, and what is enlarged is blurred
+
+    def squares(i: int) -> list[tuple[Tensor, ...]]:
+        """The whole photograph `i`, and with `cut` what shows the object."""
+        shot = shots[i]
+        layers = _without_distortion(decode(i), shot)
+        boxes = [Box(0, 0, shot.width, shot.height)]
         if cut:
-            crops.append(_square(decoded, shot, object_box(decoded[3]), size))
-    scene = _scene_of_squares(photographs, whole)
-    return replace(_scene_of_squares(photographs, crops), whole=scene) if cut else scene
+            boxes.append(object_box(layers[3]))
+        return [_square(layers, shot, box, size) for box in boxes]
+
+    # A few at a time: decoded, they may be a hundred times as large as what is kept of them.
+    together = max(1, min(os.cpu_count() or 1, AT_ONCE // largest**2))
+    found = []
+    with ThreadPoolExecutor(together) as pool:
+        for i in Progress(range(len(shots)), title):
+            if i == len(found):
+                found += pool.map(squares, range(i, min(i + together, len(shots))))
+
+    # As many scenes as boxes.
+    whole, *crops = (_scene_of_squares(photographs, column) for column in zip(*found))
+    return replace(crops[0], whole=whole) if crops else whole
+
+
+def _without_distortion(layers: Tensor, shot: Shot) -> Tensor:
+    """Layers (5, H, W) of a photograph as a pinhole camera sees them. Raises `ValueError` for a mask that is none."""
+    _check_mask(layers[3:], shot.mask or f"masks[{shot.name}]")
+    if not shot.distortion.any():
+        return layers
+    layers = _undistort(layers, shot)
+    if not layers[3].any():
+        raise ValueError(f"{shot.mask}: with its lens distortion undone, the mask is empty")
+    return layers
 
 
 def _scene_of_squares(photographs: Photographs, squares: list[tuple[Tensor, ...]]) -> Scene:
     """The scene of what `_square` gives for each photograph."""
     images, masks, valid, focal, principal = default_collate(squares)
-    cameras = replace(photographs.cameras(), focal=focal, principal=principal)
-    names = [shot.name for shot in photographs.shots]
-    return Scene(images, masks, valid, cameras, names, photographs.folder.resolve().name)
+    R, T = world_to_view(torch.stack([shot.matrix for shot in photographs.shots]), photographs.convention)
+    return Scene(images, masks, valid, Cameras(R, T, focal, principal), photographs.names, photographs.sequence)
 
 
 def object_box(mask: Tensor) -> Box:

@@ -80,7 +80,7 @@ def test_the_algorithm_alternates_and_bootstraps_first():
     assert all(0.2 <= level < 1 for level in model.noise_levels) and len(set(model.noise_levels)) == 3
     assert model.sampler == SHORT.sampler
     assert all(not x.requires_grad and x.shape == (1, 3, 32, 32) for x in model.images)
-    steps = [int(s["step"]) for s in work.optimization.state_dict()["state"].values()]
+    steps = [int(s["step"]) for s in work.adam.state_dict()["state"].values()]
     # Two updates an iteration, only one of which sees an input's exposure.
     assert steps[-1] == 6 and set(steps[:-1]) == {12}
     assert work.completed == 6
@@ -124,12 +124,12 @@ def test_without_a_prior_only_the_input_views_are_seen():
     work = Distillation(ball(2, 32), SHORT, 7)
     work.bootstrap_loss = work.distillation_loss = None
     work.run()
-    assert {int(s["step"]) for s in work.optimization.state_dict()["state"].values()} == {6}
+    assert {int(s["step"]) for s in work.adam.state_dict()["state"].values()} == {6}
 
 
 def rates(work):
     """The present learning rates."""
-    return [group["lr"] for group in work.optimization.adam.param_groups]
+    return [group["lr"] for group in work.adam.param_groups]
 
 
 def test_learning_rates_fall_to_the_last_iteration():
@@ -148,7 +148,7 @@ def test_learning_rates_can_be_constant():
         work.step = lambda iteration: None
         work.completed, work.loss = iteration, torch.zeros(())
         work.run()
-        assert rates(work) == work.optimization.peak_rates
+        assert rates(work) == work.adam.peak_rates
 
 
 @pytest.mark.parametrize("term, broken", [("input", 2), ("query", 2), ("input", 3), ("query", 4), ("query", 0)])
@@ -182,7 +182,7 @@ def test_losses_are_not_read_in_every_iteration(monkeypatch):
     for every, looks in ((10, [9, 16, 19, 24]), (16, [15, 16, 24]), (1000, [16, 24])):
         config = replace(SHORT, iterations=24, occupancy_every=every, bootstrap=3)
         work, seen = Distillation(ball(2, 32), config, 7), []
-        monkeypatch.setattr(work.optimization, "check_losses", lambda: seen.append(work.completed))
+        monkeypatch.setattr(work, "check_losses", lambda: seen.append(work.completed))
         work.run()
         assert seen == looks
 
@@ -211,7 +211,7 @@ def test_gradient_of_the_distillation_loss_by_hand():
     loss = work.distillation_loss(work.sample_query(first, work.denoise_ahead(first)[first]))
     loss.backward()
     x, silhouette, n = seen.detach()[:, :3], seen.detach()[:, 3:], 3 * 32 * 32
-    prior, weight = SHORT.weight_prior(len(work.inputs)), distillation.fusion_weight(model.noise_levels[0])
+    prior, weight = SHORT.prior_weight(len(work.input_views)), distillation.fusion_weight(model.noise_levels[0])
     expected = weight * torch.ones_like(x) / n + SHORT.weight_perceptual * 2 * (x - x / 2) / n  # sign(x - x / 2) = 1
     expected = prior * expected
     parity.assert_close(seen.grad[:, :3], expected, rtol=1e-4, atol=1e-9)
@@ -234,7 +234,7 @@ def test_bootstrap_target():
     seen = seen * torch.tensor([1, 1, 1, 0.0]).reshape(1, 4, 1, 1)  # empty where the mask is 1
     work = at_query(model, seen)
     loss = work.bootstrap_loss(work.sample_eft_target(last))
-    weight = SHORT.weight_prior(len(work.inputs))
+    weight = SHORT.prior_weight(len(work.input_views))
     parity.assert_close(loss, weight * (math.sqrt(101) - 1) * 0.1 + SHORT.weight_opacity * 0.1, rtol=1e-4)
 
 
@@ -251,8 +251,8 @@ def test_the_eft_image_is_aligned_to_the_rays():
 def test_weight_of_the_prior():
     """All of it where the views are no more than it is worth."""
     config = replace(SHORT, prior_views=1.5)
-    assert [config.weight_prior(views) for views in (1, 2, 6, 24)] == [1, 0.75, 0.25, 0.0625]
-    assert replace(SHORT, prior_views=0.0).weight_prior(24) == 1 == PRESETS["paper"].weight_prior(24)
+    assert [config.prior_weight(views) for views in (1, 2, 6, 24)] == [1, 0.75, 0.25, 0.0625]
+    assert replace(SHORT, prior_views=0.0).prior_weight(24) == 1 == PRESETS["paper"].prior_weight(24)
 
 
 def test_no_gradient_through_the_denoiser():
@@ -264,7 +264,7 @@ def test_no_gradient_through_the_denoiser():
     assert not x_hat.requires_grad and 0 <= x_hat.min() and x_hat.max() <= 1 and x_hat.std() > 0
     work = Distillation(ball(2, 32), replace(SHORT, lr_exposure=0.0), 7, guide)
     work.run()  # the field's update must not need the prior's gradients either: it is the only thing that moves
-    moved = {p for g in work.optimization.adam.param_groups for p in g["params"]}
+    moved = {p for g in work.adam.param_groups for p in g["params"]}
     assert moved == {work.exposures.log_gains, *work.field.parameters()}
     assert not work.exposures.log_gains.any()  # its learning rate is 0 here
 
@@ -426,7 +426,7 @@ def test_blur():
     parity.assert_close(work.colors[0, :, row, 16], scene.images[0][:, *square].mean((1, 2)), rtol=1e-5)
     parity.assert_close(work.masks[0, 0, row, 16], scene.masks[0, 0][square].mean(), rtol=1e-5)
     assert torch.equal(plain.colors, scene.images) and torch.equal(plain.masks, scene.masks)
-    assert torch.equal(work.inputs.masks, scene.masks)
+    assert torch.equal(work.input_views.masks, scene.masks)
     assert torch.equal(work.occupancy.possible, plain.occupancy.possible)
     padded = replace(scene, valid=scene.valid.clone())
     padded.valid[..., 15:, :] = 0  # what nothing shows counts nowhere

@@ -37,9 +37,9 @@ def test_the_paper_preset_has_the_released_numbers():
                                                                         importance_samples=0))
     assert paper == released
     assert (paper.betas, paper.eps, paper.final_lr_fraction) == ((0.9, 0.999), 1e-8, 1)
-    assert (paper.sampler.plms_steps, paper.sampler.sample_steps) == (50, 500)
+    assert (paper.sampler.denoise_steps, paper.sampler.sample_steps) == (50, 500)
     nano, plain = presets.PRESETS["nano"], presets.PRESETS["plain"]
-    assert (nano.sampler.solver, nano.sampler.plms_steps, nano.denoise_batch) == ("dpmpp", 2, 8)
+    assert (nano.sampler.solver, nano.sampler.denoise_steps, nano.denoise_batch) == ("dpmpp", 2, 8)
     assert (plain.blur, plain.field.view_degree, nano.blur, nano.field.view_degree) == (3, 4, 1, 0)
     assert max(paper.denoise_batch, nano.denoise_batch) <= graphs.SIZES[-1]  # or a GPU would divide a batch
     for name, fraction in (("nano", 0.1), ("plain", 0.05)):
@@ -57,7 +57,7 @@ def test_the_released_settings_fit_every_preset(preset):
     assert all(getattr(config, name) == getattr(paper, name) for name in same)
     assert not config.field.hashed and not config.field.carve and config.eft_train_mode and config.metrics_on_inputs
     assert config.sampler.ancestral and config.sampler.unnoised_start
-    assert (config.sampler.solver, config.sampler.plms_steps, config.sampler.sample_steps) == ("plms", 50, 500)
+    assert (config.sampler.solver, config.sampler.denoise_steps, config.sampler.sample_steps) == ("plms", 50, 500)
     assert vldm.start_time(0.99, config.sampler) == 1
     assert (config.iterations, config.lr_grid) == (preset.iterations, preset.lr_grid)
     assert (config.denoise_batch, config.input_pixels, config.picture_side, config.field.view_degree) == (1, 0, 1, 0)

@@ -11,11 +11,10 @@ from PIL import Image
 import render
 from cameras import Cameras, look_at, pixel_grid
 from common import files
-from photographs.capture import load_capture
 from photographs.reading import read_capture, read_path
 from reconstruction import Checkpoint, Reconstruction, reconstruct
 from tests.support import parity
-from tests.support.captures import balls, turn, write_transforms
+from tests.support.captures import balls, cameras_of, turn, write_transforms
 from tests.support.helpers import one_line
 from tests.support.small import FIELD, SHORT
 
@@ -29,7 +28,7 @@ def capture(tmp_path_factory):
     folder = tmp_path_factory.mktemp("capture")
     shoot = balls(6, 96, 64, (120.0, 120.0)).in_world(turn(0.4, -2.0, 0.9), 13.0, torch.tensor([50.0, -20, 7]).double())
     write_transforms(folder, shoot)
-    scene = load_capture(read_capture(folder), 64, cut=True).scene
+    scene = read_capture(folder).load(64)
     return folder, reconstruct(scene, [0, 2, 4, 5], config=CONFIG, checkpoint=Checkpoint(folder / "field.pt"))
 
 
@@ -121,7 +120,7 @@ def test_a_path_of_cameras_is_read_like_a_capture(capture, tmp_path):
     """The photographs' own, of files that could as well be absent; angles do without a size of the picture."""
     folder, made = capture
     path = read_path(folder / "transforms.json")
-    for name, x in vars(read_capture(folder).cameras()).items():
+    for name, x in vars(cameras_of(read_capture(folder))).items():
         parity.assert_close(getattr(path, name), x, atol=1e-12)
     render.main([str(folder), "--path", str(folder / "transforms.json"), "--size", "32", "--format", "png",
                  "--out", str(tmp_path)])
