@@ -607,7 +607,8 @@ class DistillConfig:
     reference_views: int = 0
     iterations_per_view: int = 0         # that each input view beyond those adds
     occupancy_every: int = 16            # iterations between two looks at where space is empty
-    mesh_resolution: int = 160           # cells along the longest side of the meshed box
+    mesh_resolution: int = 128           # cells along the longest side of the meshed box, at most
+    mesh_faces: int = 100_000            # triangles of the mesh, at most
     turntable_frames: int = 36           # pictures of the turntable
     eft_train_mode: bool = False         # dropout and batch statistics on [released: load_model.py:33-45, 179]
     metrics_on_inputs: bool = False      # measure input views, too [released: distillation.py:395-443]
@@ -690,7 +691,8 @@ _RANGES = {"half_side": _ANY, "iterations": (1, 10**7), "viewpoints": (1, 2000),
            "lr_exposure": _ANY, "weight_exposure": _ANY, "blur": (1, 255), "weight_background": _ANY,
            "weight_opacity": _ANY, "prior_views": _ANY, "weight_perceptual": _ANY, "min_noise_level": (0, 1),
            "denoise_batch": (1, 1024), "reference_views": (0, 10**6), "iterations_per_view": (0, 10**6),
-           "occupancy_every": (1, 10**7), "mesh_resolution": (1, 1024), "turntable_frames": (1, 3600)}
+           "occupancy_every": (1, 10**7), "mesh_resolution": (1, 1024), "mesh_faces": (100, 10**7),
+           "turntable_frames": (1, 3600)}
 
 
 def guess_exposures(images: Tensor, masks: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ import check
 import distill
 import evaluate
 import metrics
+import render
 import sparsefusion
 import train
 from cameras import Scene
@@ -65,13 +66,14 @@ DISTILL = ["--root", "tree", "--category", "things", "--protocol", "all", "--wei
            "--feature-net", "net.pt", "--targets", "1", "--out", "out", *QUICK]
 TRAIN = ["vae", "--root", "tree", "--category", "things", "--out", "out/vae.pt", "--steps", "1", "--frames", "2",
          "--device", "cpu", "--set", "batch=1", "image_size=16", "vae.widths=8,8", "vae.groups=4", "vae.blocks=1"]
+RENDER = ["out", "--size", "8", "--frames", "1", "--show", "depth", "--out", "out/render"]
 LITTLE = replace(PRESETS["plain"], iterations=1, bootstrap=0, image_size=16, input_pixels=16,
                  turntable_frames=2,
                  field=replace(small.FIELD, levels=1, log2_hashmap_size=8, samples_per_ray=8, occupancy_cells=16))
-FLAGS = sorted({flag for parser in (distill.parser(), evaluate.parser(), train.parser(), convert.parser())
-                for flag in parser._option_string_actions} - {"--help", "-h"})
+FLAGS = sorted({flag for command in (render, distill, evaluate, train, convert)
+                for flag in command.parser()._option_string_actions} - {"--help", "-h"})
 COMMANDS = {"distill": distill.main, "evaluate": evaluate.main, "train": train.main, "check": check.main,
-            "convert": convert.main}
+            "convert": convert.main, "render": render.main}
 
 # What stands for itself in JSON that Python cannot write: placeholders, and the text that replaces them.
 TEXTS = {"@deep": "[" * 200_000 + "]" * 200_000, "@nested": "[" * 900 + "]" * 900,
@@ -509,6 +511,11 @@ def run_distill(rng, home):
     return what, command("distill", DISTILL)
 
 
+def run_render(rng, home):
+    what = mutate_file(rng, home / "out" / "field.pt")
+    return what, command("render", RENDER)
+
+
 def run_train(rng, home):
     what = mutate_file(rng, home / "out" / "vae.pt.state")
     return what, command("train", TRAIN)
@@ -534,6 +541,11 @@ def flags_train(rng, home):
     return what, command("train", argv)
 
 
+def flags_render(rng, home):
+    argv, what = mutate_flags(rng, RENDER, None)
+    return what, command("render", argv)
+
+
 def flags_check(rng, home):
     argv = ["tree", "--category", "things", "--sequence", "a", "--views", "2", "--out", "out/check.png"]
     argv, what = mutate_flags(rng, argv, None)
@@ -551,6 +563,7 @@ ENTRIES = {read_co3d: ("co3d", 16), read_cache: ("co3d", 3), read_list: ("list",
            read_weights: ("weights", 10), read_perceptual: ("perceptual", 4), run_convert: ("released", 4),
            run_distill: ("run", 4), run_train: ("run", 4), run_check: ("transforms", 3), flags_distill: ("flags", 8),
            flags_evaluate: ("flags", 4), flags_train: ("flags", 5), flags_check: ("co3d", 3),
+           run_render: ("run", 4), flags_render: ("flags", 3),
            flags_convert: ("released", 1)}
 CHOICES = [(entry, place, often) for entry, (place, often) in ENTRIES.items()]
 CHOICES += [(read_co3d, "toy", 5)]

@@ -103,7 +103,7 @@ def check_outputs(out, result, methods, size, frames):
     assert {f"property uchar {name}" for name in ("red", "green", "blue")} <= set(lines)
     state = torch.load(out / "field.pt", weights_only=True)
     assert {"field", "settings", "completed"} <= set(state)
-    names = ["comparison.png", "field.pt", "mesh.ply", "metrics.json", "previews.png", "settings.json",
+    names = ["comparison.png", "field.pt", "mesh.glb", "mesh.ply", "metrics.json", "previews.png", "settings.json",
              "turntable.gif", "views"]
     assert sorted(p.name for p in out.iterdir()) == names
     shown = {f"{frame}_{method}.png" for frame in result["target_frames"] for method in ["truth", *methods]}
