@@ -392,7 +392,8 @@ def look(scene: Scene) -> None:
     assert all(x.isfinite().all() for x in numbers), "a scene has numbers that are not finite"
     with contextlib.suppress(ValueError, FloatingPointError):
         ours = reconstruct(scene, [0, 1], None, LITTLE)
-        ours.turntable(scene.user_cameras(), 8)
+        orbit = ours.orbit()
+        ours.render(orbit.cameras(2, orbit.elevation[None]), 8)
         ours.render(scene.user_cameras()[:1], 8)
 
 
