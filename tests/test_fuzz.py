@@ -589,7 +589,7 @@ def judge_message(text: str, home: Path, kind: str, what: str, flagged: bool = F
         return f"{len(text.splitlines())} lines: {text[:600]!r}"
     if len(short) > LONGEST[kind]:
         return f"{len(short)} characters: {text[:200]!r}"
-    names = [path.name for path in home.rglob("*")] + [what.partition(":")[0], "--"]
+    names = [path.name for path in home.rglob("*")] + [what.partition(":")[0], f"{home}:", "--"]
     return "" if flagged or any(name in text for name in names) else f"names no file: {text!r}"
 
 
