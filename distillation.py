@@ -51,6 +51,7 @@ from volume import Occupancy, SampleBuffer
 
 MOST_FURTHER = 20_000  # iterations that many input views may add
 MOST_CELLS = 2048  # per side of the finest grid of many input views
+LONG = 4000  # iterations from which on many input views are learned with a larger network, batch and number of samples
 REFERENCE_SIZE = 256  # pixels a side from which on larger pictures bear a finer field
 SAVE_SECONDS = 60  # between two checkpoints of a running distillation
 UNLIKE = 2  # a photograph so many times as bright or as dark as the median one was exposed differently
@@ -663,24 +664,30 @@ class DistillConfig:
             return replace(self, reference_views=0, iterations_per_view=0)
         larger = max(self.image_size / REFERENCE_SIZE, 1.0)
 
-        # More pixels determine finer cells, and more samples, all of them in occupied ones, find them.
+        # More pixels determine finer cells, and samples find them that are all in occupied ones.
         doubled = min(math.log2(growth), 4)
         field = replace(
             self.field,
             levels=self.field.levels + round(doubled + math.log2(larger)),
             finest_resolution=min(round(self.field.finest_resolution * growth * larger), MOST_CELLS),
             log2_hashmap_size=self.field.log2_hashmap_size + round(doubled / 2 + math.log2(larger)),
-            width=64,
-            samples_per_ray=min(round(self.field.samples_per_ray * larger**0.5), 128),
+            samples_per_ray=self.field.samples_per_ray // 2,
             bins_per_ray=256,
             occupancy_cells=min(round(self.field.occupancy_cells * (growth * larger)**0.5), 192),
         )
 
         # That is more to learn, of colors less blurred.
         further = min(self.iterations_per_view * (views - self.reference_views), MOST_FURTHER) * larger**0.5
+        iterations = self.iterations + round(further)
         blur = max(round(self.blur / growth / 2 - 0.5), 0) * 2 + 1  # odd
-        return replace(self, field=field, iterations=self.iterations + round(further), blur=blur, reference_views=0,
-                       iterations_per_view=0, input_pixels=2 * self.input_pixels)
+        fitted = replace(self, field=field, iterations=iterations, blur=blur, reference_views=0, iterations_per_view=0)
+
+        # Where there is time for it, a wider network, and more of pixels and samples.
+        if iterations < LONG:
+            return fitted
+        samples = min(round(self.field.samples_per_ray * larger**0.5), 128)
+        field = replace(field, width=2 * self.field.width, samples_per_ray=samples)
+        return replace(fitted, field=field, input_pixels=2 * self.input_pixels)
 
 
 _LEAST = {"half_side": 0, "prior_views": 0, "iterations": 1, "viewpoints": 1, "jitter": 0, "image_size": 1,
