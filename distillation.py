@@ -56,6 +56,7 @@ LONG = 4000  # iterations from which on a field without a prior learns more from
 SAVE_SECONDS = 60  # between two checkpoints of a running distillation
 UNLIKE = 2  # a photograph so many times as bright or as dark as the median one was exposed differently
 LOOK_EVERY = 16  # iterations, at most, between two looks at the losses
+LOSSES = ("input_loss", "bootstrap_loss", "distillation_loss")
 
 
 # ---------------------------------------------------------------------------------------------- the algorithm
@@ -173,6 +174,8 @@ class Distillation:
 
         self.targets = {}   # x_hat (1, 3, S, S) of the present and the next iterations
         self.loss = None    # () of the latest update
+        # By its name, every loss in every iteration, (iterations,); NaN where it was not used.
+        self.losses = {name: torch.full((config.iterations,), math.nan, device=device) for name in LOSSES}
 
     # ------------------------------------------------------------------ the algorithm
 
@@ -207,6 +210,7 @@ class Distillation:
     def update(self, loss: Callable[[NamedTuple], Tensor], batch: NamedTuple) -> None:
         """A step of Adam down a loss of a batch."""
         self.loss = self.optimization.update(loss, batch)
+        self.losses[loss.__name__][self.completed] = self.loss
 
     def input_loss(self, batch: InputPixels) -> Tensor:
         """Pixels of input views against their photographs: color, silhouette, opacity, exposures."""
@@ -416,6 +420,7 @@ class Distillation:
         return parts | {
             "optimizer": self.optimization.state_dict(),
             "targets": {i: x_hat.clone() for i, x_hat in self.targets.items() if i >= self.completed},
+            "losses": self.losses,
             "completed": self.completed,
             "seconds": self.seconds,
         }
@@ -428,6 +433,8 @@ class Distillation:
         self.optimization.load_state_dict(state["optimizer"])
         self.completed = state["completed"]
         self.seconds = float(state["seconds"])
+        for name, losses in self.losses.items():
+            losses[:self.completed] = state["losses"][name][:self.completed]
 
         # What was denoised ahead; a finished run has no prior and needs none of it.
         targets = {} if self.prior is None else state["targets"]
@@ -579,7 +586,7 @@ class DistillConfig:
     iterations_per_view: int = 0         # that each input view beyond those adds
     occupancy_every: int = 16            # iterations between two looks at where space is empty
     mesh_resolution: int = 160           # cells along the longest side of the meshed box
-    turntable_frames: int = 36           # pictures of the turntable
+    turntable_frames: int = 24           # pictures of the turntable; 0: neither it nor the page
     eft_train_mode: bool = False         # dropout and batch statistics on [released: load_model.py:33-45, 179]
     metrics_on_inputs: bool = False      # measure input views, too [released: distillation.py:395-443]
     sampler: vldm.SamplerConfig = vldm.SamplerConfig()
@@ -661,7 +668,7 @@ _LEAST = {"half_side": 0, "prior_views": 0, "iterations": 1, "viewpoints": 1, "j
           "eps": 0, "lr_exposure": 0, "weight_exposure": 0, "weight_background": 0, "weight_opacity": 0,
           "weight_perceptual": 0, "input_pixels": 0, "pixel_side": 1, "picture_side": 1, "reference_views": 0,
           "iterations_per_view": 0, "denoise_batch": 1, "occupancy_every": 1, "mesh_resolution": 1,
-          "turntable_frames": 1}
+          "turntable_frames": 0}
 
 
 def guess_exposures(images: Tensor, masks: Tensor) -> Tensor:

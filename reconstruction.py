@@ -13,7 +13,7 @@ Shapes: `V` input views, `Q` query viewpoints, `T` cameras to look from, `B` cam
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +30,7 @@ from common.progress import Progress
 from common.settings import differences
 from distillation import Distillation, DistillConfig, Prior
 from export.mesh import Mesh, extract_mesh, largest_component
+from export.orbit import Orbit, orbit_around
 from export.pictures import Views, add_preview
 from ngp import Field
 from presets import PRESETS
@@ -41,6 +42,7 @@ OUTPUT_FIELDS = ("mesh_resolution", "picture_side", "turntable_frames", "metrics
 
 PREVIEW = 96  # pixels a side
 COARSE = 48   # pixels a side of a first look at where the object is
+TURNTABLE = 192  # pixels a side
 TURNTABLE_FILL = 0.9  # of the half side of a picture
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # images (B, 3, S, S) twice, in [0, 1] -> (B,)
@@ -69,18 +71,20 @@ class Reconstruction(NamedTuple):
         side = pixel_side or self.config.picture_side
         images = []
         silhouettes = []
+        depths = []
         for i in Progress(range(len(cameras)), title):
             # Several rays per pixel are a larger picture, reduced.
             view = volume.render_image(self.field, cameras[i], side * size, side * size, None, self.occupancy)
             images.append(F.avg_pool2d(view.color, side))
             silhouettes.append(F.avg_pool2d(view.opacity, side))
-        return Views(torch.stack(images), torch.stack(silhouettes))
+            depths.append(F.avg_pool2d(view.depth, side))
+        return Views(torch.stack(images), torch.stack(silhouettes), torch.stack(depths))
 
     def turned(self, cameras: Cameras) -> Cameras:
         """Cameras (T,) of the user's world in the object frame."""
         if self.world is not None:
-            cameras = self.world.normalized(cameras).to(torch.float32)
-        cameras = cameras.to(self.frame.T.device)
+            cameras = self.world.normalized(cameras)
+        cameras = cameras.to(self.frame.T)
         return object_frame(cameras, self.frame, self.unit)
 
     def hull(self, cameras: Cameras, size: int) -> Tensor:
@@ -90,29 +94,29 @@ class Reconstruction(NamedTuple):
         cameras = self.turned(cameras)
         return torch.stack([self.occupancy.silhouette(camera, size) for camera in cameras])
 
-    def turntable(self, cameras: Cameras, size: int, title: str | None = None) -> Tensor:
-        """Once around, on the circle that fits the scene's cameras (V,): pictures (frames, 3, size, size).
+    def turntable(self, cameras: Cameras, title: str | None = None) -> tuple[Orbit, Views]:
+        """All round the object, as far away and as high as the scene's cameras (V,), and from below and from above.
 
-        The middle of the box around the occupied cells is that of the picture, and what is opaque fills it, whatever
-        the photographs show beside the object.
+        Returns the orbit and what its cameras see, (3 * frames,) pictures of `TURNTABLE` pixels a side, row by row. The
+        middle of the box around the occupied cells is that of the picture, and what is opaque fills it, whatever the
+        photographs show beside the object.
         """
-        frames = self.config.turntable_frames
-        path = circle_path(cameras.to("cpu"), frames + 1)[:-1]
-
         # The corners of the box in the world, and how far from its middle a picture shows them at most.
-        corners = self.in_world(torch.cartesian_prod(*self.occupancy.box.T)).to(path.T)
-        middle, _ = path.project(corners.mean(0).expand(frames, 1, 3))
-        xy, _ = path.project(corners.expand(frames, -1, -1))
-        reach = (xy - middle).abs().max().item()
-        path = replace(path, principal=path.principal - middle[:, 0]).zoomed(1 / reach)
+        corners = self.in_world(torch.cartesian_prod(*self.occupancy.box.T).cpu().double())
+        orbit = orbit_around(cameras, corners.mean(0))
+        path = orbit.cameras(8, orbit.rows())
+        xy, _ = path.project(corners.expand(len(path), -1, -1))
+        orbit = orbit._replace(focal=1 / xy.abs().max().item())
 
         # Of that box, how much is opaque in a few small pictures.
-        coarse = self.render(path[::max(1, frames // 8)], COARSE, pixel_side=1).silhouettes[:, 0] > 0.5
+        coarse = self.render(orbit.cameras(8, orbit.rows()), COARSE, pixel_side=1).silhouettes[:, 0] > 0.5
         seen = coarse.any(0) | coarse.any(0).T
         pixels = seen.any(0).nonzero() + 0.5
         if len(pixels):
-            path = path.zoomed(TURNTABLE_FILL / ((pixels / COARSE * 2 - 1).abs().max().item() + 1 / COARSE))
-        return self.render(path, size, title, pixel_side=1).images
+            reach = (pixels / COARSE * 2 - 1).abs().max().item() + 1 / COARSE
+            orbit = orbit._replace(focal=orbit.focal * TURNTABLE_FILL / reach)
+        path = orbit.cameras(self.config.turntable_frames, orbit.rows())
+        return orbit, self.render(path, TURNTABLE, title, pixel_side=1)
 
     def mesh(self) -> Mesh:
         """The largest connected part of the surface, in the user's world."""
