@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import volume
-from cameras import Cameras, Scene, Similarity, circle_path, object_half_side, relative_to
+from cameras import Cameras, Scene, Similarity, circle_path, object_half_side, relative_to, upright_axis
 from common import files
 from common.processes import Interrupted, uninterruptible
 from common.progress import Progress
@@ -32,17 +32,18 @@ from distillation import Distillation, DistillConfig, Prior
 from export.mesh import Mesh, extract_mesh, largest_component
 from export.orbit import Orbit, orbit_around
 from export.pictures import Views, add_preview
-from ngp import Field
+from ngp import Field, FieldConfig
 from presets import PRESETS
 from sparsefusion import SparseFusion
+from vldm import SamplerConfig
 from volume import Occupancy
 
-# Fields of the config that change nothing in the field, only what is shown of it and measured.
-OUTPUT_FIELDS = ("mesh_resolution", "picture_side", "turntable_frames", "metrics_on_inputs")
+# Settings that change nothing in the field, only what is shown of it and measured.
+OUTPUT_SETTINGS = ("config.mesh_resolution", "config.mesh_faces", "config.picture_side", "config.turntable_frames",
+                   "config.metrics_on_inputs")
 
 PREVIEW = 96  # pixels a side
 COARSE = 48   # pixels a side of a first look at where the object is
-TURNTABLE = 192  # pixels a side
 TURNTABLE_FILL = 0.9  # of the half side of a picture
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # images (B, 3, S, S) twice, in [0, 1] -> (B,)
@@ -55,10 +56,40 @@ class Reconstruction(NamedTuple):
     frame: Cameras           # () the camera whose axes the object frame has; the world's origin is its origin, too
     unit: float              # of the field, in the scene's
     world: Similarity | None  # from the scene's world to the user's; None: the same one
+    cameras: Cameras         # (V,) of the whole views, in the user's world
     config: DistillConfig
     seconds: float           # of the optimization, earlier processes included
     earlier_seconds: float   # of them, in earlier processes
     resumed_from: list[int]  # totals of the shorter runs that came before, if any
+
+    @staticmethod
+    def load(folder: str | Path, device: str = "cpu") -> Reconstruction:
+        """The field that a run of `distill.py` left in its folder, or `reconstruct` with a checkpoint `field.pt` there.
+
+        Raises `FileNotFoundError` or `ValueError` with one line.
+        """
+        path = Path(folder) / "field.pt"
+        state = files.read_tensors(path, "field")
+        try:
+            # The numbers that it was made with, and a field and an occupancy of that size.
+            config = state["settings"]["config"]
+            sampler = SamplerConfig(**config["sampler"])
+            config = DistillConfig(**config | {"sampler": sampler, "field": FieldConfig(**config["field"])})
+            parts = {"field": Field(config.field), "occupancy": Occupancy(config.field)}
+            for name, part in parts.items():
+                files.check_weights(state[name], part)
+                part.load_state_dict(state[name])
+                part.to(device).eval()
+
+            # Where it is.
+            frame = Cameras(**state["frame"]).to(device)
+            world = state["world"] and Similarity(**state["world"])
+            return Reconstruction(parts["field"], parts["occupancy"], frame, float(state["unit"]), world,
+                                  Cameras(**state["cameras"]), config, state["seconds"], state["seconds"],
+                                  state["resumed_from"])
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+            reason = " ".join(str(e).split())[:160]
+            raise ValueError(f"{path}: no field that can be opened ({reason})") from None
 
     @torch.no_grad()
     def render(self, cameras: Cameras, size: int, title: str | None = None, pixel_side: int | None = None) -> Views:
@@ -94,16 +125,18 @@ class Reconstruction(NamedTuple):
         cameras = self.turned(cameras)
         return torch.stack([self.occupancy.silhouette(camera, size) for camera in cameras])
 
-    def turntable(self, cameras: Cameras, title: str | None = None) -> tuple[Orbit, Views]:
-        """All round the object, as far away and as high as the scene's cameras (V,), and from below and from above.
+    def orbit(self, elevation: float | None = None) -> Orbit:
+        """Where to look from, all round the object: as far away and as high as the scene's cameras, or at another
+        `elevation` (radians).
 
-        Returns the orbit and what its cameras see, (3 * frames,) pictures of `TURNTABLE` pixels a side, row by row. The
-        middle of the box around the occupied cells is that of the picture, and what is opaque fills it, whatever the
-        photographs show beside the object.
+        The middle of the box around the occupied cells is that of the picture, and what is opaque fills it, whatever
+        the photographs show beside the object.
         """
         # The corners of the box in the world, and how far from its middle a picture shows them at most.
         corners = self.in_world(torch.cartesian_prod(*self.occupancy.box.T).cpu().double())
-        orbit = orbit_around(cameras, corners.mean(0))
+        orbit = orbit_around(self.cameras, corners.mean(0))
+        if elevation is not None:
+            orbit = orbit._replace(elevation=torch.tensor(elevation).double())
         path = orbit.cameras(8, orbit.rows())
         xy, _ = path.project(corners.expand(len(path), -1, -1))
         orbit = orbit._replace(focal=1 / xy.abs().max().item())
@@ -115,14 +148,18 @@ class Reconstruction(NamedTuple):
         if len(pixels):
             reach = (pixels / COARSE * 2 - 1).abs().max().item() + 1 / COARSE
             orbit = orbit._replace(focal=orbit.focal * TURNTABLE_FILL / reach)
-        path = orbit.cameras(self.config.turntable_frames, orbit.rows())
-        return orbit, self.render(path, TURNTABLE, title, pixel_side=1)
+        return orbit
 
     def mesh(self) -> Mesh:
         """The largest connected part of the surface, in the user's world."""
-        surface = extract_mesh(self.field, self.config.mesh_resolution, occupancy=self.occupancy)
+        surface = extract_mesh(self.field, self.config.mesh_resolution, occupancy=self.occupancy,
+                               most_faces=self.config.mesh_faces)
         surface = largest_component(surface)
-        return surface._replace(vertices=self.in_world(surface.vertices))
+        normals = surface.normals @ self.frame.R.T
+        if self.world is not None:
+            normals = normals @ self.world.R.T.to(normals)
+        up = upright_axis(self.cameras.to("cpu", torch.float64)).float()
+        return surface._replace(vertices=self.in_world(surface.vertices), normals=normals, up=up)
 
     def in_world(self, points: Tensor) -> Tensor:
         """Points (P, 3) of the object frame in the user's world."""
@@ -185,15 +222,17 @@ def reconstruct(scene: Scene, inputs: list[int], model: SparseFusion | None = No
     if checkpoint is None:
         distillation.run(title)
     else:
-        beside = {"settings": settings, "frame": scene.cameras[0].R, "unit": unit}
+        world = scene.world and scene.world._asdict()
+        beside = {"settings": settings, "frame": vars(scene.cameras[0]), "unit": unit, "world": world,
+                  "cameras": vars(scene.user_cameras())}
         look = partial(preview, distillation, turned, inputs)
         earlier, resumed_from = checkpoint.run(distillation, state, beside, title, look)
 
     # From here on nothing is rounded, and graphs and their memory are not needed.
     distillation.field.eval()
     distillation.optimization.forget_graphs()
-    return Reconstruction(distillation.field, distillation.occupancy, scene.cameras[0], unit, scene.world, config,
-                          distillation.seconds, earlier, resumed_from)
+    return Reconstruction(distillation.field, distillation.occupancy, scene.cameras[0], unit, scene.world,
+                          scene.user_cameras(), config, distillation.seconds, earlier, resumed_from)
 
 
 def turn(scene: Scene, unit: float) -> Scene:
@@ -234,7 +273,6 @@ class Checkpoint(NamedTuple):
     # not the one of a long run from the start.
     extend: bool = False
     previews: Path | None = None  # a picture file that gets one rendering more of an unseen view with every checkpoint
-    notes: dict = {}              # plain data kept beside the field
 
     def read(self, wanted: dict) -> dict | None:
         """The state of an earlier run, if there is one. Raises `ValueError` where that run had other settings than
@@ -243,7 +281,7 @@ class Checkpoint(NamedTuple):
         if not self.path.exists():
             return None
         state = files.read_tensors(self.path, "field")
-        other = differences(state.get("settings", {}), wanted, extend=self.extend)
+        other = differences(state.get("settings", {}), wanted, OUTPUT_SETTINGS, self.extend)
         if other:
             raise ValueError(f"{self.path}: a field of other settings ({other}); choose another --out, or --overwrite")
         completed = state.get("completed")
@@ -261,7 +299,7 @@ class Checkpoint(NamedTuple):
         resumed_from = [] if state is None else self.resume(distillation, state)
         earlier = distillation.seconds
         done = distillation.completed
-        beside = beside | {"resumed_from": resumed_from} | self.notes
+        beside = beside | {"resumed_from": resumed_from}
 
         def save() -> None:
             """Write the checkpoint, and one preview more."""
@@ -330,7 +368,7 @@ def reconstruction_settings(scene: Scene, inputs: list[int], model: SparseFusion
         "weights": weights,
         "perceptual_loss": _identity(perceptual_loss),
         "device": given.images.device.type,
-        "config": {name: x for name, x in asdict(config).items() if name not in OUTPUT_FIELDS},
+        "config": asdict(config),
     }
 
 

@@ -24,7 +24,8 @@ from distillation import DistillConfig
 from evaluation import baselines, results
 from evaluation.sources import Source, choose_targets, find_views, random_views
 from evaluation.tables import Rows
-from export.mesh import write_ply
+from export.mesh import write_glb, write_ply
+from export.page import TURNTABLE, page_data, write_page
 from export.pictures import Views, comparison, save_animation, save_picture, save_views
 from reconstruction import Checkpoint, Distance, Reconstruction, reconstruct
 from sparsefusion import SparseFusion
@@ -182,15 +183,29 @@ def mean_rows(per_view: dict[str, dict[str, list[float]]]) -> Rows:
 
 
 def write_outputs(scene: Scene, inputs: list[int], targets: list[int], pictures: dict[str, Views],
-                  ours: Reconstruction, out: Path) -> None:
-    """Something to look at: the sheet that compares methods, every picture in it, the turntable, the mesh."""
+                  ours: Reconstruction, out: Path) -> dict | None:
+    """Something to look at: the sheet that compares methods, every picture in it, the mesh, the turntable. Returns what
+    the page shows, None where it is not asked for.
+    """
     shown = scene.whole or scene
     names = [scene.names[i] for i in targets]
     save_picture(comparison(shown, inputs, targets, pictures), out / "comparison.png")
     save_views(pictures, shown.images[targets], names, out / "views")
-    turntable = ours.turntable(scene.user_cameras(), scene.images.shape[-1], "last step, turntable")
-    save_animation(turntable, out / "turntable.gif")
-    write_ply(out / "mesh.ply", ours.mesh())
+    mesh = ours.mesh()
+    write_ply(out / "mesh.ply", mesh)
+    write_glb(out / "mesh.glb", mesh)
+
+    # From all sides, once: the middle row of these pictures is the turntable.
+    for name in results.TURNING:
+        (out / name).unlink(missing_ok=True)
+    frames = ours.config.turntable_frames
+    if not frames:
+        return None
+    orbit = ours.orbit()
+    views = ours.render(orbit.cameras(frames, orbit.rows()), TURNTABLE, "last step, turntable", pixel_side=1)
+    save_animation(views.images[frames:2 * frames], out / "turntable.gif")
+    losses = files.read_tensors(out / "field.pt", "losses")["losses"]
+    return page_data(scene, inputs, targets, pictures, orbit, views, mesh, losses)
 
 
 def run_instance(instance: Instance, out: Path, overwrite: bool = False, extend: bool = False) -> dict:
@@ -217,14 +232,14 @@ def run_instance(instance: Instance, out: Path, overwrite: bool = False, extend:
 
     # The method, and what it is compared with.
     title = "step 1 of 2, field fit" if model is None else "step 1 of 5, distillation"
-    checkpoint = Checkpoint(out / "field.pt", extend, out / "previews.png", {"world": world})
+    checkpoint = Checkpoint(out / "field.pt", extend, out / "previews.png")
     ours = reconstruct(scene, inputs, model, instance.config, instance.seed, loss_distance, title, checkpoint)
     pictures = show_all(scene, inputs, targets, model, instance, ours, out)
     truth = (scene.whole or scene)[targets]
     per_view = {method: measure(views, truth.images, truth.masks, distance) for method, views in pictures.items()}
 
     # Pictures, mesh, numbers.
-    write_outputs(scene, inputs, targets, pictures, ours, out)
+    shown = write_outputs(scene, inputs, targets, pictures, ours, out)
     result = {
         "sequence": instance.source.name,
         "input_frames": [scene.names[i] for i in inputs],
@@ -241,6 +256,8 @@ def run_instance(instance: Instance, out: Path, overwrite: bool = False, extend:
         "distillation_seconds": round(ours.seconds, 1),
         "peak_gb": peak_gb(instance.device),
     }
+    if shown is not None:
+        write_page(out / "index.html", shown, result)
     files.save_json(result, out / "metrics.json")
     (out / "field_alone.pt").unlink(missing_ok=True)
     return result

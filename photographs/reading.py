@@ -103,6 +103,20 @@ def read_capture(folder: str | Path) -> Photographs:
                             f"(sparse/0/images.bin or .txt) there{llff}; docs/photographs.md says how to make one")
 
 
+def read_path(file: Path) -> Cameras:
+    """The cameras (T,), float64, in NDC of squares, of a file like transforms.json, whose pictures need not exist; lens
+    distortion is left out. Raises as `transforms.read_frames` does, and `ValueError` for a lens that is none.
+    """
+    # An angle needs no size of the picture.
+    shots = []
+    for frame in transforms.read_frames(file):
+        width = frame.number("w", None if "fl_x" in frame.numbers else 1.0)
+        height = frame.number("h", width)
+        focal, principal = frame.pinhole(width, height)
+        shots.append(Shot("", None, None, width, height, focal, principal, torch.zeros(4), frame.matrix))
+    return Photographs(file.parent, shots, CONVENTIONS["opengl"], torch.zeros(0, 3)).cameras()
+
+
 def _photographs(folder: Path, kind: str, frames: list[Frame], targets: list[Frame] | None = None,
                  convention: str = "opengl", points: Tensor | None = None, root: Path | None = None) -> Photographs:
     """The photographs of listed frames, whose names are below `root` (default: the folder).

@@ -114,6 +114,8 @@ class Browser:
 
     def shot(self, element: str | None = None) -> Image.Image:
         """What is to be seen of the whole page, or of an element."""
+        # Two frames later, what was drawn last has arrived.
+        self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
         area = {}
         if element:
             box = self.run(f"(({{x, y, width, height}}) => [x + scrollX, y + scrollY, width, height])"
@@ -233,7 +235,7 @@ def main() -> None:
         sys.exit(0 if args.if_possible else 1)
 
     # One browser, several sizes.
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         page = args.page or make_page(Path(folder) / "toy")
         shots = args.shots or Path(folder)
         shots.mkdir(parents=True, exist_ok=True)
