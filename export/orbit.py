@@ -29,8 +29,8 @@ class Orbit(NamedTuple):
 
     def cameras(self, azimuths: int, elevations: Tensor) -> Cameras:
         """Cameras at elevations (E,) in radians, and at each of them at evenly spaced azimuths: (E * azimuths,)."""
-        turns = torch.arange(azimuths) * (2 * torch.pi / azimuths)
-        e, a = torch.cartesian_prod(elevations, turns.double()).T
+        turns = torch.arange(azimuths).double() * (2 * torch.pi / azimuths)
+        e, a = torch.cartesian_prod(elevations, turns).T
         direction = torch.stack([e.cos() * a.cos(), e.sin(), e.cos() * a.sin()], -1)
         eye = self.middle + self.distance * direction @ self.axes
         R, T = look_at(eye, self.middle, self.axes[1])
