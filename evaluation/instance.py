@@ -90,7 +90,7 @@ class Instance:
         count = len(self.source.names)
         config = self.fitted_config()
         targets = self.targets or count
-        seconds = 5 + 0.03 * count + 0.2 * targets + 0.06 * config.turntable_frames
+        seconds = 5 + 0.03 * count + 0.2 * targets + 0.3 * config.turntable_frames
 
         # The field alone; or the EFT's views, two fields, and the EFT and the VLDM to compare with.
         if self.weights is None:

@@ -192,7 +192,8 @@ def check(browser: Browser, page: Path, name: str, shots: Path) -> list[str]:
     # Each choice shows something else.
     for element, canvas in (("#layers label:nth-child(2)", "#picture"), ("#paints label:nth-child(2)", "#mesh"),
                             ("#cameras", "#mesh"), ("#inputs button", "#mesh"),
-                            ("#methods label:nth-child(2)", "#targets"), ("#targets input", "#targets")):
+                            ("#methods label:nth-child(2)", "#targets"), ("#targets input", "#targets"),
+                            ("#spin", "#mesh")):
         before = browser.shot(canvas)
         x, y = browser.middle(element)
         for kind in ("mousePressed", "mouseReleased"):
