@@ -28,6 +28,14 @@ KINDS = ("color", "depth", "normals", "opacity")
 STEEPEST = 80  # degrees
 
 
+def elevation(text: str) -> float:
+    """An elevation in radians from one in degrees, for argparse."""
+    degrees = float(text)
+    if not abs(degrees) <= STEEPEST:
+        raise argparse.ArgumentTypeError(f"{text} is not from -{STEEPEST} to {STEEPEST} degrees")
+    return math.radians(degrees)
+
+
 def color(text: str) -> Tensor:
     """A color (3, 1, 1) in [0, 1] by its name or as #rrggbb, for argparse."""
     return torch.tensor(ImageColor.getrgb(text)[:3])[:, None, None] / 255
@@ -41,10 +49,10 @@ def parser() -> argparse.ArgumentParser:
 
     # From where.
     p.add_argument("--frames", type=cli.count, default=36, metavar="N", help="pictures of the circle (default: 36)")
-    p.add_argument("--elevation", type=float, metavar="DEGREES", help="of the circle, from -80 to 80 (default: that of "
-                   "the input's cameras)")
+    p.add_argument("--elevation", type=elevation, metavar="DEGREES",
+                   help="of the circle, from -80 to 80 (default: that of the photographs' cameras)")
     p.add_argument("--path", type=Path, metavar="FILE", help="instead of a circle the cameras of a file like "
-                   "transforms.json, in the world of the input's cameras")
+                   "transforms.json, in the world of the photographs' cameras")
 
     # How.
     p.add_argument("--size", type=cli.count, default=256, metavar="N", help="pixels a side (default: 256)")
@@ -54,19 +62,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--overwrite", action="store_true", help="replace pictures that are there")
     cli.add_device(p)
     return p
-
-
-def cameras_of_command(args: argparse.Namespace, result: Reconstruction) -> Cameras:
-    """The cameras (T,) that the flags ask for, in the user's world."""
-    if args.path:
-        return read_path(args.path)
-    if args.elevation is None:
-        orbit = result.orbit()
-    else:
-        if not abs(args.elevation) <= STEEPEST:
-            raise ValueError(f"--elevation {args.elevation:g}: not from -{STEEPEST} to {STEEPEST} degrees")
-        orbit = result.orbit(math.radians(args.elevation))
-    return orbit.cameras(args.frames, orbit.elevation[None])
 
 
 def shown(kind: str, views: Views, camera: Cameras, depths: tuple[float, float], background: Tensor) -> Tensor:
@@ -108,17 +103,23 @@ def command(args: argparse.Namespace) -> None:
     """Open, look, write."""
     # What is looked at, from where, and where the pictures go.
     result = Reconstruction.load(args.folder, args.device)
-    path = cameras_of_command(args, result)
+    if args.path:
+        path = read_path(args.path)
+    else:
+        orbit = result.orbit(args.elevation)
+        path = orbit.cameras(args.frames, orbit.elevation[None])
     out = args.out or args.folder / "render"
     taken = [file for kind in args.show for file in sorted(out.glob(f"{kind}*.{args.format}"))]
     if taken and not args.overwrite:
         raise ValueError(f"{taken[0]} is there already; choose another --out, or --overwrite")
+    for file in taken:
+        file.unlink()
 
     # How near and how far the object is at most, by its occupied cells, in the field's unit.
     turned = result.turned(path)
     cells = result.occupancy.corners()[:-1, :-1, :-1][result.occupancy.occupied]
-    _, depths = turned.project(cells.expand(len(path), -1, -1))
-    depths = depths.min().item(), depths.max().item()
+    ends = [camera.project(cells)[1].aminmax() for camera in turned]
+    depths = min(end.min for end in ends).item(), max(end.max for end in ends).item()
 
     # One view after the other.
     pictures = {kind: [] for kind in args.show}

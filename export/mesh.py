@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.files import write_atomically
-from ngp import Field, in_chunks
+from ngp import CHUNK, Field, in_chunks
 from volume import Occupancy, compositing_weights, evaluate_samples, sampled_box
 
 # What a cube's eight corners are multiplied by, so that their sum tells which of them are inside. Corner 4 i + 2 j + k
@@ -27,13 +27,10 @@ from volume import Occupancy, compositing_weights, evaluate_samples, sampled_box
 BITS = 2 ** torch.arange(8.0).reshape(1, 1, 2, 2, 2)
 
 LIMIT = 5.0        # of log density above and below the surface's
-SMOOTHINGS = 3     # means over 3 x 3 x 3 points
+SMOOTHINGS = 3     # means over 3 x 3 x 3 points of a grid of `FINE`; fewer of a coarser one, or thin parts vanish
+FINE = 128         # points a side
 BARELY_INSIDE = 0.1  # log density of a point that is filled
 SHORTEST = 0.02    # nearest that the surface comes to a point of the grid, in steps: no face is degenerate
-MOST_FACES = 100_000
-
-# Points evaluated at once: what fits a CPU's caches, what fills a GPU.
-POINTS = {"cpu": 2**13, "cuda": 2**18}
 
 PLY_HEADER = """\
 ply
@@ -56,6 +53,7 @@ end_header
 # Numbers of glTF 2.0 for kinds of components and of buffers.
 UNSIGNED_SHORT, UNSIGNED_INT, FLOAT = 5123, 5125, 5126
 ARRAY_BUFFER, ELEMENT_ARRAY_BUFFER = 34962, 34963
+ATTRIBUTES = {"POSITION": 0, "NORMAL": 1, "COLOR_0": 2}
 
 
 class Mesh(NamedTuple):
@@ -74,15 +72,15 @@ class Mesh(NamedTuple):
 
 @torch.no_grad()
 def extract_mesh(field: Field, resolution: int = 128, threshold: float | None = None,
-                 occupancy: Occupancy | None = None, most_faces: int = MOST_FACES,
-                 smoothings: int = SMOOTHINGS) -> Mesh:
+                 occupancy: Occupancy | None = None, most_faces: int = 100_000,
+                 smoothings: int | None = None) -> Mesh:
     """The surface where density passes the threshold, by surface nets: always closed, every edge between two faces.
 
     The field is sampled `resolution` times along the longest side of its cube, or of the occupancy's box, outside whose
     occupied cells it counts as empty; more coarsely where the surface would have more than `most_faces`. Log density is
-    averaged over 3 x 3 x 3 points `smoothings` times, or the surface would have a field's noise. `threshold` is a
-    density; by default one that absorbs all but e^-5 along that side, whatever the units. A field that never reaches it
-    gives an empty mesh.
+    averaged over 3 x 3 x 3 points `smoothings` times (default: up to three), or the surface would have a field's noise.
+    `threshold` is a density; by default one that absorbs all but e^-5 along that side, whatever the units. A field that
+    never reaches it gives an empty mesh.
     """
     # A grid that fills the box, with an empty ring around it; z runs fastest.
     box = sampled_box(field, occupancy)
@@ -96,6 +94,8 @@ def extract_mesh(field: Field, resolution: int = 128, threshold: float | None = 
     # The field on it, smooth.
     surface_density = 5 / longest if threshold is None else threshold
     values = _log_ratio(field, x, box, step, surface_density, occupancy).reshape(1, 1, *counts)
+    if smoothings is None:
+        smoothings = round(SMOOTHINGS * min(1, resolution / FINE) ** 2)
     for _ in range(smoothings):
         values = F.avg_pool3d(F.pad(values, [1] * 6, value=-LIMIT), 3, stride=1)
 
@@ -120,7 +120,7 @@ def _log_ratio(field: Field, x: Tensor, box: Tensor, step: Tensor, surface_densi
     if occupancy is not None:
         inside &= occupancy(x)
     inside = inside.nonzero().squeeze(-1)
-    found = in_chunks(field.density, x[inside], POINTS[x.device.type])
+    found = in_chunks(field.density, x[inside])
     density = x.new_zeros(len(x)).index_copy(0, inside, found)
     return (density / surface_density).log().clamp(-LIMIT, LIMIT)
 
@@ -227,7 +227,7 @@ def _colors_below(field: Field, vertices: Tensor, normals: Tensor, step: Tensor,
         return (weights * color).sum(1) / weights.sum(1)
 
     rays = torch.cat([vertices, -normals], 1)
-    return in_chunks(mean_color, rays, POINTS[rays.device.type] // samples)
+    return in_chunks(mean_color, rays, CHUNK[rays.device.type] // samples)
 
 
 def largest_component(mesh: Mesh) -> Mesh:
@@ -294,35 +294,35 @@ def write_glb(path: str | Path, mesh: Mesh) -> None:
     # Four arrays: attributes of vertices, and the corners of faces. Colors get an opacity to be eight bytes.
     colors = F.pad(mesh.linear_colors(), (0, 1), value=1.0) * 65535
     parts = [
-        ("POSITION", "VEC3", FLOAT, mesh.vertices.cpu().numpy().astype("<f4")),
-        ("NORMAL", "VEC3", FLOAT, mesh.normals.cpu().numpy().astype("<f4")),
-        ("COLOR_0", "VEC4", UNSIGNED_SHORT, colors.round().cpu().numpy().astype("<u2")),
-        ("indices", "SCALAR", UNSIGNED_INT, mesh.faces.flatten().cpu().numpy().astype("<u4")),
+        ("VEC3", FLOAT, ARRAY_BUFFER, mesh.vertices.cpu().numpy().astype("<f4")),
+        ("VEC3", FLOAT, ARRAY_BUFFER, mesh.normals.cpu().numpy().astype("<f4")),
+        ("VEC4", UNSIGNED_SHORT, ARRAY_BUFFER, colors.round().cpu().numpy().astype("<u2")),
+        ("SCALAR", UNSIGNED_INT, ELEMENT_ARRAY_BUFFER, mesh.faces.flatten().cpu().numpy().astype("<u4")),
     ]
-    data = b"".join(array.tobytes() for *_, array in parts)
 
     # The same as glTF describes them: where they lie, and what their numbers are.
+    data = b""
     views = []
     accessors = []
-    for name, shape, component, array in parts:
-        offset = sum(view["byteLength"] for view in views)
-        target = ELEMENT_ARRAY_BUFFER if name == "indices" else ARRAY_BUFFER
-        accessor = {"bufferView": len(views), "componentType": component, "count": len(array), "type": shape}
-        views.append({"buffer": 0, "byteOffset": offset, "byteLength": array.nbytes, "target": target})
-        accessors.append(accessor | {"normalized": True} if name == "COLOR_0" else accessor)
+    for shape, component, target, array in parts:
+        accessors.append({"bufferView": len(views), "componentType": component, "count": len(array), "type": shape})
+        views.append({"buffer": 0, "byteOffset": len(data), "byteLength": array.nbytes, "target": target})
+        data += array.tobytes()
 
     # The shortest turn from `up` to +Y; from straight below it is half a turn about x.
     x, y, z = mesh.up.tolist()
     turn = torch.tensor([-z, 0, x, 1 + y] if y > -1 + 1e-6 else [1.0, 0, 0, 0])
-    attributes = {name: i for i, (name, *_) in enumerate(parts[:3])}
+
+    # A scene of one node, unless there is nothing to see.
     document = {"asset": {"version": "2.0"}}
     if len(mesh.faces):
+        accessors[2]["normalized"] = True
         accessors[0] |= {"min": mesh.vertices.amin(0).tolist(), "max": mesh.vertices.amax(0).tolist()}
         document |= {
             "scene": 0,
             "scenes": [{"nodes": [0]}],
             "nodes": [{"mesh": 0, "rotation": F.normalize(turn, dim=0).tolist()}],
-            "meshes": [{"primitives": [{"attributes": attributes, "indices": 3, "material": 0}]}],
+            "meshes": [{"primitives": [{"attributes": ATTRIBUTES, "indices": 3, "material": 0}]}],
             "materials": [{"pbrMetallicRoughness": {"metallicFactor": 0.0, "roughnessFactor": 1.0}}],
             "buffers": [{"byteLength": len(data)}],
             "bufferViews": views,

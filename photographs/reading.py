@@ -107,10 +107,10 @@ def read_path(file: Path) -> Cameras:
     """The cameras (T,), float64, in NDC of squares, of a file like transforms.json, whose pictures need not exist; lens
     distortion is left out. Raises as `transforms.read_frames` does, and `ValueError` for a lens that is none.
     """
-    # An angle needs no size of the picture.
+    # An angle needs no size of the picture, so any will do.
     shots = []
     for frame in transforms.read_frames(file):
-        width = frame.number("w", None if "fl_x" in frame.numbers else 1.0)
+        width = frame.number("w", None if "fl_x" in frame.numbers else 1000.0)
         height = frame.number("h", width)
         focal, principal = frame.pinhole(width, height)
         shots.append(Shot("", None, None, width, height, focal, principal, torch.zeros(4), frame.matrix))
