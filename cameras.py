@@ -433,6 +433,11 @@ class Scene:
         cameras = (self.whole or self).cameras
         return cameras if self.world is None else self.world.cameras(cameras)
 
+    def world_numbers(self) -> dict | None:
+        """`world` as plain data."""
+        world = self.world
+        return world and {"R": world.R.tolist(), "scale": world.scale, "shift": world.shift.tolist()}
+
     def with_cameras(self, function: Callable[[Cameras], Cameras]) -> Scene:
         """The same views by other cameras: `function` of these, and of those of the whole views."""
         whole = self.whole and self.whole.with_cameras(function)

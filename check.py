@@ -16,9 +16,10 @@ from cameras import evenly_spaced
 from common import cli, files
 from common.progress import duration
 from datasets import co3d
-from datasets.protocol import Entry
+from datasets.protocol import CO3DSequence
 from evaluation.instance import Instance
-from evaluation.sources import ENOUGH, HELD_OUT, CO3DSequence, OwnPhotographs, Source, find_views
+from evaluation.views import ENOUGH, HELD_OUT, Source, default_inputs, examine_views, find_views
+from photographs.capture import Photographs
 from photographs.examine import MOST
 from photographs.figure import draw
 from photographs.reading import read_capture
@@ -48,7 +49,7 @@ def _command(args: argparse.Namespace) -> None:
     chosen = evenly_spaced(len(views), min(args.views or MOST, MOST))
 
     # Does it fit?
-    found = source.examine([views[i] for i in chosen])
+    found = examine_views(source, [views[i] for i in chosen])
     print("\n".join(found.lines))
 
     # For the eye.
@@ -57,7 +58,7 @@ def _command(args: argparse.Namespace) -> None:
     print(f"picture: {args.out}")
     if found.mistake:
         sys.exit(1)
-    if isinstance(source, OwnPhotographs):
+    if isinstance(source, Photographs):
         print(_forecast(source))
 
 
@@ -67,27 +68,25 @@ def _find_source(args: argparse.Namespace) -> Source:
     if not args.category:
         photographs = read_capture(folder)
         print(photographs.source)
-        return OwnPhotographs(photographs)
+        return photographs
 
     sequence = args.sequence or co3d.sequences(folder, args.category)[0]
     frames = co3d.frame_numbers(folder, args.category, sequence)
     print(f"{folder}/{args.category}: sequence {sequence}, {len(frames)} frames")
-    return CO3DSequence(folder, Entry(args.category, sequence, 0, tuple(frames)))
+    return CO3DSequence(folder, args.category, sequence, 0, tuple(frames))
 
 
-def _forecast(source: OwnPhotographs) -> str:
+def _forecast(photographs: Photographs) -> str:
     """One line: what `distill.py` does with them by default, and about how long and with how much memory."""
-    inputs = source.default_inputs(None)
+    inputs = default_inputs(photographs)
     alone = len(inputs) >= ENOUGH
-    config = PRESETS["plain" if alone else "nano"]
+    config = PRESETS["plain" if alone else "nano"].fitted(len(inputs))
     weights = None if alone else sparsefusion.SHIPPED
-    names = tuple(source.names[i] for i in inputs)
-    instance = Instance(source, config, weights, 0, names, HELD_OUT, 0, Path(), None, "cpu")
+    instance = Instance(photographs, config, weights, 0, (), HELD_OUT, 0, Path(), None, "cpu")
     seconds = instance.expected_seconds()
 
     # Torch and what it works with, every photograph in both of its squares, and the largest one while it is decoded.
-    photographs = source.photographs
-    kept = len(source.names) * 2 * 5 * 4 * config.image_size**2
+    kept = len(photographs.shots) * 2 * 5 * 4 * config.image_size**2
     decoded = max(shot.width * shot.height for shot in photographs.shots) * DECODED_BYTES
     memory = (WORKING_BYTES + 2 * kept + decoded) / 1e9
     way = "without a prior" if alone else "with the shipped prior"

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import sparsefusion
 from common import cli
+from datasets.protocol import PROTOCOLS, CO3DSequence
 from evaluation import results
-from evaluation.flags import (add_instance_flags, config_from_flags, instance_from_flags, note_new_categories,
-                              trained_categories)
-from evaluation.instance import Instance, run_instance
-from evaluation.sources import (ENOUGH, OwnPhotographs, Source, check_inputs, find_sequence, find_views,
-                                random_views)
+from evaluation.instance import (Instance, add_instance_flags, config_from_flags, instance_from_flags,
+                                 note_new_categories, run_instance, trained_categories)
 from evaluation.tables import table
+from evaluation.views import ENOUGH, Source, check_inputs, default_inputs, find_views, random_views
+from photographs.capture import Photographs
 from photographs.reading import read_capture
 
 LISTED = 12  # input views that are named one by one
@@ -29,15 +29,26 @@ LISTED = 12  # input views that are named one by one
 def find_source(args: argparse.Namespace) -> Source:
     """The folder of --capture, or the sequence of a CO3D tree."""
     if args.capture is None:
-        return find_sequence(args.root, args.protocol, args.category, args.sequence)
+        return find_sequence(args)
 
     # One or the other.
     others = [flag for flag in ("--root", "--category", "--sequence", "--protocol") if flag in args.given]
     if others:
         raise ValueError(f"--capture: own photographs are no CO3D tree and have no {', '.join(others)}")
-    source = OwnPhotographs(read_capture(args.capture))
-    print(f"{args.capture}: {source.photographs.source}")
-    return source
+    photographs = read_capture(args.capture)
+    print(f"{args.capture}: {photographs.source}")
+    return photographs
+
+
+def find_sequence(args: argparse.Namespace) -> CO3DSequence:
+    """The sequence of --sequence, or the first, in the list of a category, where its place seeds it."""
+    entries = PROTOCOLS[args.protocol](args.root, args.category)
+    for entry in entries:
+        if args.sequence in (None, entry.sequence):
+            return entry
+    names = ", ".join(entry.sequence for entry in entries[:5])
+    raise ValueError(f"--sequence {args.sequence}: not in the list of --protocol {args.protocol}, which begins {names}"
+                     "; --protocol all lists every sequence")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -59,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def choose_photographs(source: OwnPhotographs, args: argparse.Namespace) -> tuple[str, ...]:
+def choose_photographs(source: Photographs, args: argparse.Namespace) -> tuple[str, ...]:
     """Names of the input photographs: those asked for, so many random ones, or all that are not held out."""
     # What the flags say goes first.
     if args.input_frames:
@@ -67,8 +78,7 @@ def choose_photographs(source: OwnPhotographs, args: argparse.Namespace) -> tupl
     elif "--views" in args.given:
         chosen = random_views(source, args.views, args.seed)
     else:
-        targets = args.targets if "--targets" in args.given else None
-        chosen = source.default_inputs(targets)
+        chosen = default_inputs(source, args.targets if "--targets" in args.given else None)
     return tuple(source.names[i] for i in chosen)
 
 
@@ -94,13 +104,14 @@ def instance_of_command(args: argparse.Namespace) -> Instance:
     source = find_source(args)
     input_frames = args.input_frames
     no_prior = args.no_prior
-    if isinstance(source, OwnPhotographs):
+    if isinstance(source, Photographs):
         input_frames = choose_photographs(source, args)
         no_prior = without_prior(args, len(input_frames))
     elif not no_prior:
-        note_new_categories(args.weights, [source.entry.category])
-    config = config_from_flags(args, no_prior)
-    instance = instance_from_flags(args, source, config, input_frames, no_prior)
+        note_new_categories(args.weights, [source.category])
+    if no_prior:
+        args.weights = None
+    instance = instance_from_flags(args, source, config_from_flags(args), input_frames)
 
     # What takes much longer than on a GPU.
     if instance.weights and args.device == "cpu" and sparsefusion.read_preset(args.weights).name == "paper":
@@ -112,7 +123,7 @@ def command(args: argparse.Namespace) -> None:
     """The main command."""
     # What is asked for, and where it goes.
     instance = instance_of_command(args)
-    name = instance.source.name
+    name = instance.source.sequence
     settings = instance.settings()
     out = args.out or results.choose_folder(Path("output"), name, settings, args.overwrite)
 

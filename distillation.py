@@ -43,20 +43,20 @@ import vldm
 import volume
 from cameras import HALF_SIDE, Cameras, Scene, pixel_grid
 from common import files
-from common.machine import rand
 from common.progress import Progress
-from gpu.update import Group, Optimization
-from metrics import pseudo_huber
+from gpu.update import GraphedAdam, Graphs
 from ngp import Field, FieldConfig
 from sparsefusion import Condition, SparseFusion
 from volume import Occupancy, SampleBuffer
 
 MOST_FURTHER = 20_000  # iterations that many input views may add
-LONG = 4000  # iterations from which on a field without a prior learns more from several rays per pixel than from one
+MOST_CELLS = 2048  # per side of the finest grid of many input views
+REFERENCE_SIZE = 256  # pixels a side from which on larger pictures bear a finer field
 SAVE_SECONDS = 60  # between two checkpoints of a running distillation
 UNLIKE = 2  # a photograph so many times as bright or as dark as the median one was exposed differently
 LOOK_EVERY = 16  # iterations, at most, between two looks at the losses
 LOSSES = ("input_loss", "bootstrap_loss", "distillation_loss")
+NEVER = 2**62    # an iteration that no run reaches
 
 
 # ---------------------------------------------------------------------------------------------- the algorithm
@@ -105,12 +105,12 @@ class Rays(NamedTuple):
 
 
 class InputPixels(NamedTuple):
-    """P pixels of input views: the rays through them, as many for each, and what the photographs show."""
+    """R pixels of input views: the rays through them and what the photographs show."""
     rays: Rays
-    color: Tensor   # (P, 3)
-    mask: Tensor    # (P, 1)
-    valid: Tensor   # (P, 1) 1 where they show anything, 0 in the padding
-    view: Tensor    # (P,) which input view
+    color: Tensor   # (R, 3)
+    mask: Tensor    # (R, 1)
+    valid: Tensor   # (R, 1) 1 where they show anything, 0 in the padding
+    view: Tensor    # (R,) which input view
 
 
 class EFTPixels(NamedTuple):
@@ -131,47 +131,52 @@ class DenoisedView(NamedTuple):
 class Distillation:
     """The field of one instance with everything that its optimization needs: `run` repeats `step`, the algorithm."""
 
-    def __init__(self, inputs: Scene, config: DistillConfig, seed: int, prior: Prior | None = None):
-        """inputs: the V input views, in the object frame. Without a `prior` the field fits them alone."""
-        self.inputs = inputs
+    def __init__(self, input_views: Scene, config: DistillConfig, seed: int, prior: Prior | None = None):
+        """input_views (V): in the object frame. Without a `prior` the field fits them alone."""
+        self.input_views = input_views
         self.config = config
         self.seed = seed
         self.prior = prior
-        self.weight_prior = config.weight_prior(len(inputs))
+        self.prior_weight = config.prior_weight(len(input_views))
         self.completed = 0      # iterations
         self.seconds = 0.0      # that they took
 
         # The field, and where the masks allow it to be.
-        device = inputs.images.device
+        device = input_views.images.device
         self.generator = torch.Generator(device)
         self.field = Field(config.field, torch.Generator().manual_seed(seed)).to(device)
         self.occupancy = Occupancy(config.field).to(device)
-        whole = inputs.whole or inputs
+        whole = input_views.whole or input_views
         self.occupancy.carve(whole.masks, whole.cameras, whole.valid)
-        self.exposures = Exposures(config.guess_exposures(inputs)).to(device)
+        self.exposures = Exposures(config.guess_exposures(input_views)).to(device)
 
         # One optimizer, a learning rate for each of its three groups.
-        self.optimization = Optimization([
-            Group(self.field.encoding.parameters(), config.lr_grid),
-            Group(self.field.network_parameters(), config.lr_mlp),
-            Group(self.exposures.parameters(), config.lr_exposure),
+        self.graphs = Graphs(device)
+        self.adam = GraphedAdam([
+            (self.field.encoding.parameters(), config.lr_grid),
+            (self.field.network_parameters(), config.lr_mlp),
+            (self.exposures.parameters(), config.lr_exposure),
         ], config.betas, config.eps, device)
+
+        # On the device, so that nothing waits for it: the present iteration, and the first in which a loss broke.
+        self.iteration = torch.zeros((), dtype=torch.long, device=device)
+        self.broken = {}  # by the loss's name
         self.input_error = torch.zeros((), device=device)  # mean squared, of the last colors, for the progress bar
 
         # Targets: of the input views the photographs, of the bootstrap the EFT's images.
-        self.colors = blurred(inputs.images, inputs.valid, config.blur)
-        self.masks = blurred(inputs.masks, inputs.valid, config.blur)
-        self.valid_pixels = (inputs.valid.flatten() > 0.5).nonzero().squeeze(-1)  # of all views
+        self.colors = blurred(input_views.images, input_views.valid, config.blur)
+        self.masks = blurred(input_views.masks, input_views.valid, config.blur)
         self.eft_images = None
         if prior is not None:
             size = prior.model.preset.image_size
             self.eft_images = F.interpolate(prior.condition.images, size, mode="bilinear", align_corners=True)
 
-        # On a GPU, shapes that never change.
-        self.buffer = None
-        if device.type == "cuda":
-            self.buffer = self.new_buffer()
+        # Pixels that show anything, of all views, and of these the ones that see cells which the masks allow: no other
+        # teaches the field.
+        hull = self.occupancy.silhouettes(input_views.cameras, input_views.images.shape[-1])
+        self.valid_pixels = ((input_views.valid > 0.5) & hull[:, None]).flatten().nonzero().squeeze(-1)
 
+        self.buffer = self.new_buffer() if device.type == "cuda" else None  # for shapes that never change
         self.targets = {}   # x_hat (1, 3, S, S) of the present and the next iterations
         self.loss = None    # () of the latest update
         # By its name, every loss in every iteration, (iterations,); NaN where it was not used.
@@ -196,7 +201,7 @@ class Distillation:
 
         # Occupied cells follow the field, unless it is broken.
         if (i + 1) % self.config.occupancy_every == 0:
-            self.optimization.check_losses()
+            self.check_losses()
             self.occupancy.update(self.field, self.generator)
             self.fit_buffer()
 
@@ -205,20 +210,34 @@ class Distillation:
         generator chooses views and lattices, which a GPU does not have to wait for.
         """
         self.generator.manual_seed(self.seed * 1_000_003 + i)
-        self.optimization.begin(i)
+        self.iteration.fill_(i)
 
     def update(self, loss: Callable[[NamedTuple], Tensor], batch: NamedTuple) -> None:
-        """A step of Adam down a loss of a batch."""
-        self.loss = self.optimization.update(loss, batch)
+        """A step of Adam down a loss of a batch; on a GPU all of `descend` is one CUDA graph."""
+        self.broken.setdefault(loss.__name__, torch.full_like(self.iteration, NEVER))
+        self.loss = self.graphs.run(loss.__name__, partial(self.descend, loss), batch)
         self.losses[loss.__name__][self.completed] = self.loss
+
+    def descend(self, loss: Callable[[NamedTuple], Tensor], batch: NamedTuple) -> Tensor:
+        """The loss of a batch, its gradient, a step of Adam. Returns the loss, a scalar."""
+        self.adam.zero_grad(set_to_none=True)
+        value = loss(batch)
+        value.backward()
+        self.adam.step()
+
+        # When it broke, if it did, without looking at it.
+        value = value.detach()
+        now = torch.where(value.isfinite(), NEVER, self.iteration)
+        broken = self.broken[loss.__name__]
+        torch.minimum(broken, now, out=broken)
+        return value
 
     def input_loss(self, batch: InputPixels) -> Tensor:
         """Pixels of input views against their photographs: color, silhouette, opacity, exposures."""
         config = self.config
         rendering = self.render(batch.rays)
-        color = rendering.color.reshape(len(batch.color), -1, 3).mean(1)  # of all rays of a pixel
-        silhouette = rendering.opacity.reshape(len(batch.color), -1).mean(1, keepdim=True)
-        exposed = self.exposures(color, batch.view)
+        silhouette = rendering.opacity[:, None]
+        exposed = self.exposures(rendering.color, batch.view)
         self.input_error.copy_((exposed.detach() - batch.color).square().mean())
 
         loss = photometric_loss(exposed, silhouette, batch.color, batch.mask, config.weight_background,
@@ -230,7 +249,7 @@ class Distillation:
         """Pixels of a query view against the EFT's image."""
         rendering = self.render(batch.rays)
         silhouette = rendering.opacity[:, None]
-        loss = self.weight_prior * photometric_loss(rendering.color, silhouette, batch.color, batch.mask)
+        loss = self.prior_weight * photometric_loss(rendering.color, silhouette, batch.color, batch.mask)
         return loss + self.config.weight_opacity * opacity_loss(silhouette)
 
     def distillation_loss(self, batch: DenoisedView) -> Tensor:
@@ -241,7 +260,7 @@ class Distillation:
         # Move it towards the denoised version, in pixels and in features.
         pixels = (x - batch.x_hat).abs().mean()
         perceptual = self.prior.perceptual_loss(x, batch.x_hat).mean()
-        loss = self.weight_prior * (batch.weight * pixels + self.config.weight_perceptual * perceptual)
+        loss = self.prior_weight * (batch.weight * pixels + self.config.weight_perceptual * perceptual)
         return loss + self.config.weight_opacity * opacity_loss(rendering.opacity)
 
     # ------------------------------------------------------------------ what an iteration is fit to
@@ -251,17 +270,17 @@ class Distillation:
         if self.config.input_pixels:
             return self.sample_scattered()
         rng = random.Random(f"{self.seed} {i} input")
-        view = rng.randrange(len(self.inputs))
-        lattice = random_lattice(self.config.render_size, self.inputs.images.shape[-1], rng)
-        rays = self.cast(self.inputs.cameras[view], lattice)
+        view = rng.randrange(len(self.input_views))
+        lattice = random_lattice(self.config.render_size, self.input_views.images.shape[-1], rng)
+        rays = self.cast(self.input_views.cameras[view], lattice)
         color = as_rows(lattice.pick(self.colors[view:view + 1]))
         mask = as_rows(lattice.pick(self.masks[view:view + 1]))
-        valid = as_rows(lattice.pick(self.inputs.valid[view:view + 1]))
+        valid = as_rows(lattice.pick(self.input_views.valid[view:view + 1]))
         return InputPixels(rays, color, mask, valid, torch.full((len(color),), view, device=color.device))
 
     def sample_scattered(self) -> InputPixels:
-        """Random valid pixels of all input views."""
-        size = self.inputs.images.shape[-1]
+        """Random pixels of all input views, of those that teach anything."""
+        size = self.input_views.images.shape[-1]
         device = self.valid_pixels.device
         chosen = torch.randint(len(self.valid_pixels), (self.config.input_pixels,), generator=self.generator,
                                device=device)
@@ -269,13 +288,9 @@ class Distillation:
         view = pixel // size**2
         pixel = pixel % size**2
 
-        # Each pixel has a camera of its own, and rays all over it.
+        # Each pixel has a camera of its own.
         xy = pixel_grid(size, size, device=device)[pixel][:, None]
-        count = self.config.pixel_side**2
-        if count > 1:
-            offsets = rand(len(pixel), count, 2, generator=self.generator, device=device) - 0.5
-            xy = xy + offsets * (2 / size)
-        o, d = self.inputs.cameras[view].rays(xy)
+        o, d = self.input_views.cameras[view].rays(xy)
         rays = self.with_samples(o.reshape(-1, 3), d.reshape(-1, 3))
 
         # What the photographs show there.
@@ -322,7 +337,7 @@ class Distillation:
         images = []
         for view, lattice, _ in queries:
             rays = self.cast(self.prior.viewpoints[view], lattice)
-            color = self.optimization.evaluate(self.color, rays)
+            color = self.graphs.run("color", lambda rays: self.render(rays).color, rays)
             images.append(self.full_image(color, lattice.grid(color.device)))
 
         features = torch.stack([self.prior.condition.features[query.view] for query in queries])
@@ -346,10 +361,6 @@ class Distillation:
         draws = (rays.u, rays.u_importance)
         return volume.render(self.field, rays.o, rays.d, None, self.occupancy, draws, buffer or self.buffer)
 
-    def color(self, rays: Rays) -> Tensor:
-        """The colors (R, 3) that rays see of the field."""
-        return self.render(rays).color
-
     def full_image(self, color: Tensor, grid: Tensor) -> Tensor:
         """Colors (s * s, 3) on the lattice of a query view as an image of the diffusion model's size, (1, 3, S, S)."""
         image = color.t().unflatten(1, (self.config.render_size, -1))[None]
@@ -359,7 +370,7 @@ class Distillation:
     def new_buffer(self) -> SampleBuffer:
         """A buffer for the samples of every view that may be rendered, and a tenth more."""
         # A buffer of one sample renders nothing, but counts.
-        counter = SampleBuffer(1, self.inputs.images.device)
+        counter = SampleBuffer(1, self.input_views.images.device)
         if self.config.input_pixels:
             self.render(self.sample_scattered().rays, counter)
 
@@ -368,8 +379,8 @@ class Distillation:
         if self.prior is not None:
             views = self.prior.viewpoints
         elif not self.config.input_pixels:
-            views = self.inputs.cameras
-        size = self.inputs.images.shape[-1]
+            views = self.input_views.cameras
+        size = self.input_views.images.shape[-1]
         for view in views:
             self.render(self.cast(view, Lattice(size, size // self.config.render_size, 0, 0)), counter)
         return SampleBuffer(int(1.1 * counter.most) + 1024, counter.most.device)
@@ -385,7 +396,7 @@ class Distillation:
                   "capacity; it is larger now")
         if most > self.buffer.size or most < self.buffer.size / 2:
             self.buffer = self.new_buffer()
-            self.optimization.forget_graphs()
+            self.graphs.forget()
         self.buffer.most.zero_()
 
     # ------------------------------------------------------------------ the loop
@@ -397,28 +408,35 @@ class Distillation:
         saved = time.monotonic()
         for i in progress:
             began = time.monotonic()
-            self.optimization.set_rates(self.config.final_lr_fraction ** (i / total))
+            self.adam.set_rates(self.config.final_lr_fraction ** (i / total))
             self.step(i)
             self.completed = i + 1
 
             # Now and then, for to look at a loss is to wait for a GPU.
             if self.completed % LOOK_EVERY == 0 or self.completed == total:
-                self.optimization.check_losses()
+                self.check_losses()
                 psnr = -10 * math.log10(float(self.input_error) + 1e-10)
                 progress.note = f"loss {float(self.loss):.4f}, input view {psnr:.1f} dB"
             self.seconds += time.monotonic() - began
 
             # Something to resume from.
             if save is not None and time.monotonic() - saved > SAVE_SECONDS:
-                self.optimization.check_losses()
+                self.check_losses()
                 save()
                 saved = time.monotonic()
+
+    def check_losses(self) -> None:
+        """Raises `FloatingPointError` if a loss was not finite so far, naming it and the first such iteration."""
+        for name, iteration in sorted(self.broken.items(), key=lambda item: int(item[1])):
+            if iteration < NEVER:
+                raise FloatingPointError(f"the {name.replace('_', ' ')} is not a finite number in iteration "
+                                         f"{int(iteration)}; the field cannot recover from that")
 
     def state_dict(self) -> dict:
         """What a rerun resumes from."""
         parts = {name: getattr(self, name).state_dict() for name in ("field", "occupancy", "exposures")}
         return parts | {
-            "optimizer": self.optimization.state_dict(),
+            "optimizer": self.adam.state_dict(),
             "targets": {i: x_hat.clone() for i, x_hat in self.targets.items() if i >= self.completed},
             "losses": self.losses,
             "completed": self.completed,
@@ -430,7 +448,8 @@ class Distillation:
         for name in ("field", "occupancy", "exposures"):
             files.check_weights(state[name], getattr(self, name))
             getattr(self, name).load_state_dict(state[name])
-        self.optimization.load_state_dict(state["optimizer"])
+        self.adam.load_state_dict(state["optimizer"])
+        self.graphs.forget()
         self.completed = state["completed"]
         self.seconds = float(state["seconds"])
         for name, losses in self.losses.items():
@@ -441,7 +460,7 @@ class Distillation:
         for i, x_hat in targets.items():
             if x_hat.shape != self.eft_images[:1].shape:
                 raise ValueError(f"a target has the shape {tuple(x_hat.shape)}")
-            self.targets[i] = x_hat.to(self.inputs.images)
+            self.targets[i] = x_hat.to(self.input_views.images)
 
 
 def as_rows(images: Tensor) -> Tensor:
@@ -450,6 +469,14 @@ def as_rows(images: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------- losses
+
+def pseudo_huber(x: Tensor, scale: float = 0.1) -> Tensor:
+    """(sqrt(1 + (x / s)^2) - 1) s, elementwise (Charbonnier et al., 1994): the color loss of training and distillation.
+
+    Quadratic near 0, linear far from it. [released: common_utils.py:183-190]
+    """
+    return ((1 + x**2 / scale**2).sqrt() - 1) * scale
+
 
 def photometric_loss(color: Tensor, silhouette: Tensor, target: Tensor, mask: Tensor, weight_background: float = 1.0,
                      valid: Tensor | float = 1.0) -> Tensor:
@@ -562,8 +589,7 @@ class DistillConfig:
     image_size: int = 256                # S of the pictures where there is no prior to say
     render_size: int = 128               # s of a rendering, upsampled to S [released: distillation.py:85]
     input_pixels: int = 0                # random pixels of all input views an update; 0: a lattice of one view's
-    pixel_side: int = 1                  # rays a side of the square of each of these, whose mean is its color
-    picture_side: int = 1                # the same for the pixels of pictures of the finished field
+    picture_side: int = 1                # rays per side of a pixel's square in pictures of the finished field
     lr_grid: float = 5e-3                # Adam's rate for the encoding's table [released: network_grid.py:223-228]
     lr_mlp: float = 5e-4                 # Adam's rate for the network, from the same lines
     # The rates fall exponentially to this fraction by the end; 1: constant [released: distillation.py:166, 247, 352].
@@ -618,56 +644,56 @@ class DistillConfig:
         return replace(self, iterations=iterations, bootstrap=min(self.bootstrap, iterations * 2 // 3),
                        iterations_per_view=0)
 
-    def weight_prior(self, views: int) -> float:
+    def prior_weight(self, views: int) -> float:
         """Of the query views' losses, in [0, 1]: the more the input views say, the less is left to a prior to say."""
         return min(1.0, self.prior_views / views) if self.prior_views else 1.0
 
-    def guess_exposures(self, inputs: Scene) -> Tensor:
+    def guess_exposures(self, input_views: Scene) -> Tensor:
         """Logarithmic gains (V,) of input views with which their optimization begins; 0 where none are learned."""
         if not self.lr_exposure:
-            return torch.zeros(len(inputs), device=inputs.images.device)
-        return guess_exposures(inputs.images, inputs.masks)
+            return torch.zeros(len(input_views), device=input_views.images.device)
+        return guess_exposures(input_views.images, input_views.masks)
 
-    def exposed_alike(self, inputs: Scene) -> Tensor:
+    def exposed_alike(self, input_views: Scene) -> Tensor:
         """The images (V, 3, S, S) of input views for a prior, as if they had been exposed as most are."""
-        gains = self.guess_exposures(inputs).exp()[:, None, None, None]
-        return (inputs.images / gains).clamp(0, 1)
+        gains = self.guess_exposures(input_views).exp()[:, None, None, None]
+        return (input_views.images / gains).clamp(0, 1)
 
     def fitted(self, views: int) -> DistillConfig:
-        """The same for a number of input views: each further one sees details that a finer grid can hold, with fewer
-        pixels blurred into its cells, more samples to find them and more iterations to learn them.
+        """The same for a number of input views and the size of their pictures: what they show more of, a finer grid and
+        a wider network can hold, with fewer pixels blurred into its cells, more samples to find it and more iterations
+        to learn it.
         """
-        # How many times as many views as these numbers are for.
+        # How many times as many views as these numbers are for, and with them as large pictures.
         growth = views / self.reference_views if self.reference_views else 1.0
         if growth <= 1:
             return replace(self, reference_views=0, iterations_per_view=0)
+        larger = max(self.image_size / REFERENCE_SIZE, 1.0)
 
-        # More views determine finer cells, and more samples find them.
+        # More pixels determine finer cells, and more samples, all of them in occupied ones, find them.
+        levels = round(min(math.log2(growth), 4))
         field = replace(
             self.field,
-            levels=self.field.levels + round(min(math.log2(growth), 4)),
-            finest_resolution=min(round(self.field.finest_resolution * growth), 1024),
-            log2_hashmap_size=self.field.log2_hashmap_size + round(min(math.log2(growth), 4) / 2),
-            samples_per_ray=min(round(self.field.samples_per_ray * growth**0.5), 192),
-            occupancy_cells=min(round(self.field.occupancy_cells * growth**0.5), 128),
+            levels=self.field.levels + levels,
+            finest_resolution=min(round(self.field.finest_resolution * growth * larger), MOST_CELLS),
+            log2_hashmap_size=self.field.log2_hashmap_size + round(levels / 2 + math.log2(larger)),
+            width=64,
+            samples_per_ray=min(round(self.field.samples_per_ray * larger**0.5), 128),
+            bins_per_ray=256,
+            occupancy_cells=min(round(self.field.occupancy_cells * (growth * larger)**0.5), 192),
         )
 
         # That is more to learn, of colors less blurred.
-        further = min(self.iterations_per_view * (views - self.reference_views), MOST_FURTHER)
-        iterations = self.iterations + further
+        further = min(self.iterations_per_view * (views - self.reference_views), MOST_FURTHER) * larger**0.5
         blur = max(round(self.blur / growth / 2 - 0.5), 0) * 2 + 1  # odd
-        fitted = replace(self, field=field, iterations=iterations, blur=blur, reference_views=0, iterations_per_view=0)
-
-        # Where there is time for it, what a pixel sees beside its center.
-        if iterations < LONG:
-            return fitted
-        return replace(fitted, pixel_side=2 * self.pixel_side, input_pixels=math.ceil(self.input_pixels / 2))
+        return replace(self, field=field, iterations=self.iterations + round(further), blur=blur, reference_views=0,
+                       iterations_per_view=0, input_pixels=2 * self.input_pixels)
 
 
 _LEAST = {"half_side": 0, "prior_views": 0, "iterations": 1, "viewpoints": 1, "jitter": 0, "image_size": 1,
           "render_size": 2, "lr_grid": 0, "lr_mlp": 0,
           "eps": 0, "lr_exposure": 0, "weight_exposure": 0, "weight_background": 0, "weight_opacity": 0,
-          "weight_perceptual": 0, "input_pixels": 0, "pixel_side": 1, "picture_side": 1, "reference_views": 0,
+          "weight_perceptual": 0, "input_pixels": 0, "picture_side": 1, "reference_views": 0,
           "iterations_per_view": 0, "denoise_batch": 1, "occupancy_every": 1, "mesh_resolution": 1,
           "mesh_faces": 100, "turntable_frames": 0}
 

@@ -20,11 +20,10 @@ from common import cli, files
 from common.processes import map_processes
 from common.progress import Progress
 from datasets import co3d
-from datasets.protocol import PROTOCOLS, Entry, read_list, save_list
+from datasets.protocol import PROTOCOLS, CO3DSequence, read_list, save_list
 from evaluation import results
-from evaluation.flags import add_instance_flags, config_from_flags, instance_from_flags, note_new_categories
-from evaluation.instance import Instance, run_instance
-from evaluation.sources import CO3DSequence
+from evaluation.instance import (Instance, add_instance_flags, config_from_flags, instance_from_flags,
+                                 note_new_categories, run_instance)
 from evaluation.tables import markdown, means, paired
 
 
@@ -56,17 +55,17 @@ def evaluate_one(job: Job, strict: bool, overwrite: bool) -> str | None:
     except (OSError, ValueError, FloatingPointError) as e:
         if strict:
             raise
-        return f"{instance.source.name}: {e}"
+        return f"{instance.source.sequence}: {e}"
     return None
 
 
 # ---------------------------------------------------------------------------------------------- all of them
 
-def choose_entries(args: argparse.Namespace) -> list[Entry]:
+def choose_entries(args: argparse.Namespace) -> list[CO3DSequence]:
     """The sequences to evaluate: those of a list file, or the first few of every category."""
     # A list that was written before says it all.
     if args.list:
-        return read_list(args.list)
+        return read_list(args.list, args.root)
 
     # Otherwise the protocol does, category by category.
     categories = co3d.categories(args.root) if args.category == ["all"] else args.category
@@ -82,7 +81,7 @@ def choose_jobs(args: argparse.Namespace) -> list[Job]:
     config = config_from_flags(args)
     jobs = []
     for entry in choose_entries(args):
-        instance = instance_from_flags(args, CO3DSequence(args.root, entry), config)
+        instance = instance_from_flags(args, entry, config)
         folder = args.out / files.safe_name(entry.category) / files.safe_name(entry.sequence)
         if (folder.parent.name, folder.name) != (entry.category, entry.sequence):
             print(f"{entry.category!r}, {entry.sequence!r}: no names for folders; their results go to {folder}")
@@ -126,7 +125,7 @@ def summarize(made: list[dict], jobs: int) -> dict:
 def command(args: argparse.Namespace) -> None:
     """Evaluate what was asked for."""
     jobs = choose_jobs(args)
-    entries = [instance.source.entry for instance, _ in jobs]
+    entries = [instance.source for instance, _ in jobs]
     note_new_categories(args.weights, [entry.category for entry in entries])
     save_list(entries, args.out / "list.json")
 

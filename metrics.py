@@ -26,25 +26,9 @@ from common import files
 
 # ---------------------------------------------------------------------------------------------- pixels and masks
 
-def pseudo_huber(x: Tensor, scale: float = 0.1) -> Tensor:
-    """(sqrt(1 + (x / s)^2) - 1) s, elementwise (Charbonnier et al., 1994): the color loss of training and distillation.
-
-    Quadratic near 0, linear far from it. [released: common_utils.py:183-190]
-    """
-    return ((1 + x**2 / scale**2).sqrt() - 1) * scale
-
-
-def psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Peak signal-to-noise ratio in dB of images (B, C, H, W) in [0, 1]: (B,), infinite for equal images.
-
-    With a mask (B, 1, H, W) in [0, 1] the error is averaged over the mask only.
-    """
-    error = (a - b).square()
-    if mask is None:
-        mask = torch.ones_like(error[:, :1])
-    total = (error * mask).sum((1, 2, 3))
-    count = error.shape[1] * mask.sum((1, 2, 3))
-    return -10 * (total / count).log10()
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of images (B, C, H, W) in [0, 1]: (B,), infinite for equal images."""
+    return -10 * (a - b).square().mean((1, 2, 3)).log10()
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
@@ -91,18 +75,19 @@ def iou(opacity: Tensor, mask: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------- perceptual distances
 
-def feature_distance(features_a: Sequence[Tensor], features_b: Sequence[Tensor],
-                     weights: Sequence[Tensor] | None = None) -> Tensor:
-    """LPIPS' form (Eq. 1) on two lists of feature maps (B, C, h, w), each layer with its own C, h, w: (B,).
+def perceptual_distance(layers: Callable[[Tensor], Sequence[Tensor]], a: Tensor, b: Tensor,
+                        weights: Sequence[Tensor] | None = None) -> Tensor:
+    """LPIPS' form (Eq. 1) on what `layers` makes of two batches of images (B, 3, H, W): (B,). Differentiable in both.
 
-    0 for equal features. With `weights`, one (C,) a layer, some channels count more than others.
+    The layers give feature maps (B, C, h, w), each with its own C, h, w. 0 for equal features. With `weights`, one
+    (C,) a layer, some channels count more than others.
     """
     total = 0.0
-    for i, (a, b) in enumerate(zip(features_a, features_b, strict=True)):
+    for i, (x, y) in enumerate(zip(layers(a), layers(b), strict=True)):
         # Scale the features at every position to unit length, and square their difference.
-        unit_a = a * _inverse_length(a)
-        unit_b = b * _inverse_length(b)
-        squares = (unit_a - unit_b).square()  # (B, C, h, w)
+        unit_x = x * _inverse_length(x)
+        unit_y = y * _inverse_length(y)
+        squares = (unit_x - unit_y).square()  # (B, C, h, w)
         if weights is not None:
             squares = squares * weights[i][:, None, None]
 
@@ -116,12 +101,6 @@ def _inverse_length(x: Tensor) -> Tensor:
     no gradient.
     """
     return x.square().sum(1, keepdim=True).clamp(min=1e-20).rsqrt()
-
-
-def perceptual_distance(layers: Callable[[Tensor], Sequence[Tensor]], a: Tensor, b: Tensor,
-                        weights: Sequence[Tensor] | None = None) -> Tensor:
-    """`feature_distance` of what `layers` makes of two batches of images (B, 3, H, W): (B,). Differentiable in both."""
-    return feature_distance(layers(a), layers(b), weights)
 
 
 class AttributeNet(nn.Module):
@@ -143,18 +122,11 @@ class AttributeNet(nn.Module):
     @staticmethod
     def _stage(channels_in: int, channels: int) -> nn.Sequential:
         """(B, C_in, H, W) -> (B, C, H/2, W/2)."""
-        stage = nn.Sequential()
-
         # The first convolution halves the resolution.
-        stage.append(nn.Conv2d(channels_in, channels, 3, stride=2, padding=1))
-        stage.append(nn.BatchNorm2d(channels))
-        stage.append(nn.ReLU())
-
-        # The second keeps it.
-        stage.append(nn.Conv2d(channels, channels, 3, padding=1))
-        stage.append(nn.BatchNorm2d(channels))
-        stage.append(nn.ReLU())
-        return stage
+        first = nn.Conv2d(channels_in, channels, 3, stride=2, padding=1)
+        second = nn.Conv2d(channels, channels, 3, padding=1)
+        norms = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
+        return nn.Sequential(first, norms[0], nn.ReLU(), second, norms[1], nn.ReLU())
 
     def layers(self, images: Tensor) -> list[Tensor]:
         """The output of every stage for images (B, 3, H, W) in [0, 1]: (B, C, H/2, W/2), (B, C, H/4, W/4), ..."""

@@ -42,7 +42,7 @@ MODELS = {preset.name: preset for preset in (PAPER, NANO)}
 # ---------------------------------------------------------------------------------------------- distillations
 
 # Two calls of DPM-Solver++ do for the nano prior what PLMS does in six (docs/results.md).
-NANO_SAMPLER = SamplerConfig(solver="dpmpp", plms_steps=2, sample_steps=50, clip=5.0, t_start=0.98)
+NANO_SAMPLER = SamplerConfig(solver="dpmpp", denoise_steps=2, sample_steps=50, clip=5.0, t_start=0.98)
 
 # For the sample category and for CPUs: fewer, wider levels and a smaller network cost less.
 NANO_FIELD = FieldConfig(levels=5, features_per_level=4, base_resolution=8, finest_resolution=160, width=32,
@@ -66,7 +66,7 @@ PRESETS = {
     "plain": DistillConfig(
         iterations=1000, bootstrap=666, image_size=256, render_size=64, input_pixels=4096, picture_side=2,
         lr_grid=3e-2, lr_mlp=1e-2, final_lr_fraction=0.05, betas=(0.9, 0.99), eps=1e-15,
-        lr_exposure=1e-2, blur=3, weight_background=0.3, reference_views=12, iterations_per_view=160,
+        lr_exposure=1e-2, blur=3, weight_background=0.3, reference_views=12, iterations_per_view=65,
         field=replace(NANO_FIELD, levels=6, finest_resolution=96, log2_hashmap_size=17, samples_per_ray=64,
                       view_degree=4),
     ),
@@ -84,7 +84,7 @@ RELEASED = (
     "picture_side=1",
     "reference_views=0",
     "sampler.solver=plms",
-    "sampler.plms_steps=50",
+    "sampler.denoise_steps=50",
     "sampler.ancestral=true",
     "sampler.unnoised_start=true",
     "sampler.t_start=1",  # or no noise level is high enough for `unnoised_start`

@@ -122,8 +122,7 @@ class Reconstruction(NamedTuple):
         """From which pixels cameras (T,) of the user's world see the visual hull of the input masks, (T, size, size)
         boolean; wrong only by saying yes.
         """
-        cameras = self.turned(cameras)
-        return torch.stack([self.occupancy.silhouette(camera, size) for camera in cameras])
+        return self.occupancy.silhouettes(self.turned(cameras), size)
 
     def orbit(self, elevation: float | None = None) -> Orbit:
         """Where to look from, all round the object: as far away and as high as the scene's cameras, or at another
@@ -196,10 +195,7 @@ def reconstruct(scene: Scene, inputs: list[int], model: SparseFusion | None = No
     where it stopped. The scene's tensors and the model's are on one device. Raises `ValueError` where no part of space
     lies in every mask.
     """
-    name = "plain" if model is None else model.preset.name
-    if config is None and name not in PRESETS:
-        raise ValueError(f"{name!r} is no preset of a distillation, so a config must be given")
-    config = (config or PRESETS[name]).fitted(len(inputs))
+    config = (config or default_config(model)).fitted(len(inputs))
 
     # The scene in the object frame, in the field's unit.
     unit = field_unit(scene.cameras, config, model)
@@ -230,9 +226,17 @@ def reconstruct(scene: Scene, inputs: list[int], model: SparseFusion | None = No
 
     # From here on nothing is rounded, and graphs and their memory are not needed.
     distillation.field.eval()
-    distillation.optimization.forget_graphs()
+    distillation.graphs.forget()
     return Reconstruction(distillation.field, distillation.occupancy, scene.cameras[0], unit, scene.world,
                           scene.user_cameras(), config, distillation.seconds, earlier, resumed_from)
+
+
+def default_config(model: SparseFusion | None) -> DistillConfig:
+    """The preset of the model's name, or `plain`. Raises `ValueError` for a name of none."""
+    name = "plain" if model is None else model.preset.name
+    if name not in PRESETS:
+        raise ValueError(f"{name!r} is no preset of a distillation, so a config must be given")
+    return PRESETS[name]
 
 
 def turn(scene: Scene, unit: float) -> Scene:
@@ -246,10 +250,10 @@ def turn(scene: Scene, unit: float) -> Scene:
 def condition_prior(model: SparseFusion, turned: Scene, inputs: list[int], config: DistillConfig, seed: int,
                     perceptual_loss: Distance | None, title: str | None) -> Prior:
     """The model, and what its EFT sees from every query viewpoint."""
-    given = turned[inputs]
+    input_views = turned[inputs]
     viewpoints = query_viewpoints(turned.cameras, config, seed)
-    condition = model.condition(config.exposed_alike(given), given.cameras, viewpoints, turned.cameras,
-                                train_mode=config.eft_train_mode, title=title and f"{title}: EFT", seed=seed)
+    condition = model.condition(config.exposed_alike(input_views), input_views.cameras, viewpoints, turned.cameras,
+                                dropout_seed=seed if config.eft_train_mode else None, title=title and f"{title}: EFT")
     return Prior(model, viewpoints, condition, perceptual_loss or model.feature_distance)
 
 
@@ -312,7 +316,7 @@ class Checkpoint(NamedTuple):
                 distillation.run(title, save)
             except Interrupted as e:
                 # Between two iterations, so the state is one that a rerun resumes from without a trace.
-                distillation.optimization.check_losses()
+                distillation.check_losses()
                 save()
                 e.add_note(f"{self.path} has {distillation.completed} of {distillation.config.iterations} iterations")
                 raise
@@ -349,12 +353,12 @@ def preview(distillation: Distillation, turned: Scene, inputs: list[int]) -> Ten
 def reconstruction_settings(scene: Scene, inputs: list[int], model: SparseFusion | None, config: DistillConfig,
                             seed: int, perceptual_loss: Distance | None) -> dict:
     """Everything that decides a reconstruction, as plain data: two runs with equal settings are the same run."""
-    # The pictures that are given, by their content; of the other views only the cameras matter.
-    given = scene[inputs]
+    # The input views by their content; of the others only the cameras matter.
+    views = scene[inputs]
     cameras = scene.cameras
-    numbers = [given.images, given.masks, given.valid, cameras.R, cameras.T, cameras.focal, cameras.principal]
-    if given.whole is not None:
-        numbers += [given.whole.masks, given.whole.valid, given.whole.cameras.focal, given.whole.cameras.principal]
+    numbers = [views.images, views.masks, views.valid, cameras.R, cameras.T, cameras.focal, cameras.principal]
+    if views.whole is not None:
+        numbers += [views.whole.masks, views.whole.valid, views.whole.cameras.focal, views.whole.cameras.principal]
 
     # A model is known by its file, or by its weights if it has none.
     weights = None
@@ -362,12 +366,12 @@ def reconstruction_settings(scene: Scene, inputs: list[int], model: SparseFusion
         weights = model.fingerprint or files.digest(*model.state_dict().values())
     return {
         "sequence": scene.sequence,
-        "inputs": given.names,
+        "inputs": views.names,
         "given": files.digest(*numbers),
         "seed": seed,
         "weights": weights,
         "perceptual_loss": _identity(perceptual_loss),
-        "device": given.images.device.type,
+        "device": views.images.device.type,
         "config": asdict(config),
     }
 

@@ -29,7 +29,8 @@ from common import files
 from common.machine import randn
 from common.progress import Progress
 from common.settings import check_numbers
-from gpu.graphs import half_is_accurate
+from gpu.graphs import HalfFeatures, accelerate, half_copy, half_is_accurate
+from gpu.groupnorm import fuse, fused_unet_block, fused_vae_block
 
 ROOT = Path(__file__).resolve().parent
 SHIPPED = ROOT / "sample" / "nano.pt"
@@ -38,6 +39,8 @@ TRAINED_DISTANCE = 9.8  # mean distance of the toys' cameras from the origin, to
 
 # Bytes of the tokens that go through the EFT at once, in float32: what fits a CPU's caches, what fills a GPU.
 EFT_BYTES = {"cpu": 2**21, "cuda": 2**29}
+
+VAE_AT_ONCE = 4  # pictures that a GPU encodes or decodes at once: more are no faster, and the largest maps take memory
 
 
 # ---------------------------------------------------------------------------------------------- presets
@@ -93,13 +96,6 @@ class Condition(NamedTuple):
     images: Tensor    # (Q, 3, s, s) in [0, 1], the EFT image
 
 
-class EFTUnits(NamedTuple):
-    """How a scene is brought to the EFT."""
-    scale: float  # of its lengths
-    near: float   # least depth of a ray's points, after that
-    far: float    # largest
-
-
 class SparseFusion(nn.Module):
     """p(query view | input views): EFT -> features -> latent diffusion, in the VAE's latent space (Sec. 3.1)."""
 
@@ -112,65 +108,66 @@ class SparseFusion(nn.Module):
         self.vae = vae.VAE(preset.vae)
         self.vldm = vldm.VLDM(preset.unet, preset.diffusion)
 
-    def eft_units(self, views: Cameras) -> EFTUnits:
-        """The EFT's units and depth range for a scene with cameras (B,) about the origin.
+    def eft_units(self, cameras: Cameras) -> tuple[float, float, float]:
+        """What brings a scene with cameras (B,) about the origin to the EFT: the scale of its lengths, and after that
+        the least and the largest depth of a ray's points.
 
         Where the weights know how far cameras stand, the scene is brought there. The range stays as wide as in
         training: narrower ones, for objects that a long lens shows from afar, made better EFT images and a worse
         result.
         """
         margin = self.preset.eft.depth_margin
-        near, far = depth_range(views, margin)
+        near, far = depth_range(cameras, margin)
         if self.trained_distance is None:
-            return EFTUnits(1.0, near, far)
+            return 1.0, near, far
         distance = (near + far) / 2  # of the cameras, on average
         scale = self.trained_distance / distance
-        return EFTUnits(scale, self.trained_distance - margin, self.trained_distance + margin)
+        return scale, self.trained_distance - margin, self.trained_distance + margin
 
     @torch.no_grad()
-    def condition(self, images: Tensor, inputs: Cameras, queries: Cameras, scene: Cameras,
-                  size: int | None = None, train_mode: bool = False, title: str | None = None, seed: int = 0,
-                  where: Tensor | None = None) -> Condition:
+    def condition(self, images: Tensor, cameras: Cameras, queries: Cameras, all_cameras: Cameras,
+                  where: Tensor | None = None, dropout_seed: int | None = None, title: str | None = None) -> Condition:
         """Features and EFT images of Q query viewpoints.
 
-        images (V, 3, S, S) in [0, 1] with black background, `inputs` (V,) their cameras, `queries` (Q,). `scene` (B,):
-        all cameras of the scene, whose object is at the origin; they decide on its units. `size` rays a side (default:
-        the preset's `map_size`). `train_mode` turns dropout and batch statistics on; a view's dropout follows from
-        `seed`, its position among the queries and the rays. `title` shows a progress bar. `where` (Q, size,
-        size): the rays to evaluate, boolean; the others are zero.
+        images (V, 3, S, S) in [0, 1] with black background, `cameras` (V,) theirs, `queries` (Q,). `all_cameras` (B,):
+        those of the scene, whose object is at the origin; they decide on its units. `where` (Q, s, s): the rays to
+        evaluate, boolean; the others are zero (default: all of s x s, s the preset's `map_size`). A `dropout_seed`
+        turns dropout and batch statistics on; a view's dropout follows from it, the view's position among the queries
+        and the rays. `title` shows a progress bar.
         """
         # In the units that the weights know.
-        scale, *depth_range = self.eft_units(scene)
-        inputs = inputs.scaled(scale)
+        scale, *depth_range = self.eft_units(all_cameras)
+        cameras = cameras.scaled(scale)
         queries = queries.scaled(scale)
 
         # As many rays at once as suit the machine: several views, or a part of one. Dropout goes view by view, and so
         # do views of different rays.
-        size = size or self.preset.map_size
+        train_mode = dropout_seed is not None
+        size = self.preset.map_size if where is None else where.shape[-1]
         rays = max(1, EFT_BYTES[images.device.type] // self.eft.ray_bytes(len(images)))
         together = 1 if train_mode or where is not None else max(1, rays // size**2)
         gpus = [images.device] if images.is_cuda else []  # whose random numbers dropout takes
-        half = not train_mode and self._runs_in_half(images, inputs, queries[:1], depth_range)
+        half = not train_mode and self._runs_in_half(images, cameras, queries[:1], depth_range)
         views = []
         with _training(self.eft, train_mode), torch.autocast("cuda", torch.float16, enabled=half):
             # The inputs are encoded once; every query viewpoint looks at the same maps.
             maps = self.eft.encode(images)
-            given = (maps[None], images[None], inputs.unsqueeze(0))
+            look = partial(self.eft.image, maps[None], images[None], cameras.unsqueeze(0))
             for first in Progress(range(0, len(queries), together), title):
                 # Dropout draws from torch's own generators, which are as they were afterwards.
                 with torch.random.fork_rng(gpus, enabled=train_mode):
                     if train_mode:
-                        torch.manual_seed(seed * 1_000_003 + first)
+                        torch.manual_seed(dropout_seed * 1_000_003 + first)
                     some = queries[first:first + together]
                     rays_wanted = None if where is None else where[first]
-                    views.append(self.eft.image(*given, some, size, *depth_range, rays, rays_wanted))
+                    views.append(look(some, size, *depth_range, rays, rays_wanted))
 
         # Side by side.
         features = torch.cat([view.features for view in views])
         colors = torch.cat([view.color for view in views])
         return Condition(features, colors)
 
-    def _runs_in_half(self, images: Tensor, inputs: Cameras, query: Cameras, depth_range: tuple[float, float]) -> bool:
+    def _runs_in_half(self, images: Tensor, cameras: Cameras, query: Cameras, depth_range: tuple[float, float]) -> bool:
         """On a GPU: whether the EFT says the same in half precision and in float32 of 256 rays of a query view (1,).
         If not, a line says so.
         """
@@ -180,7 +177,7 @@ class SparseFusion(nn.Module):
         for half in (False, True):
             with torch.autocast("cuda", torch.float16, enabled=half):
                 maps = self.eft.encode(images)
-                view = self.eft.image(maps[None], images[None], inputs.unsqueeze(0), query, 16, *depth_range, 256)
+                view = self.eft.image(maps[None], images[None], cameras.unsqueeze(0), query, 16, *depth_range, 256)
             features.append(view.features)
 
         exact, rounded = features
@@ -274,7 +271,8 @@ def load(path: Path, device: str = "cpu", stage: str = "prior") -> SparseFusion:
     try:
         with torch.device("meta"):
             model = SparseFusion(preset)
-        weights = _in_current_spelling(data["weights"])
+        # Files from before 0.2 spell one of the EFT's layers otherwise.
+        weights = {name.replace("eft.colour.", "eft.color."): x for name, x in data["weights"].items()}
         files.check_weights(weights, model)
         weights = {name: x.to(device) for name, x in weights.items()}  # as they are, since half is half the way
         model.load_state_dict({name: x.float() if x.is_floating_point() else x for name, x in weights.items()},
@@ -342,11 +340,6 @@ def _read_header(path: Path, date: int, size: int) -> dict:
     return {name: x for name, x in data.items() if name != "weights"}
 
 
-def _in_current_spelling(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under today's names: files from before 0.2 spell one of the EFT's layers otherwise."""
-    return {name.replace("eft.colour.", "eft.color."): x for name, x in weights.items()}
-
-
 def blank(preset: Preset, device: str = "cpu") -> SparseFusion:
     """A model on a device whose weights are about to be loaded: to draw 500 million random ones first would take longer
     than to read them.
@@ -361,6 +354,18 @@ def ready(model: SparseFusion, device: str) -> SparseFusion:
     on CUDA.
     """
     model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    model.vae.accelerate()
-    model.vldm.accelerate()
+    if next(model.parameters()).is_cuda:
+        run_in_half(model.vae, model.vldm.unet)
     return model
+
+
+def run_in_half(autoencoder: vae.VAE, denoiser: unet.UNet) -> None:
+    """From now on, on a GPU, what needs no weights' gradients runs on this moment's weights in half precision."""
+    half = fuse(half_copy(autoencoder), {vae.VAEBlock: fused_vae_block})
+    names = {"encode": "the autoencoder's encoder", "decode": "the autoencoder's decoder"}
+    accelerate(autoencoder, half, names, VAE_AT_ONCE)
+    encoder = autoencoder.encoder
+    encoder.features = HalfFeatures(half.encoder.features, encoder.features, autoencoder.encode)
+
+    half = fuse(half_copy(denoiser, unet.UNet.EXACT), {unet.ResBlock: fused_unet_block})
+    accelerate(denoiser, half, {"embed_features": "the UNet's first layer", "predict": "the UNet"})

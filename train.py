@@ -30,7 +30,8 @@ from cameras import Cameras, pixel_grid
 from common import cli, files
 from common.machine import rand, randn
 from datasets.protocol import TRAINING, available
-from metrics import AttributeNet, pseudo_huber
+from distillation import pseudo_huber
+from metrics import AttributeNet
 from presets import MODELS
 from sparsefusion import Preset, SparseFusion
 from training.fit import Fit, FitConfig, Numbers
@@ -218,9 +219,7 @@ class PriorTraining:
         # Every sequence is brought to one distance, and has its own depth range.
         self.model.trained_distance = sparsefusion.TRAINED_DISTANCE
         units = [self.model.eft_units(data.cameras[i]) for i in range(len(data))]
-        scale = torch.tensor([one.scale for one in units], device=data.rgba.device)
-        self.near = torch.tensor([one.near for one in units], device=data.rgba.device)
-        self.far = torch.tensor([one.far for one in units], device=data.rgba.device)
+        scale, self.near, self.far = torch.tensor(units, device=data.rgba.device).T
         self.data = replace(data, cameras=data.cameras.scaled(scale[:, None, None]))
         if data.rgba.is_cuda:
             self.capture_unet()
@@ -289,17 +288,6 @@ def attributes(roots: list[Path], category: str, names: list[str]) -> Tensor:
     return torch.tensor([known[name] for name in names])
 
 
-def training_data(args: argparse.Namespace, config: TrainConfig, data: PackedScenes) -> dict:
-    """What a weights file says about one of its trainings: which network, which category, how much of it."""
-    return {
-        "what": args.what,
-        "category": args.category,
-        "sequences": len(data),
-        "frames": config.frames,
-        "steps": config.fit.steps,
-    }
-
-
 # ---------------------------------------------------------------------------------------------- the command
 
 def config_from_flags(args: argparse.Namespace) -> TrainConfig:
@@ -337,7 +325,8 @@ def command(args: argparse.Namespace) -> None:
 
     # A network to train. Its file will tell what it has seen.
     torch.manual_seed(args.seed)
-    seen = training_data(args, config, data)
+    seen = {"what": args.what, "category": args.category, "sequences": len(data), "frames": config.frames,
+            "steps": config.fit.steps}
     if args.what == "vae":
         training = VAETraining(data, config, args.seed, [seen])
     elif args.what == "prior":

@@ -240,20 +240,6 @@ class ParallelConv(nn.Module):
         return self.conv3(x) + self.conv1(x)
 
 
-class PixelShuffle(nn.Module):
-    """Channels become pixels (Shi et al. 2016), as by `nn.PixelShuffle(2)`: (B, 4 C, H, W) -> (B, C, 2 H, 2 W).
-
-    A map whose channels are last in memory stays so on a GPU, too, where torch's would be reordered by all that follow.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not x.is_contiguous(memory_format=torch.channels_last):
-            return F.pixel_shuffle(x, 2)
-        x = x.permute(0, 2, 3, 1).unflatten(-1, (-1, 2, 2))                   # (B, H, W, C, 2, 2)
-        x = x.permute(0, 1, 4, 2, 5, 3)                                       # (B, H, 2, W, 2, C)
-        return x.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
-
-
 class UNetStage(nn.Module):
     """One resolution, down or up: three residual blocks, a transformer block or none, a change of resolution.
 
@@ -302,7 +288,7 @@ def up_stage(config: UNetConfig, i: int) -> UNetStage:
     # Twice the resolution, channels becoming pixels (Shi et al. 2016). The finest stage keeps its resolution, but draws
     # the layer, so that a seed gives the weights that it always gave.
     widen = nn.Conv2d(c_in, 4 * c_out, 1)
-    resize = nn.Sequential(widen, nn.SiLU(), PixelShuffle())
+    resize = nn.Sequential(widen, nn.SiLU(), nn.PixelShuffle(2))
     if i == 0:
         resize = nn.Identity()
     return UNetStage(c_in, config, config.attention[i], resize, c_skip=c_out)

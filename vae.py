@@ -14,17 +14,11 @@ eighth), `N` positions H * W.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.settings import check_numbers
-from gpu.graphs import Graphed, half_copy
-from gpu.groupnorm import fuse, fused_vae_block
-
-AT_ONCE = 4  # pictures that a GPU encodes or decodes at once: more are no faster, and the largest maps take memory
 
 
 @dataclass(frozen=True)
@@ -163,8 +157,10 @@ class Encoder(nn.Module):
         return features
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.mid(self.features(x)[-1])
-        return self.conv_out(F.silu(self.norm_out(h)))
+        h = self.conv_in(x)
+        for stage in self.levels:
+            h = stage(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
 class Decoder(nn.Module):
@@ -208,21 +204,10 @@ class VAE(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.fast: FastVAE | None = None
 
         # On either side of the latent a 1x1 convolution.
         self.quant_conv = nn.Conv2d(2 * config.channels, 2 * config.channels, 1)
         self.post_quant_conv = nn.Conv2d(config.channels, config.channels, 1)
-
-    def accelerate(self) -> VAE:
-        """On CUDA: from now on, what needs no weights' gradients runs on this moment's weights in half precision."""
-        self.fast = None
-        if self.quant_conv.weight.is_cuda:
-            half = fuse(half_copy(self), {VAEBlock: fused_vae_block})
-            encode = Graphed("the autoencoder's encoder", half.encode, self.encode_exactly, AT_ONCE)
-            decode = Graphed("the autoencoder's decoder", half.decode, self.decode_exactly, AT_ONCE)
-            self.fast = FastVAE(half, encode, decode)
-        return self
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in [0, 1] -> mean and log variance of the posterior, before scaling: (B, 4, h, w) each.
@@ -235,58 +220,19 @@ class VAE(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> latents (B, 4, h, w): the posterior's mode times the scale."""
-        if self.fast is not None and not torch.is_grad_enabled():
-            return self.fast.encode(images)
-        return self.encode_exactly(images)
-
-    def encode_exactly(self, images: Tensor) -> Tensor:
-        """`encode` in the precision of the weights."""
         mean, _ = self.moments(images)
         return mean * self.config.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, 4, h, w) -> images (B, 3, H, W), about [0, 1]; not clamped, so that gradients pass everywhere."""
-        if self.fast is not None and not torch.is_grad_enabled():
-            return self.fast.decode(latents)
-        return self.decode_exactly(latents)
-
-    def decode_exactly(self, latents: Tensor) -> Tensor:
-        """`decode` in the precision of the weights; the colors are float32."""
+        """Latents (B, 4, h, w) -> images (B, 3, H, W), float32, about [0, 1]; not clamped, so that gradients pass
+        everywhere.
+        """
         z = (latents / self.config.scale).to(self.quant_conv.weight.dtype)
         return (self.decoder(self.post_quant_conv(z)).float() + 1) / 2
 
     def features(self, images: Tensor) -> list[Tensor]:
         """The encoder's features of images (B, 3, H, W) in [0, 1], finest first: (B, widths[i], H / 2^i, W / 2^i).
 
-        Differentiable in the images. A CUDA graph can capture it after a first call.
+        Differentiable in the images.
         """
-        symmetric = 2 * images - 1
-        if self.fast is None or not self.fast.encode.half_is_accurate:
-            return self.encoder.features(symmetric)
-
-        # The gradient of a mean over pixels is too small a number for half precision, but not times the pixels.
-        pixels = images.shape[-2] * images.shape[-1]
-        half = ScaledGradient.apply(symmetric, 1 / pixels).half()
-        features = self.fast.half.encoder.features(half)
-        return [ScaledGradient.apply(x.float(), pixels) for x in features]
-
-
-class FastVAE(NamedTuple):
-    """What an autoencoder runs on CUDA."""
-    half: VAE        # its frozen copy in half precision
-    encode: Graphed
-    decode: Graphed
-
-
-class ScaledGradient(torch.autograd.Function):
-    """The same numbers, whose gradient is multiplied by a factor."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        """The gradient in the numbers, times the factor: the same shape."""
-        return grad * ctx.factor, None
+        return self.encoder.features(2 * images - 1)

@@ -19,16 +19,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.settings import check_numbers
-from gpu.graphs import Graphed, half_copy
-from gpu.groupnorm import fuse, fused_unet_block
-from unet import ResBlock, UNet, UNetConfig
+from unet import UNet, UNetConfig
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class DiffusionConfig:
 class SamplerConfig:
     """The numbers of sampling from noise and of multi-step denoising."""
     solver: str = "plms"          # of multi-step denoising: "plms" (Sec. 3.2), "ddim" or "dpmpp"
-    plms_steps: int = 50          # steps of any solver from a noise level of 1/2 or more; 1: one-step denoising
+    denoise_steps: int = 50       # steps of any solver from a noise level of 1/2 or more; 1: one-step denoising
     sample_steps: int = 500       # steps of ancestral sampling  [released: load_model.py:82]
     clip: float = 10.0            # largest absolute value of a clean estimate  [released: load_model.py:87-90]
     t_start: float = 1.0          # time at which sampling from noise starts; higher noise levels are lowered to it
@@ -63,8 +61,8 @@ class SamplerConfig:
     def __post_init__(self):
         if self.solver not in ("plms", "ddim", "dpmpp"):
             raise ValueError(f"solver {self.solver!r}: must be 'plms', 'ddim' or 'dpmpp'")
-        if self.plms_steps < 1 or self.sample_steps < 1:
-            raise ValueError(f"plms_steps {self.plms_steps} and sample_steps {self.sample_steps}: must be at least 1")
+        if min(self.denoise_steps, self.sample_steps) < 1:
+            raise ValueError(f"denoise_steps {self.denoise_steps}, sample_steps {self.sample_steps}: both at least 1")
         if not self.clip > 0:
             raise ValueError(f"clip {self.clip}: must be above 0")
         if not 0 < self.t_start <= 1:
@@ -110,12 +108,6 @@ def x0_from_eps(z: Tensor, log_snr: Tensor, eps: Tensor) -> Tensor:
     """The clean latent that `eps` implies: (z_t - sigma eps) / alpha. z, eps (B, ...); log_snr (B,) or ()."""
     alpha, sigma = alpha_sigma(as_factor(log_snr, z))
     return (z - sigma * eps) / alpha.clamp(min=1e-8)
-
-
-def eps_from_x0(z: Tensor, log_snr: Tensor, x0: Tensor) -> Tensor:
-    """The noise that `x0` implies: (z_t - alpha x0) / sigma. z, x0 (B, ...); log_snr (B,) or ()."""
-    alpha, sigma = alpha_sigma(as_factor(log_snr, z))
-    return (z - alpha * x0) / sigma
 
 
 def posterior(x0: Tensor, z: Tensor, log_snr_t: Tensor, log_snr_s: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,25 +157,10 @@ class VLDM(nn.Module):
         super().__init__()
         self.unet = UNet(unet)
         self.config = diffusion
-        self.fast: FastUNet | None = None
-
-    def accelerate(self) -> VLDM:
-        """On CUDA: from now on, what needs no gradients runs on this moment's weights in half precision."""
-        self.fast = None
-        if self.unet.final_conv.weight.is_cuda:
-            half = fuse(half_copy(self.unet, UNet.EXACT), {ResBlock: fused_unet_block})
-            embed_features = Graphed("the UNet's first layer", half.embed_features, self.unet.embed_features)
-            predict = Graphed("the UNet", half.predict, self.unet.predict)
-            self.fast = FastUNet(embed_features, predict)
-        return self
 
     def denoiser(self, cond: Tensor, sampler: SamplerConfig) -> Denoiser:
         """The network for views with features cond (B, C, s, s), as the samplers use it."""
-        # In half precision, if there is such a copy, where no gradients are needed.
-        network = self.unet
-        if self.fast is not None and not torch.is_grad_enabled():
-            network = self.fast
-        return Denoiser(network, self.config.prediction, cond, sampler.guidance, sampler.clip)
+        return Denoiser(self.unet, self.config.prediction, cond, sampler.guidance, sampler.clip)
 
     def loss(self, x0: Tensor, cond: Tensor, t: Tensor, eps: Tensor, mask: Tensor | None = None) -> Tensor:
         """Training loss (Sec. 3.1) of latents x0 and noise eps (B, 4, h, w) at times t (B,): a scalar.
@@ -203,12 +180,6 @@ class VLDM(nn.Module):
         return diffusion_loss(prediction, target, log_snr, self.config.snr_gamma, mask)
 
 
-class FastUNet(NamedTuple):
-    """What a UNet runs on CUDA, under the same names."""
-    embed_features: Graphed
-    predict: Graphed
-
-
 # ---------------------------------------------------------------------------------------------- the network as denoiser
 
 class Denoiser:
@@ -216,7 +187,7 @@ class Denoiser:
     their features. Samplers need not know whether the network predicts noise or v.
     """
 
-    def __init__(self, network: UNet | FastUNet, prediction: str, cond: Tensor, guidance: float, clip: float):
+    def __init__(self, network: UNet, prediction: str, cond: Tensor, guidance: float, clip: float):
         """cond (B, C, s, s): features of the views; guidance and clip as in `SamplerConfig`."""
         self.network = network
         self.prediction = prediction
@@ -241,7 +212,7 @@ class Denoiser:
         """
         output = self.predict(z, log_snr, views)
         if self.prediction == "eps":
-            return clean_latent(z, log_snr, output, self.clip), output
+            return x0_from_eps(z, log_snr, output).clamp(-self.clip, self.clip), output
 
         # From v = alpha eps - sigma x0 and z = alpha x0 + sigma eps.
         alpha, sigma = alpha_sigma(as_factor(log_snr, z))
@@ -259,11 +230,6 @@ class Denoiser:
         # Classifier-free guidance (Ho and Salimans 2022): away from what is predicted without features.
         unconditional = self.network.predict(z, log_snr, self.without[:len(z)])  # the same for every view
         return unconditional + self.guidance * (output - unconditional)
-
-
-def clean_latent(z: Tensor, log_snr: Tensor, eps: Tensor, clip: float) -> Tensor:
-    """The clean latent that `eps` implies, in [-clip, clip]; like z."""
-    return x0_from_eps(z, log_snr, eps).clamp(-clip, clip)
 
 
 # ---------------------------------------------------------------------------------------------- sampling from noise
@@ -292,45 +258,58 @@ def denoise(denoiser: Denoiser, latents: Tensor, noise_levels: Sequence[float], 
     """Noise latents (B, 4, h, w) to levels in [0, 1], one per image, and denoise them in several steps (Sec. 3.2): the
     same shape.
 
-    With `plms_steps` = 1 it is one-step denoising, at every level: the network is called once, and what it takes for
+    With `denoise_steps` = 1 it is one-step denoising, at every level: the network is called once, and what it takes for
     the clean latent is the result. `randn()` is a standard normal draw like all latents.
     """
     # To each image's noise level, from where its way to time 0 leads over log-SNRs of its own.
     log_snrs, steps = schedule(noise_levels, sampler)
     log_snrs = log_snrs.to(latents.device)
     z = noised(latents, log_snrs[0], noise_levels, randn, sampler)
-    if sampler.plms_steps == 1:
+    if sampler.denoise_steps == 1:
         return denoiser(z, log_snrs[0])
 
-    # Images with more steps first, so that those still on their way are the first m.
-    order = torch.tensor(sorted(range(len(z)), key=lambda image: -steps[image]), device=z.device)
+    # Images with more steps come first, so that those that are still on their way are always the first ones.
+    views = torch.tensor(sorted(range(len(z)), key=lambda image: -steps[image]), device=z.device)
+
+    def draw() -> Tensor:
+        """Noise in that order."""
+        return randn()[views]
+
+    z = solve(denoiser, z[views], log_snrs[:, views], sorted(steps, reverse=True), views, draw, sampler)
+    return z[views.argsort()]
+
+
+def solve(denoiser: Denoiser, z: Tensor, log_snrs: Tensor, steps: list[int], views: Tensor, draw: Callable[[], Tensor],
+          sampler: SamplerConfig) -> Tensor:
+    """Latents z (B, 4, h, w) at the end of their ways, whose log-SNRs are (n + 1, B), after `steps` each, which fall.
+
+    views (B,): whose latents they are. `draw()` is a standard normal draw like z, for steps that are random.
+    """
     count = torch.tensor(steps, device=z.device)
     history = []  # of what the solver remembers (m, 4, h, w), newest first
-
-    for k in range(max(steps)):
-        # From t to s, for some as the last step.
+    for k in range(steps[0]):
+        # The first m images go from t to s, some of them for the last time.
         m = sum(n > k for n in steps)
-        going_on = sum(n > k + 1 for n in steps)
-        on = order[:m]
-        log_snr_t = log_snrs[k, on]
-        log_snr_s = log_snrs[k + 1, on]
-        last = count[on] == k + 1
-
-        def move(x0: Tensor) -> Tensor:
-            """Where clean latents x0 (m, 4, h, w) lead from t to s."""
-            draw = randn()[on] if sampler.ancestral and going_on else None
-            return step(z[on], x0, log_snr_t, log_snr_s, last, draw, sampler)
+        z_t = z[:m]
+        log_snr_t = log_snrs[k, :m]
+        log_snr_s = log_snrs[k + 1, :m]
+        noise = draw if k + 1 < steps[0] else None  # the last step of all is not random
+        move = partial(step, z_t, log_snr_t, log_snr_s, count[:m] == k + 1, noise, sampler)
 
         # The clean latent by the network, and by what it said before.
+        x0, eps = denoiser.estimate(z_t, log_snr_t, views[:m])
         history = [before[:m] for before in history]
-        x0, eps = denoiser.estimate(z[on], log_snr_t, on)
-        if sampler.solver == "plms":
-            history = [eps, *history[:3]]
-            x0 = plms_estimate(denoiser, z[on], x0, log_snr_t, log_snr_s, on, history, move, sampler)
-        elif sampler.solver == "dpmpp":
+        if sampler.solver == "dpmpp":
             history = [x0, *history[:1]]
-            x0 = dpmpp_estimate(history, log_snrs[max(k - 1, 0):k + 2, on]).clamp(-sampler.clip, sampler.clip)
-        z = z.index_copy(0, on, move(x0))
+            x0 = dpmpp_estimate(history, log_snrs[max(k - 1, 0):k + 2, :m]).clamp(-sampler.clip, sampler.clip)
+        elif sampler.solver == "plms":
+            history = [eps, *history[:3]]
+            if k == 0:
+                ahead = denoiser.estimate(move(x0), log_snr_s, views[:m])
+                x0 = improved_euler(z_t, log_snr_t, (x0, eps), ahead, sampler)
+            else:
+                x0 = plms_estimate(z_t, log_snr_t, history, sampler.clip)
+        z = torch.cat([move(x0), z[m:]])
     return z
 
 
@@ -338,17 +317,17 @@ def schedule(noise_levels: Sequence[float], sampler: SamplerConfig) -> tuple[Ten
     """Log-SNRs on the way from each image's noise level to time 0, (n + 1, B), and its number of steps, at most n.
 
     The levels are lowered to `t_start`. From 0.99 on PLMS starts at 1 [released: plms.py:80-85]; the other solvers
-    start at 0.99, since at 1 log-SNR has no end. There are `plms_steps` steps from level 1/2 on, below so many that
+    start at 0.99, since at 1 log-SNR has no end. There are `denoise_steps` steps from level 1/2 on, below so many that
     they are no longer than the shortest of these [released: plms.py:87-93]; PLMS rounds down, and takes none below
-    1 / (2 plms_steps), the others round up. PLMS takes even steps in time, the others in log-SNR (Lu et al. 2022).
+    1 / (2 denoise_steps), the others round up. PLMS takes even steps in time, the others in log-SNR (Lu et al. 2022).
     """
     ways = []
     for level in noise_levels:
         # Where it starts, and how many steps lead to 0.
         start = start_time(level, sampler)
-        wanted = 2 * sampler.plms_steps * start
+        wanted = 2 * sampler.denoise_steps * start
         whole = int(wanted) if sampler.solver == "plms" else math.ceil(wanted)
-        n = 1 if sampler.plms_steps == 1 else min(whole, sampler.plms_steps)
+        n = 1 if sampler.denoise_steps == 1 else min(whole, sampler.denoise_steps)
 
         # Evenly.
         if sampler.solver == "plms":
@@ -385,12 +364,12 @@ def noised(x0: Tensor, log_snr: Tensor, noise_levels: Sequence[float], randn: Ca
     return torch.where(as_factor(torch.tensor(kept, device=x0.device), x0), x0, z) if any(kept) else z
 
 
-def step(z: Tensor, x0: Tensor, log_snr_t: Tensor, log_snr_s: Tensor, last: Tensor, draw: Tensor | None,
-         sampler: SamplerConfig) -> Tensor:
-    """From z at t to s, with clean latents x0, all (m, 4, h, w), and log-SNRs (m,).
+def step(z: Tensor, log_snr_t: Tensor, log_snr_s: Tensor, last: Tensor, draw: Callable[[], Tensor] | None,
+         sampler: SamplerConfig, x0: Tensor) -> Tensor:
+    """From z at t to s, where the clean latents are x0, all (m, 4, h, w), and log-SNRs (m,).
 
-    `last` (m,): for which it is the last step. `draw`: standard normal noise of an ancestral step, None where it is the
-    last step of all.
+    `last` (m,): for which it is the last step. `draw()`: standard normal noise for a random step, of m images or more;
+    None where it is the last step of all.
     """
     # DDIM (Song et al. 2021): the clean latent, and the noise that it implies in z, at s's level.
     mean, variance = posterior(x0, z, log_snr_t, log_snr_s)
@@ -398,10 +377,8 @@ def step(z: Tensor, x0: Tensor, log_snr_t: Tensor, log_snr_s: Tensor, last: Tens
         alpha_t, sigma_t = alpha_sigma(as_factor(log_snr_t, z))
         alpha_s, sigma_s = alpha_sigma(as_factor(log_snr_s, z))
         moved = alpha_s * x0 + sigma_s * (z - alpha_t * x0) / sigma_t
-    elif draw is not None:
-        moved = mean + variance.clamp(min=1e-20).sqrt() * draw
     else:
-        moved = mean
+        moved = mean if draw is None else mean + variance.clamp(min=1e-20).sqrt() * draw()[:len(z)]
 
     # The last step is the posterior's mean where steps are random, and in PLMS.
     if sampler.ancestral or sampler.solver == "plms":
@@ -431,22 +408,25 @@ ADAMS_BASHFORTH = {
 }
 
 
-def plms_estimate(denoiser: Denoiser, z: Tensor, x0: Tensor, log_snr_t: Tensor, log_snr_s: Tensor, views: Tensor,
-                  history: list[Tensor], move: Callable[[Tensor], Tensor], sampler: SamplerConfig) -> Tensor:
+def plms_estimate(z: Tensor, log_snr: Tensor, history: list[Tensor], clip: float) -> Tensor:
     """The clean latent of a step by PLMS (Liu et al. 2022): the noise is extrapolated from the latest predictions.
 
-    z, x0 (m, 4, h, w) at t; `history`: up to four predicted noises, latest first. The first step is improved Euler: it
-    tries where x0 leads by `move`, and takes the mean of the two clean latents: the mean of the two noises [released:
-    plms.py:137-143] is coarser near t = 1, where a small difference in noise is a large one in the clean latent
-    (sigma / alpha is 30 at t = 0.98).
+    z (m, 4, h, w) at log_snr (m,); `history`: two to four predicted noises like z, latest first.
     """
-    if len(history) == 1:
-        x0_ahead, eps_ahead = denoiser.estimate(move(x0), log_snr_s, views)
-        if sampler.ancestral:
-            eps = (history[0] + eps_ahead) / 2
-        else:
-            eps = eps_from_x0(z, log_snr_t, (x0 + x0_ahead) / 2)
-    else:
-        coefficients = ADAMS_BASHFORTH[len(history)]
-        eps = sum(coefficient * eps for coefficient, eps in zip(coefficients, history))
-    return clean_latent(z, log_snr_t, eps, sampler.clip)
+    coefficients = ADAMS_BASHFORTH[len(history)]
+    eps = sum(coefficient * eps for coefficient, eps in zip(coefficients, history))
+    return x0_from_eps(z, log_snr, eps).clamp(-clip, clip)
+
+
+def improved_euler(z: Tensor, log_snr: Tensor, here: tuple[Tensor, Tensor], ahead: tuple[Tensor, Tensor],
+                   sampler: SamplerConfig) -> Tensor:
+    """The clean latent of the first step by PLMS: the mean of what the network says here and where that leads.
+
+    z (m, 4, h, w) at log_snr (m,); `here`, `ahead`: clean latent and noise by the network. The mean of the two noises
+    [released: plms.py:137-143] is coarser near t = 1, where a small difference in noise is a large one in the clean
+    latent (sigma / alpha is 30 at t = 0.98); it remains where steps are random.
+    """
+    if sampler.ancestral:
+        eps = (here[1] + ahead[1]) / 2
+        return x0_from_eps(z, log_snr, eps).clamp(-sampler.clip, sampler.clip)
+    return (here[0] + ahead[0]) / 2

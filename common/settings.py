@@ -10,8 +10,9 @@ import math
 from typing import get_args, get_origin, get_type_hints
 
 # What follows from the number of iterations, in a run that resumes a shorter one.
-LENGTH = ("config.iterations", "config.bootstrap", "config.input_pixels", "config.pixel_side")
+LENGTH = ("config.iterations", "config.bootstrap")
 MOST = 3  # differences that are told with their values
+RENAMED = {"config.sampler.plms_steps": "config.sampler.denoise_steps"}  # in files from before
 
 
 def differences(found, wanted, ignore: tuple[str, ...] = (), extend: bool = False) -> str:
@@ -23,6 +24,7 @@ def differences(found, wanted, ignore: tuple[str, ...] = (), extend: bool = Fals
     """
     # As JSON has them, which knows no tuples.
     found = _flat(json.loads(json.dumps(found, default=str)))
+    found = {RENAMED.get(path, path): value for path, value in found.items()}
     wanted = _flat(json.loads(json.dumps(wanted, default=str)))
     there = found.get("config.iterations")
     if extend and isinstance(there, int) and there < wanted["config.iterations"]:

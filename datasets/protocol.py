@@ -10,12 +10,12 @@ others a tree holds.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from cameras import evenly_spaced
+from cameras import Scene, evenly_spaced
 from common import files
 from datasets import co3d
 
@@ -26,15 +26,40 @@ TOO_FEW = 10                      # frames: such sequences do not count [release
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One sequence of a list, with everything that is chosen before anything is computed."""
+class CO3DSequence:
+    """One sequence of a list, with everything that is chosen before anything is computed. Views are told by their
+    positions among its frames.
+    """
+    root: Path
     category: str
     sequence: str
-    index: int              # its place in the category's list: it seeds the sequence's random numbers
+    index: int               # its place in the category's list: it seeds the sequence's random numbers
     frames: tuple[int, ...]  # numbers of the frames that are used, in order of time
+    inputs = targets = None  # the frames that may be inputs and targets: any
+
+    @property
+    def names(self) -> list[str]:
+        """What the views are called: the frames' numbers."""
+        return [str(number) for number in self.frames]
+
+    def row(self) -> dict:
+        """What a list says of it, as plain data."""
+        return {"category": self.category, "sequence": self.sequence, "index": self.index, "frames": self.frames}
+
+    def settings(self) -> dict:
+        """What it is, as plain data, pictures by their dates: equal ones say that nothing has changed."""
+        return {"entry": self.row(), "pictures": co3d.stamp(self.root, self.category, self.sequence, self.frames)}
+
+    def load(self, size: int, cut: bool = True) -> Scene:
+        """All views, `size` pixels a side: always cut to the object, for the format knows no others."""
+        return co3d.load_sequence(self.root, self.category, self.sequence, size, self.frames)
+
+    def at(self, positions: list[int]) -> CO3DSequence:
+        """The same with some of its frames."""
+        return replace(self, frames=tuple(self.frames[i] for i in positions))
 
 
-def paper_list(root: str | Path, category: str) -> list[Entry]:
+def paper_list(root: str | Path, category: str) -> list[CO3DSequence]:
     """The sequences of a category that the paper's protocol evaluates, in order of their names.
 
     A tree without the set list counts with all its frames, which one line says. Raises `ValueError` where none is left.
@@ -45,7 +70,7 @@ def paper_list(root: str | Path, category: str) -> list[Entry]:
     return entries
 
 
-def whole_list(root: str | Path, category: str) -> list[Entry]:
+def whole_list(root: str | Path, category: str) -> list[CO3DSequence]:
     """Every sequence of a category with every usable frame. Raises `ValueError` where there is none."""
     entries = _entries(root, category, None, 0, None)
     if not entries:
@@ -53,7 +78,8 @@ def whole_list(root: str | Path, category: str) -> list[Entry]:
     return entries
 
 
-def _entries(root: str | Path, category: str, split: str | None, too_few: int, most: int | None) -> list[Entry]:
+def _entries(root: str | Path, category: str, split: str | None, too_few: int,
+             most: int | None) -> list[CO3DSequence]:
     """The sequences with more than `too_few` frames in a split, with at most `most` of these, evenly spaced."""
     # Places in the list are counted among the sequences that count.
     entries = []
@@ -61,7 +87,8 @@ def _entries(root: str | Path, category: str, split: str | None, too_few: int, m
         numbers = co3d.frame_numbers(root, category, name, split)
         if len(numbers) > too_few:
             frames = [numbers[i] for i in evenly_spaced(len(numbers), most or len(numbers))]
-            entries.append(Entry(category, name, len(entries), tuple(frames)))
+            entry = CO3DSequence(Path(root), category, name, len(entries), tuple(frames))
+            entries.append(entry)
     return entries
 
 
@@ -88,17 +115,19 @@ def choose_views(count: int, views: int, seed: int) -> list[int]:
 
 # ---------------------------------------------------------------------------------------------- files
 
-def save_list(entries: list[Entry], path: str | Path) -> None:
+def save_list(entries: list[CO3DSequence], path: str | Path) -> None:
     """Write a list as JSON."""
-    files.save_json([asdict(entry) for entry in entries], path)
+    files.save_json([entry.row() for entry in entries], path)
 
 
-def read_list(path: str | Path) -> list[Entry]:
-    """The list in a file of `save_list`. Raises `ValueError` with one line for anything else."""
+def read_list(path: str | Path, root: str | Path) -> list[CO3DSequence]:
+    """The list in a file of `save_list`, of sequences below `root`. Raises `ValueError` with one line for anything
+    else.
+    """
     # Entries may be written by hand.
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
-        entries = [_entry(row) for row in rows]
+        entries = [_entry(row, Path(root)) for row in rows]
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not a list of category, sequence, index and frames ({type(e).__name__})") from None
     if not entries:
@@ -106,7 +135,7 @@ def read_list(path: str | Path) -> list[Entry]:
     return entries
 
 
-def _entry(row: dict) -> Entry:
+def _entry(row: dict, root: Path) -> CO3DSequence:
     """One row of a list. Raises `TypeError` or `ValueError` for anything that is none."""
     index = row["index"]
     frames = row["frames"]
@@ -116,4 +145,4 @@ def _entry(row: dict) -> Entry:
         raise ValueError("index is a place in a list")
     if not frames or not all(type(number) is int for number in frames):
         raise ValueError("a sequence has frames, which have numbers")
-    return Entry(row["category"], row["sequence"], index, tuple(frames))
+    return CO3DSequence(root, row["category"], row["sequence"], index, tuple(frames))

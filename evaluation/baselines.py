@@ -41,9 +41,8 @@ def eft_images(scene: Scene, inputs: list[int], targets: list[int], model: Spars
     hull (T, S, S), boolean: the pixels to render, from which the visual hull is seen. The others, about half of
     them with two views, are black. On toys the EFT says so itself, to less than a level of 8 bits.
     """
-    size = scene.images.shape[-1]
     cameras = (scene.whole or scene).cameras[targets]
-    condition = _condition(scene, inputs, cameras, model, config, seed, size, title, hull)
+    condition = _condition(scene, inputs, cameras, model, config, seed, hull, title)
     return Views(condition.images, None)
 
 
@@ -84,8 +83,8 @@ def put_back(images: Tensor, cut: Cameras, whole: Cameras) -> Tensor:
 
 
 def _condition(scene: Scene, inputs: list[int], cameras: Cameras, model: SparseFusion, config: DistillConfig,
-               seed: int, size: int | None = None, title: str | None = None, where: Tensor | None = None) -> Condition:
+               seed: int, where: Tensor | None = None, title: str | None = None) -> Condition:
     """What the EFT says about the views of cameras (T,)."""
-    given = scene[inputs]
-    return model.condition(config.exposed_alike(given), given.cameras, cameras, scene.cameras, size,
-                           config.eft_train_mode, title, seed, where)
+    input_views = scene[inputs]
+    return model.condition(config.exposed_alike(input_views), input_views.cameras, cameras, scene.cameras, where,
+                           seed if config.eft_train_mode else None, title)

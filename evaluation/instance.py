@@ -1,9 +1,11 @@
-"""One object to reconstruct and to measure (`Instance`), against the baselines (Sec. 4): `run_instance`.
+"""One object to reconstruct and to measure (`Instance`), as flags say it, against the baselines (Sec. 4):
+`run_instance`.
 
 Shapes: `T` target views, `S` side of the image.
 """
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -18,24 +20,28 @@ import metrics
 import sparsefusion
 from cameras import Scene
 from checkpoints import released
-from common import files
+from common import cli, files
 from common.machine import peak_gb, versions
+from datasets.protocol import PROTOCOLS
 from distillation import DistillConfig
 from evaluation import baselines, results
-from evaluation.sources import Source, choose_targets, find_views, random_views
-from evaluation.tables import Rows
+from evaluation.views import Source, choose_targets, find_views, possible_inputs, random_views
 from export.mesh import write_glb, write_ply
 from export.page import TURNTABLE, page_data, write_page
 from export.pictures import Views, comparison, save_animation, save_picture, save_views
+from presets import PRESETS, RELEASED
 from reconstruction import Checkpoint, Distance, Reconstruction, reconstruct
 from sparsefusion import SparseFusion
+
+SAMPLE = sparsefusion.ROOT / "sample" / "co3d"
+SHIPPED_FEATURE_NET = sparsefusion.ROOT / "sample" / "perceptual.pt"
 
 
 @dataclass(frozen=True)
 class Instance:
     """One object to reconstruct and to measure: everything that decides the result."""
     source: Source
-    config: DistillConfig
+    config: DistillConfig            # `fitted` to the number of input views
     weights: Path | None             # of the prior; None: the field alone
     views: int                       # random input views; 0: all
     input_frames: tuple[str, ...]    # names of the input views instead; (): random ones
@@ -63,19 +69,8 @@ class Instance:
             "targets": self.targets,
             "seed": self.seed,
             "device": self.device,
-            "config": asdict(self.fitted_config()),
+            "config": asdict(self.config),
         }
-
-    def fitted_config(self) -> DistillConfig:
-        """Its numbers, for as many input views as it has."""
-        return self.config.fitted(len(self.input_frames) or self.views or len(self.source.possible_inputs))
-
-    def note_more_iterations(self) -> None:
-        """One line where so many input views take longer than a preset's iterations."""
-        iterations = self.fitted_config().iterations
-        if iterations > self.config.iterations:
-            print(f"{iterations} iterations instead of {self.config.iterations}, for there are many input views "
-                  "(--iterations N decides)")
 
     def inputs(self) -> list[int]:
         """Positions of the input views."""
@@ -88,15 +83,115 @@ class Instance:
         """About how long a run takes on two CPU cores, at the shipped sample's size."""
         # Reading; pictures, turntable and mesh.
         count = len(self.source.names)
-        config = self.fitted_config()
+        config = self.config
         targets = self.targets or count
         seconds = 5 + 0.03 * count + 0.2 * targets + 0.3 * config.turntable_frames
 
         # The field alone; or the EFT's views, two fields, and the EFT and the VLDM to compare with.
         if self.weights is None:
-            rays = (config.input_pixels or config.render_size**2) * config.pixel_side**2
+            rays = config.input_pixels or config.render_size**2
             return seconds + 3e-5 * rays * config.iterations
         return seconds + 0.17 * (config.viewpoints + count) + 0.19 * config.iterations + 2.2 * targets
+
+
+# ---------------------------------------------------------------------------------------------- the flags
+
+def add_instance_flags(p: argparse.ArgumentParser, targets: int) -> None:
+    """The flags that `distill.py` and `evaluate.py` share. `targets` is the default of --targets."""
+    # What is given.
+    p.add_argument("--root", type=Path, default=SAMPLE, help="CO3Dv2 folder (default: the shipped synthetic sample)")
+    p.add_argument("--views", type=cli.views, default=2, metavar="N", help="random input views; 0 for all (default: 2)")
+    p.add_argument("--protocol", choices=PROTOCOLS, default="paper",
+                   help="paper: fewview_dev/test, 32 evenly spaced frames of a sequence; all: every frame there is")
+    p.add_argument("--weights", type=Path, default=sparsefusion.SHIPPED,
+                   help="the prior (default: the shipped nano weights)")
+    p.add_argument("--seed", type=cli.seed, default=0,
+                   help="of input views, noise and initial weights, plus the sequence's place in its list (default: 0)")
+
+    # The numbers of the distillation.
+    p.add_argument("--preset", choices=PRESETS,
+                   help="numbers to start from (default: those of the weights; plain without a prior)")
+    p.add_argument("--iterations", type=cli.count, metavar="N", help="default: the preset's")
+    p.add_argument("--released", action="store_true", help=f"as the released code does it: --set {' '.join(RELEASED)}")
+    cli.add_settings(p, DistillConfig)
+    cli.add_device(p)
+
+    # How it is measured.
+    p.add_argument("--targets", type=cli.views, default=targets, metavar="N",
+                   help=f"held-out views to compare, evenly spaced; 0 for all (default: {targets})")
+    p.add_argument("--feature-net", type=Path, default=SHIPPED_FEATURE_NET, metavar="F",
+                   help="network of the perceptual metric")
+    p.add_argument("--lpips", type=Path, nargs=2, metavar=("VGG16", "LINEAR"),
+                   help="vgg16-397923af.pth and LPIPS' vgg.pth: LPIPS as loss, and as metric instead of --feature-net")
+    p.add_argument("--overwrite", action="store_true", help="replace results of other settings in --out")
+
+
+def config_from_flags(args: argparse.Namespace) -> DistillConfig:
+    """Every number of the distillation: those of the weights' preset or another's, then what single settings change.
+
+    `args.weights` is None without a prior.
+    """
+    model = None if args.weights is None else sparsefusion.read_preset(args.weights)
+    if model is not None and model.name not in PRESETS:
+        raise ValueError(f"{args.weights}: its preset {model.name!r} is none of {', '.join(PRESETS)}")
+    config = PRESETS[args.preset or ("plain" if model is None else model.name)]
+    if args.iterations:
+        config = config.with_iterations(args.iterations)
+
+    # How to sample a model is the model's own.
+    if model is not None:
+        config = replace(config, sampler=PRESETS[model.name].sampler)
+
+    # What `--released` stands for comes first, so that --set has the last word.
+    settings = list(args.settings)
+    if args.released:
+        print(f"--released stands for --set {' '.join(RELEASED)}")
+        settings = [*RELEASED, *settings]
+    config = cli.apply_settings(config, settings, fixed=model)
+
+    # A number that is set is not added to.
+    if any(setting.partition("=")[0] == "iterations" for setting in settings):
+        config = replace(config, iterations_per_view=0)
+    return config
+
+
+def trained_categories(weights: Path) -> list[str]:
+    """What a prior knows, as far as its file says."""
+    return sorted({x["category"] for x in sparsefusion.read_trained_on(weights) if x.get("what") == "prior"})
+
+
+def note_new_categories(weights: Path, categories: list[str]) -> None:
+    """One line on data of categories that a prior has never seen."""
+    known = trained_categories(weights)
+    new = sorted(set(categories) - set(known))
+    old = ", ".join(known)
+    if known and new:
+        print(f"note: the prior in {weights.name} was trained on {old}; {', '.join(new)}: new to it, so it will see "
+              f"{old} in them (--no-prior fits the photographs alone)")
+
+
+def instance_from_flags(args: argparse.Namespace, source: Source, config: DistillConfig,
+                        input_frames: tuple[str, ...] = ()) -> Instance:
+    """What the shared flags say about one source. One line where many input views take longer than a preset's
+    iterations.
+    """
+    count = len(input_frames) or args.views or len(possible_inputs(source))
+    fitted = config.fitted(count)
+    if fitted.iterations > config.iterations:
+        print(f"{fitted.iterations} iterations instead of {config.iterations}, for there are many input views "
+              "(--iterations N decides)")
+    return Instance(
+        source=source,
+        config=fitted,
+        weights=args.weights,
+        views=args.views,
+        input_frames=input_frames,
+        targets=args.targets,
+        seed=args.seed + source.index,  # the sequences of a list have different inputs and different noise
+        feature_net=args.feature_net,
+        lpips=tuple(args.lpips) if args.lpips else None,
+        device=args.device,
+    )
 
 
 # ---------------------------------------------------------------------------------------------- against the baselines
@@ -174,12 +269,14 @@ def measure(views: Views, images: Tensor, masks: Tensor, distance: Distance) -> 
     return {name: [round(x, 5) for x in value.tolist()] for name, value in values.items()}
 
 
-def mean_rows(per_view: dict[str, dict[str, list[float]]]) -> Rows:
-    """Method -> metric -> mean over views."""
-    rows = {}
+def measure_all(scene: Scene, targets: list[int], pictures: dict[str, Views], distance: Distance) -> dict:
+    """The target views, and every method's metrics there: view by view, and their means. As plain data."""
+    truth = (scene.whole or scene)[targets]
+    per_view = {method: measure(views, truth.images, truth.masks, distance) for method, views in pictures.items()}
+    means = {}
     for method, values in per_view.items():
-        rows[method] = {name: round(fmean(numbers), 4) for name, numbers in values.items()}
-    return rows
+        means[method] = {name: round(fmean(numbers), 4) for name, numbers in values.items()}
+    return {"target_frames": truth.names, "methods": means, "per_view": per_view, "world": scene.world_numbers()}
 
 
 def write_outputs(scene: Scene, inputs: list[int], targets: list[int], pictures: dict[str, Views],
@@ -225,9 +322,6 @@ def run_instance(instance: Instance, out: Path, overwrite: bool = False, extend:
     model = None if instance.weights is None else sparsefusion.load(instance.weights, instance.device)
     loss_distance, distance, distance_name = load_distances(instance)
     scene = load_views(instance, model)
-    world = scene.world and {"R": scene.world.R.tolist(), "scale": scene.world.scale,
-                             "shift": scene.world.shift.tolist()}
-    instance.note_more_iterations()
     results.claim(out, settings, extend)
 
     # The method, and what it is compared with.
@@ -235,19 +329,13 @@ def run_instance(instance: Instance, out: Path, overwrite: bool = False, extend:
     checkpoint = Checkpoint(out / "field.pt", extend, out / "previews.png")
     ours = reconstruct(scene, inputs, model, instance.config, instance.seed, loss_distance, title, checkpoint)
     pictures = show_all(scene, inputs, targets, model, instance, ours, out)
-    truth = (scene.whole or scene)[targets]
-    per_view = {method: measure(views, truth.images, truth.masks, distance) for method, views in pictures.items()}
-
-    # Pictures, mesh, numbers.
     shown = write_outputs(scene, inputs, targets, pictures, ours, out)
-    result = {
-        "sequence": instance.source.name,
+
+    # The numbers.
+    result = measure_all(scene, targets, pictures, distance) | {
+        "sequence": instance.source.sequence,
         "input_frames": [scene.names[i] for i in inputs],
-        "target_frames": [scene.names[i] for i in targets],
-        "methods": mean_rows(per_view),
-        "per_view": per_view,
         "perceptual_name": distance_name,
-        "world": world,
         "settings": settings,
         "command": " ".join(sys.argv),
         "resumed_from": ours.resumed_from,

@@ -12,6 +12,7 @@ A further part is a function like `encoding`, listed in PARTS.
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import statistics
 import time
@@ -183,14 +184,20 @@ def denoiser(device: torch.device) -> Iterator[Part]:
     with device:
         model = sparsefusion.SparseFusion(presets.MODELS[name])
     torch.nn.init.normal_(model.vldm.unet.final_conv.weight, std=0.02)
+    exact = copy.deepcopy(model).eval()
     model = sparsefusion.ready(model, device)
     for batch in (1, 8, 16, 32) if device.type == "cuda" else (1, 4):
-        yield from _denoiser_of(model, batch, device)
+        runs = _denoiser_runs(model, batch, device)
+        counted = _denoiser_runs(exact, batch, device)  # without graphs, in which operations do not show
+        for name, run in runs.items():
+            weights = model.vae if "VAE" in name or "distance" in name else model.vldm.unet
+            size = sum(weight.nbytes for weight in weights.parameters())
+            yield Part(name, f"{model.preset.name}, batch {batch}", run, size, _operations(counted[name]))
 
 
 @torch.no_grad()
-def _denoiser_of(model: sparsefusion.SparseFusion, batch: int, device: torch.device) -> list[Part]:
-    """The parts for a batch of images."""
+def _denoiser_runs(model: sparsefusion.SparseFusion, batch: int, device: torch.device) -> dict[str, Callable]:
+    """The parts for a batch of images, by name."""
     # What the networks are given.
     preset = model.preset
     generator = torch.Generator().manual_seed(0)
@@ -201,7 +208,7 @@ def _denoiser_of(model: sparsefusion.SparseFusion, batch: int, device: torch.dev
     levels = torch.linspace(0, 1, batch + 1)[1:].tolist()
 
     # A call of each network. What the UNet makes of the features is no part of a call.
-    network = model.vldm.fast or model.vldm.unet
+    network = model.vldm.unet
     predict = torch.no_grad()(network.predict)
     runs = {
         "UNet": partial(predict, latents, torch.zeros(batch, device=device), network.embed_features(features)),
@@ -212,24 +219,9 @@ def _denoiser_of(model: sparsefusion.SparseFusion, batch: int, device: torch.dev
 
     # Whole denoisings.
     for solver, steps in (("plms", 50), ("dpmpp", 10)):
-        sampler = replace(vldm.SamplerConfig(), solver=solver, plms_steps=steps)
+        sampler = replace(vldm.SamplerConfig(), solver=solver, denoise_steps=steps)
         runs[f"denoise, {solver} {steps}"] = partial(model.denoise, images, features, levels, generator, sampler)
-
-    # Operations are counted without graphs, in which they do not show.
-    exact = model.vldm.unet
-    inputs = (latents, torch.zeros(batch, device=device), exact.embed_features(features))
-    counted = runs | {"UNet": partial(exact.predict, *inputs)}
-    fast = model.vae.fast, model.vldm.fast
-    model.vae.fast = model.vldm.fast = None
-    operations = {name: _operations(run) for name, run in counted.items()}
-    model.vae.fast, model.vldm.fast = fast
-
-    parts = []
-    for name, run in runs.items():
-        weights = model.vae if "VAE" in name or "distance" in name else model.vldm.unet
-        size = sum(weight.nbytes for weight in weights.parameters())
-        parts.append(Part(name, f"{preset.name}, batch {batch}", run, size, operations[name]))
-    return parts
+    return runs
 
 
 def _operations(run: Callable) -> int:
@@ -257,8 +249,8 @@ def epipolar_transformer(device: torch.device) -> Iterator[Part]:
     for views, side in ((2, 256), (6, 256), (24, 256), (2, 128), (2, 512)) if large else ((2, 128), (6, 128)):
         around = _cameras_around(views + viewpoints).to(device)
         images = torch.rand(views, 3, side, side, device=device)
-        map_size = preset.map_size * side // preset.image_size
-        run = partial(model.condition, images, around[:views], around[views:], (3.0, 13.0), map_size)
+        map_size = replace(preset, image_size=side).map_size
+        run = partial(_condition_of, model, replace(preset, image_size=side), images, around)
 
         # Tokens of T1 and of T2 are as many; those of T3 are few.
         config = preset.eft
@@ -268,6 +260,13 @@ def epipolar_transformer(device: torch.device) -> Iterator[Part]:
         operations = tokens * config.layers * 2 * (linear + attention)
         moved = tokens * config.layers * 2 * 2 * config.width * (2 if large else 4)
         yield Part("EFT", f"{viewpoints} viewpoints, {views} inputs of {side}^2, {preset.name}", run, moved, operations)
+
+
+def _condition_of(model: sparsefusion.SparseFusion, preset: sparsefusion.Preset, images: Tensor,
+                  around: cameras.Cameras) -> sparsefusion.Condition:
+    """What the EFT says of all cameras but the first ones, those of images (V, 3, S, S), by a preset's sizes."""
+    model.preset = preset
+    return model.condition(images, around[:len(images)], around[len(images):], around)
 
 
 def _cameras_around(count: int) -> cameras.Cameras:

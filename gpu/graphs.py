@@ -123,6 +123,15 @@ def half_copy(network: nn.Module, exact: tuple[str, ...] = ()) -> nn.Module:
     return half
 
 
+def accelerate(module: nn.Module, half: nn.Module, methods: dict[str, str], most: int = SIZES[-1]) -> None:
+    """From now on these methods of a network run as CUDA graphs of its `half_copy` where no gradients are needed.
+
+    `methods`: what each is called in a message. `most`: of a batch at once, see `Graphed`.
+    """
+    for method, name in methods.items():
+        setattr(module, method, Graphed(name, getattr(half, method), getattr(module, method), most))
+
+
 def half_is_accurate(name: str, half: Tensor, exact: Tensor) -> bool:
     """Whether what a network said in half precision is close to what it says in float32; a line says so if not."""
     exact = exact.float()
@@ -137,7 +146,7 @@ def half_is_accurate(name: str, half: Tensor, exact: Tensor) -> bool:
 
 
 class Graphed:
-    """A function of batches (B, ...), one or several, without gradients, as CUDA graphs."""
+    """A function of batches (B, ...), one or several, as CUDA graphs where no gradients are needed."""
 
     def __init__(self, name: str, half: Callable[..., Tensor], full: Callable[..., Tensor], most: int = SIZES[-1]):
         """`half` and `full`: the function in half precision and in float32, which decides whether half will do.
@@ -152,9 +161,10 @@ class Graphed:
         self.replays = {}
         self.pool = None  # the memory of all graphs
 
-    @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> Tensor:
         """The function of inputs (B, ...); the result is float32."""
+        if torch.is_grad_enabled():
+            return self.full(*inputs)
         if not self.proven:
             self.prove(inputs)
         count = len(inputs[0])
@@ -187,3 +197,41 @@ def _filled(x: Tensor, size: int) -> Tensor:
     """A batch (size, ...) that begins with x (B, ...), then copies of its last row."""
     rest = x[-1:].expand(size - len(x), *x.shape[1:])
     return torch.cat([x, rest])
+
+
+# ---------------------------------------------------------------------------------------------- with gradients
+
+class HalfFeatures:
+    """Maps that a network makes of an image, in half precision and differentiable in the image. A CUDA graph can
+    capture it after a first call.
+    """
+
+    def __init__(self, half: Callable[[Tensor], list[Tensor]], full: Callable[[Tensor], list[Tensor]], judge: Graphed):
+        """`half` and `full`: the function in half precision and in float32. `judge` knows whether half will do."""
+        self.half = half
+        self.full = full
+        self.judge = judge
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """Maps of images (B, C, H, W), float32."""
+        if not self.judge.half_is_accurate:
+            return self.full(x)
+
+        # The gradient of a mean over pixels is too small a number for half precision, but not times the pixels.
+        pixels = x.shape[-2] * x.shape[-1]
+        maps = self.half(_ScaledGradient.apply(x, 1 / pixels).half())
+        return [_ScaledGradient.apply(one.float(), pixels) for one in maps]
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The same numbers, whose gradient is multiplied by a factor."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        """The gradient in the numbers, times the factor: the same shape."""
+        return grad * ctx.factor, None

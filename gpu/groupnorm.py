@@ -35,13 +35,25 @@ MOST_COLUMNS = 1024  # of channels: a block has no more threads
 
 def fuse(network: nn.Module, blocks: dict[type, Callable]) -> nn.Module:
     """The same network, whose parts of some classes run a fused form, a function of the part and its inputs; so do all
-    its group normalizations.
+    its group normalizations, and channels become pixels by `shuffle`.
     """
-    forms = blocks | {nn.GroupNorm: lambda norm, x: group_norm(x, norm, silu=False)}
+    forms = blocks | {
+        nn.GroupNorm: lambda norm, x: group_norm(x, norm, silu=False),
+        nn.PixelShuffle: lambda part, x: shuffle(x, part.upscale_factor),
+    }
     for part in network.modules():
         if type(part) in forms:
             part.forward = partial(forms[type(part)], part)
     return network
+
+
+def shuffle(x: Tensor, factor: int) -> Tensor:
+    """`nn.PixelShuffle` of a map (B, C * factor^2, H, W) whose channels are last in memory, and stay so, where torch's
+    would be reordered by all that follow.
+    """
+    x = x.permute(0, 2, 3, 1).unflatten(-1, (-1, factor, factor))              # (B, H, W, C, f, f)
+    x = x.permute(0, 1, 4, 2, 5, 3)                                            # (B, H, f, W, f, C)
+    return x.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 def fused_vae_block(block: nn.Module, x: Tensor) -> Tensor:
@@ -167,22 +179,18 @@ def _compile(vector: int, device: int) -> Kernels | None:
     return None if compiled is None else Kernels(*compiled)
 
 
-class Launch(NamedTuple):
-    """How the kernels are started for a map."""
-    chunks: int
-    where: dict  # grid, block and shared memory
-    pixels: int
+def _launch_of(x: Tensor, vector: int) -> tuple[dict, int, int]:
+    """How the kernels are started for a map: grid, block and shared memory; the chunks of an image; its pixels.
 
-
-def _launch_of(x: Tensor, vector: int) -> Launch:
-    """Columns times rows of threads; as many chunks of an image as keep the GPU busy, but with work for each thread."""
+    Columns times rows of threads; as many chunks as keep the GPU busy, but with work for each thread.
+    """
     batch, channels, height, width = x.shape
     columns = channels // vector
     rows = max(1, THREADS // columns)
     pixels = height * width
     chunks = min(math.ceil(pixels / rows), math.ceil(BLOCKS / batch), MOST_CHUNKS)
     where = {"grid": (chunks, batch, 1), "block": (columns, rows, 1), "shared_mem": 8 * columns * rows}
-    return Launch(chunks, where, pixels)
+    return where, chunks, pixels
 
 
 def _or_null(x: Tensor | None, like: Tensor) -> Tensor:
@@ -199,9 +207,9 @@ class _NormByKernels(torch.autograd.Function):
         # What a gradient will need: the map and its sums, of which the normalization follows again.
         x = x.contiguous(memory_format=torch.channels_last)
         offset = _or_null(bias, x)
-        launch = _launch_of(x, _vector(norm))
-        shape = [launch.pixels, norm.num_groups]
-        sums = x.new_empty(len(x), launch.chunks, norm.num_groups, 2, dtype=torch.float32)
+        where, chunks, pixels = _launch_of(x, _vector(norm))
+        shape = [pixels, norm.num_groups]
+        sums = x.new_empty(len(x), chunks, norm.num_groups, 2, dtype=torch.float32)
         y = torch.empty_like(x)
         ctx.save_for_backward(x, offset, sums)
         ctx.norm, ctx.silu, ctx.compiled = norm, silu, compiled
@@ -210,8 +218,8 @@ class _NormByKernels(torch.autograd.Function):
         # First the sums, then the map.
         given = [x, offset, sums, norm.weight, norm.bias, _or_null(modulation, x), y]
         with kernels.current_device(x.device):
-            compiled.moments(**launch.where, args=[x, offset, sums, *shape])
-            compiled.apply(**launch.where, args=[*given, int(silu), *shape, launch.chunks, norm.eps])
+            compiled.moments(**where, args=[x, offset, sums, *shape])
+            compiled.apply(**where, args=[*given, int(silu), *shape, chunks, norm.eps])
         return y
 
     @staticmethod
@@ -224,17 +232,17 @@ class _NormByKernels(torch.autograd.Function):
         # The same launch as forward, which knows the number of chunks.
         x, offset, sums = ctx.saved_tensors
         norm = ctx.norm
-        launch = _launch_of(x, _vector(norm))
+        where, chunks, pixels = _launch_of(x, _vector(norm))
         grad = grad.contiguous(memory_format=torch.channels_last)
         grad_sums = torch.empty_like(sums)
         grad_x = torch.empty_like(x)
 
         # First the sums, then the map.
         given = [x, offset, sums, norm.weight, norm.bias, grad]
-        tail = [int(ctx.silu), launch.pixels, norm.num_groups, launch.chunks, norm.eps]
+        tail = [int(ctx.silu), pixels, norm.num_groups, chunks, norm.eps]
         with kernels.current_device(x.device):
-            ctx.compiled.gradient_moments(**launch.where, args=[*given, grad_sums, *tail])
-            ctx.compiled.gradient_apply(**launch.where, args=[*given, grad_sums, grad_x, *tail])
+            ctx.compiled.gradient_moments(**where, args=[*given, grad_sums, *tail])
+            ctx.compiled.gradient_apply(**where, args=[*given, grad_sums, grad_x, *tail])
         return grad_x, None, None, None, None, None
 
 
@@ -248,10 +256,10 @@ class _SumByKernel(torch.autograd.Function):
         b = b.contiguous(memory_format=torch.channels_last)
         y = torch.empty_like(a)
         ctx.gated = gate is not None
-        launch = _launch_of(a, math.gcd(a.shape[1], 8))
+        where, _, pixels = _launch_of(a, math.gcd(a.shape[1], 8))
         offsets = _or_null(a_bias, a), _or_null(b_bias, a)
         with kernels.current_device(a.device):
-            compiled.add(**launch.where, args=[a, offsets[0], b, offsets[1], _or_null(gate, a), y, launch.pixels])
+            compiled.add(**where, args=[a, offsets[0], b, offsets[1], _or_null(gate, a), y, pixels])
         return y
 
     @staticmethod

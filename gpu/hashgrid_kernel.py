@@ -25,12 +25,7 @@ RUN = 8                  # points, one behind the other, of a thread in the grad
 
 # The levels as the kernels read them: scale (L,), stride (L, 3), rows (L,), offset (L,), first hashed level.
 Grids = tuple[Tensor, Tensor, Tensor, Tensor, int]
-
-
-class Kernels(NamedTuple):
-    """The kernels of `hashgrid.cu`, compiled for one number of features per level."""
-    forward: Callable
-    backward: Callable
+Kernels = list[Callable]  # `encode_forward` and `encode_backward`, for one number of features per level
 
 
 def kernels_for(x: Tensor, table: Tensor) -> Kernels | None:
@@ -74,8 +69,7 @@ def kernel_options(channels: int) -> list[str]:
 def _compile(channels: int, device: int) -> Kernels | None:
     """The kernels for `channels` features per level on a GPU; None where they cannot be had."""
     names = ("encode_forward", "encode_backward")
-    compiled = compile_kernels(SOURCE, names, kernel_options(channels), device)
-    return None if compiled is None else Kernels(*compiled)
+    return compile_kernels(SOURCE, names, kernel_options(channels), device)
 
 
 class _EncodeByKernels(torch.autograd.Function):
@@ -90,7 +84,7 @@ class _EncodeByKernels(torch.autograd.Function):
         ctx.kernels = kernels
 
         features = x.new_empty(len(x), len(grids[0]) * table.shape[1])
-        _launch(kernels.forward, 1, x, readable(table), grids, features)
+        _launch(kernels[0], 1, x, readable(table), grids, features)
         return features
 
     @staticmethod
@@ -99,7 +93,7 @@ class _EncodeByKernels(torch.autograd.Function):
         """The gradient in the features (N, L * C) -> in the table, of its shape; points have none."""
         x, = ctx.saved_tensors
         table_grad = grad.new_zeros(ctx.table_shape)
-        _launch(ctx.kernels.backward, RUN, x, table_grad, ctx.grids, readable(grad))
+        _launch(ctx.kernels[1], RUN, x, table_grad, ctx.grids, readable(grad))
         return None, table_grad, None, None
 
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from cameras import Scene
-from photographs.capture import normalized, scene_of_layers
-from photographs.reading import Photographs
+from photographs.capture import Photographs, normalized, scene_of_layers
 from photographs.shots import AXES, Convention, Shot, pose
 
 CONVENTIONS = {name.lower(): Convention(flip, False) for name, flip in AXES.items()}

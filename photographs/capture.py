@@ -5,16 +5,15 @@ beside that: the whole masks say what is empty, and whole pictures are measured.
 middle. The lens's distortion is undone at the photograph's own size and intrinsics: what a barrel lens brings in from
 beyond that frame is lost, for a phone 2 % at each border.
 
-Shapes: `V` photographs, `S` side of the square output, `H W` rows and columns of a photograph.
+Shapes: `P` points, `S` side of the square output, `H W` rows and columns of a photograph.
 """
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,14 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from cameras import Scene
+from cameras import Cameras, Scene
 from common.progress import Progress
 from datasets.annotations import date_and_size
 from datasets.crop import MASK_THRESHOLD, Box, box_of_crop, box_of_mask
 from datasets.pictures import LOOK, alpha_mask, inverted, open_picture, pixels, read_mask
 from photographs.normalization import normalization
-from photographs.reading import Photographs
-from photographs.shots import Shot
+from photographs.shots import Convention, Shot, world_to_view
 from volume import MASK_GAP
 
 COVERED = 0.995  # part of a photograph that a mask covers at most
@@ -38,25 +36,57 @@ GRAY = 0.6       # part of a mask that may be neither black nor white, of what i
 
 # ---------------------------------------------------------------------------------------------- what others call
 
-class Capture(NamedTuple):
-    """A folder of photographs as a scene."""
-    scene: Scene               # all photographs, masked, in the normalized world; their names are the files'
-    inputs: list[int] | None   # positions that the files name as inputs; None where they do not say
-    targets: list[int] | None  # likewise
-    source: str                # one line: what was read
-
-
-def load_capture(photographs: Photographs, size: int | None = None, cut: bool = True) -> Capture:
-    """The photographs of a folder, in squares of `size` pixels (None: the longest side of the largest photograph), cut
-    to the object or whole.
-
-    Raises `FileNotFoundError` or `ValueError` with one line on what is missing or broken.
+@dataclass(frozen=True)
+class Photographs:
+    """Photographs of one object with masks and cameras, in the user's world; nothing is decoded before `load`. Views
+    are told by their positions.
     """
-    try:
-        scene = normalized(load_pictures(photographs, size, cut), photographs.points)
-    except ValueError as e:
-        raise ValueError(f"{photographs.folder}: {e}") from None
-    return Capture(scene, photographs.inputs, photographs.targets, photographs.source)
+    folder: Path
+    shots: list[Shot]          # with different names
+    convention: Convention     # of their matrices
+    points: Tensor             # (P, 3) points that COLMAP saw, world, float64; P may be 0
+    source: str = ""           # one line: what was read
+    inputs: list[int] | None = None   # positions that the files name as inputs; None where they do not say
+    targets: list[int] | None = None  # likewise
+    index = 0                  # in a list, which seeds a sequence; they stand in none
+
+    @property
+    def sequence(self) -> str:
+        """What their results are called."""
+        return self.folder.resolve().name
+
+    @property
+    def names(self) -> list[str]:
+        """What the views are called: their files."""
+        return [shot.name for shot in self.shots]
+
+    def at(self, positions: list[int]) -> Photographs:
+        """Some of the photographs, of which none is named as an input or a target."""
+        return replace(self, shots=[self.shots[i] for i in positions], inputs=None, targets=None)
+
+    def settings(self) -> dict:
+        """What they are, as plain data, cameras and points by sixteen hexadecimal digits: equal ones say that nothing
+        has changed. Opens nothing.
+        """
+        points = hashlib.sha256(self.points.numpy().tobytes()).hexdigest()
+        rows = [points, self.inputs, self.targets]
+        for shot in self.shots:
+            numbers = torch.cat([shot.matrix.flatten(), shot.focal, shot.principal, shot.distortion])
+
+            # Pictures by dates and sizes: there may be gigabytes of them.
+            rows += [numbers.tolist(), date_and_size(shot.file), date_and_size(shot.mask)]
+        return {"capture": self.sequence, "pictures": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]}
+
+    def load(self, size: int | None = None, cut: bool = True) -> Scene:
+        """All views in squares of `size` pixels (None: the longest side of the largest photograph), cut to the object
+        or whole, in the normalized world.
+
+        Raises `FileNotFoundError` or `ValueError` with one line on what is missing or broken.
+        """
+        try:
+            return normalized(load_pictures(self, size, cut), self.points)
+        except ValueError as e:
+            raise ValueError(f"{self.folder}: {e}") from None
 
 
 def normalized(scene: Scene, points: Tensor) -> Scene:
@@ -68,21 +98,6 @@ def normalized(scene: Scene, points: Tensor) -> Scene:
     world = normalization(scene.whole or scene, points)
     scene = scene.with_cameras(lambda cameras: world.normalized(cameras).to(torch.float32))
     return replace(scene, world=world)
-
-
-def stamp(photographs: Photographs) -> str:
-    """Sixteen hexadecimal digits of what a capture is read from: cameras, points, dates and sizes of its pictures.
-
-    Equal stamps: nothing has changed since. Opens nothing.
-    """
-    points = hashlib.sha256(photographs.points.numpy().tobytes()).hexdigest()
-    rows = [points, photographs.inputs, photographs.targets]
-    for shot in photographs.shots:
-        numbers = torch.cat([shot.matrix.flatten(), shot.focal, shot.principal, shot.distortion])
-
-        # Pictures by dates and sizes: there may be gigabytes of them.
-        rows += [numbers.tolist(), date_and_size(shot.file), date_and_size(shot.mask)]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -120,9 +135,8 @@ def scene_of_layers(photographs: Photographs, layers: Iterable[Tensor], size: in
 def _scene_of_squares(photographs: Photographs, squares: list[tuple[Tensor, ...]]) -> Scene:
     """The scene of what `_square` gives for each photograph."""
     images, masks, valid, focal, principal = default_collate(squares)
-    cameras = replace(photographs.cameras(), focal=focal, principal=principal)
-    names = [shot.name for shot in photographs.shots]
-    return Scene(images, masks, valid, cameras, names, photographs.folder.resolve().name)
+    R, T = world_to_view(torch.stack([shot.matrix for shot in photographs.shots]), photographs.convention)
+    return Scene(images, masks, valid, Cameras(R, T, focal, principal), photographs.names, photographs.sequence)
 
 
 def object_box(mask: Tensor) -> Box:

@@ -73,8 +73,7 @@ def examine(scene: Scene, convention: Convention = CO3D, whole: bool = False) ->
         raise ValueError("one photograph alone cannot be checked; two or more can")
 
     # The given cameras.
-    scene = scene[evenly_spaced(len(scene), MOST)].to("cpu")
-    scene = replace(scene, cameras=scene.cameras.to(torch.float64))
+    scene = scene[evenly_spaced(len(scene), MOST)].to("cpu").with_cameras(lambda cameras: cameras.to(torch.float64))
     cloud(scene.cameras, f"{scene.sequence}: ")
     views = silhouettes(scene)
     given = misfit(views, scene.cameras)
@@ -82,12 +81,8 @@ def examine(scene: Scene, convention: Convention = CO3D, whole: bool = False) ->
     # Everything else that the cameras could be.
     corner = mask_corners(scene.valid)[:, 0] if whole else None
     tried = _misfits(views, alternatives(scene.cameras, convention, corner), given.total())
-    focal, factor, refocused = _search_focal(views, scene.cameras)
-    vague = focal[1] / focal[0] > VAGUE
-    if vague:
-        tried[f"{FOCAL} {1 / focal[1]:.2g} to {1 / focal[0]:.2g}"] = refocused
-    elif not 1 / SAME_FOCAL < factor < SAME_FOCAL:
-        tried[f"{FOCAL} {1 / factor:.2g}"] = refocused
+    focal, refocused = _search_focal(views, scene.cameras)
+    tried |= refocused
 
     # What cannot be told from the best, which may be the given cameras.
     fits = given.total() < CLEAR
@@ -97,7 +92,7 @@ def examine(scene: Scene, convention: Convention = CO3D, whole: bool = False) ->
 
     # With few views much fits by chance, and a range of focal lengths is no name.
     clear = CLEAR * max(1, ENOUGH / len(scene)) ** FEW
-    sure = given.total() > clear and len(scene) > 2 and not (vague and best.startswith(FOCAL))
+    sure = given.total() > clear and len(scene) > 2 and not (focal[1] / focal[0] > VAGUE and best.startswith(FOCAL))
     mistake = best if explained and sure and len(alike) == 1 else None
 
     # In words.
@@ -125,9 +120,9 @@ def _misfits(views: Silhouettes, candidates: dict, least: float) -> dict:
     return found
 
 
-def _search_focal(views: Silhouettes, cameras: Cameras) -> tuple[tuple[float, float], float, Misfit]:
+def _search_focal(views: Silhouettes, cameras: Cameras) -> tuple[tuple[float, float], dict[str, Misfit]]:
     """The focal length by which the masks fit best, by trying factors: the least and the greatest of those that fit
-    about as well as the best one, their middle, and the misfit of that.
+    about as well as the best one, and the misfit of their middle by the mistake's name, if it is one.
     """
     # From 1 outwards.
     steps = sorted(range(-FOCAL_STEPS, FOCAL_STEPS + 1), key=abs)
@@ -137,8 +132,15 @@ def _search_focal(views: Silhouettes, cameras: Cameras) -> tuple[tuple[float, fl
     # Where many fit about equally well, their middle.
     weights = {step: 1 / (one.total() + LIKE / 10) for step, one in found.items() if _alike(one, best)}
     middle = sum(step * weight for step, weight in weights.items()) / sum(weights.values())
-    span = FOCAL_STEP ** min(weights), FOCAL_STEP ** max(weights)
-    return span, FOCAL_STEP**middle, misfit(views, _refocused(cameras, middle))
+    least, most = FOCAL_STEP ** min(weights), FOCAL_STEP ** max(weights)
+    factor = FOCAL_STEP**middle
+    if most / least > VAGUE:
+        name = f"{FOCAL} {1 / most:.2g} to {1 / least:.2g}"
+    elif 1 / SAME_FOCAL < factor < SAME_FOCAL:
+        return (least, most), {}
+    else:
+        name = f"{FOCAL} {1 / factor:.2g}"
+    return (least, most), {name: misfit(views, _refocused(cameras, middle))}
 
 
 def _refocused(cameras: Cameras, step: float) -> Cameras:

@@ -57,15 +57,14 @@ def normalization(scene: Scene, points: Tensor) -> Similarity:
     # The box around the visual hull (Laurentini 1994), more closely each time: of a grid's cells those whose middle is
     # in the masks. What is so thin that a closer look misses it keeps its first box.
     low, high = center - SEARCH * radius, center + SEARCH * radius
-    coarse = _possible(scene, COARSE)
-    for look in (coarse, fine, fine):
+    for look in (_possible(scene, COARSE), fine, fine):
         cell = (high - low) / GRID
         steps = torch.arange(GRID, dtype=torch.float64) + 0.5
         middles = torch.cartesian_prod(*(low + steps.unsqueeze(1) * cell).T)  # (G * G * G, 3)
         inside = _in_masks(middles, cameras, look)
         if len(inside) > 0:
             low, high = inside.amin(0) - cell, inside.amax(0) + cell
-        elif look is coarse:
+        elif look is not fine:
             raise ValueError("masks and cameras: no part of space lies in every mask; the poses may be in another "
                              "convention (docs/photographs.md), or the masks of something else")
     unit = (high - low).max().item() / 2 / HALF_SIDE

@@ -6,15 +6,16 @@
 
 A mask is a file in masks/, white where the object is, or else the picture's alpha channel.
 
-Nothing is decoded here and nothing is normalized: `capture.py` does that. docs/photographs.md has a table of the axes.
+Nothing is decoded here and nothing is normalized: `Photographs.load` does that. docs/photographs.md has a table of the
+axes.
 
-Shapes: `V` photographs, `P` points.
+Shapes: `P` points.
 """
 from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,8 @@ from cameras import Cameras
 from common import files
 from datasets.pictures import find_file
 from photographs import colmap, transforms
-from photographs.shots import CONVENTIONS, Convention, Frame, Shot, open_shot, world_to_view
+from photographs.capture import Photographs
+from photographs.shots import CONVENTIONS, Frame, Shot, open_shot
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")  # of pictures whose names lack one
 PICTURE_FOLDERS = ("images", "input", ".")  # where the pictures of a COLMAP model lie
@@ -32,40 +34,6 @@ MASK_FOLDERS = ("masks", "mask")
 MASK_NAMES = ("{0}.png", "{1}.png", "{0}", "{1}_mask.png", "mask_{1}.png", "{1}.mask.png")  # IMG_1.jpg; IMG_1
 NO_MASK = ("{}: no mask ({} of {} photographs have none): each needs an alpha channel, or a file {} in {}, white where "
            "the object is; rembg, Segment Anything or GrabCut make such masks")
-
-
-@dataclass(frozen=True)
-class Photographs:
-    """All photographs of a capture, in the user's world."""
-    folder: Path
-    shots: list[Shot]          # with different names
-    convention: Convention     # of the matrices
-    points: Tensor             # (P, 3) points that COLMAP saw, world, float64; P may be 0
-    source: str = ""           # one line: what was read
-    inputs: list[int] | None = None   # positions that the files name as inputs; None where they do not say
-    targets: list[int] | None = None  # likewise
-
-    def matrices(self) -> Tensor:
-        """The poses as the files have them, (V, 4, 4), float64."""
-        return torch.stack([shot.matrix for shot in self.shots])
-
-    def cameras(self, convention: Convention | None = None) -> Cameras:
-        """The cameras (V,), float64, if the matrices are written in a convention (default: the files' own).
-
-        In NDC of the photograph padded to a square about its middle. Lens distortion is not in them.
-        """
-        R, T = world_to_view(self.matrices(), convention or self.convention)
-        focal = torch.stack([shot.focal for shot in self.shots])
-        principal = torch.stack([shot.principal for shot in self.shots])
-        sides = torch.tensor([[shot.width, shot.height] for shot in self.shots], dtype=torch.float64)
-
-        # NDC point left and up, pixels right and down.
-        half = sides.amax(1, keepdim=True) / 2
-        return Cameras(R, T, focal / half, (sides / 2 - principal) / half)
-
-    def at(self, positions: list[int]) -> Photographs:
-        """Some of the photographs, of which none is named as an input or a target."""
-        return replace(self, shots=[self.shots[i] for i in positions], inputs=None, targets=None)
 
 
 def read_capture(folder: str | Path) -> Photographs:

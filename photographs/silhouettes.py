@@ -113,8 +113,7 @@ def clearance(views: Silhouettes, cameras: Cameras, view: int, points: Tensor) -
 
     def heights(x: Tensor) -> Tensor:
         """How far points (J, P, 3) in view coordinates are on the right side of each plane: (J, P, 5)."""
-        across = x[..., :2]
-        along = x[..., 2:]
+        across, along = x.split([2, 1], -1)
         return torch.cat([across - low * along, high * along - across, along], -1)
 
     # A ray is on the right side of each before a depth, or beyond one. Rays that are left no depth meet nothing.

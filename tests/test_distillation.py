@@ -80,7 +80,7 @@ def test_the_algorithm_alternates_and_bootstraps_first():
     assert all(0.2 <= level < 1 for level in model.noise_levels) and len(set(model.noise_levels)) == 3
     assert model.sampler == SHORT.sampler
     assert all(not x.requires_grad and x.shape == (1, 3, 32, 32) for x in model.images)
-    steps = [int(s["step"]) for s in work.optimization.state_dict()["state"].values()]
+    steps = [int(s["step"]) for s in work.adam.state_dict()["state"].values()]
     # Two updates an iteration, only one of which sees an input's exposure.
     assert steps[-1] == 6 and set(steps[:-1]) == {12}
     assert work.completed == 6
@@ -124,12 +124,12 @@ def test_without_a_prior_only_the_input_views_are_seen():
     work = Distillation(ball(2, 32), SHORT, 7)
     work.bootstrap_loss = work.distillation_loss = None
     work.run()
-    assert {int(s["step"]) for s in work.optimization.state_dict()["state"].values()} == {6}
+    assert {int(s["step"]) for s in work.adam.state_dict()["state"].values()} == {6}
 
 
 def rates(work):
     """The present learning rates."""
-    return [group["lr"] for group in work.optimization.adam.param_groups]
+    return [group["lr"] for group in work.adam.param_groups]
 
 
 def test_learning_rates_fall_to_the_last_iteration():
@@ -148,7 +148,7 @@ def test_learning_rates_can_be_constant():
         work.step = lambda iteration: None
         work.completed, work.loss = iteration, torch.zeros(())
         work.run()
-        assert rates(work) == work.optimization.peak_rates
+        assert rates(work) == work.adam.peak_rates
 
 
 @pytest.mark.parametrize("term, broken", [("input", 2), ("query", 2), ("input", 3), ("query", 4), ("query", 0)])
@@ -182,7 +182,7 @@ def test_losses_are_not_read_in_every_iteration(monkeypatch):
     for every, looks in ((10, [9, 16, 19, 24]), (16, [15, 16, 24]), (1000, [16, 24])):
         config = replace(SHORT, iterations=24, occupancy_every=every, bootstrap=3)
         work, seen = Distillation(ball(2, 32), config, 7), []
-        monkeypatch.setattr(work.optimization, "check_losses", lambda: seen.append(work.completed))
+        monkeypatch.setattr(work, "check_losses", lambda: seen.append(work.completed))
         work.run()
         assert seen == looks
 
@@ -211,7 +211,7 @@ def test_gradient_of_the_distillation_loss_by_hand():
     loss = work.distillation_loss(work.sample_query(first, work.denoise_ahead(first)[first]))
     loss.backward()
     x, silhouette, n = seen.detach()[:, :3], seen.detach()[:, 3:], 3 * 32 * 32
-    prior, weight = SHORT.weight_prior(len(work.inputs)), distillation.fusion_weight(model.noise_levels[0])
+    prior, weight = SHORT.prior_weight(len(work.input_views)), distillation.fusion_weight(model.noise_levels[0])
     expected = weight * torch.ones_like(x) / n + SHORT.weight_perceptual * 2 * (x - x / 2) / n  # sign(x - x / 2) = 1
     expected = prior * expected
     parity.assert_close(seen.grad[:, :3], expected, rtol=1e-4, atol=1e-9)
@@ -234,7 +234,7 @@ def test_bootstrap_target():
     seen = seen * torch.tensor([1, 1, 1, 0.0]).reshape(1, 4, 1, 1)  # empty where the mask is 1
     work = at_query(model, seen)
     loss = work.bootstrap_loss(work.sample_eft_target(last))
-    weight = SHORT.weight_prior(len(work.inputs))
+    weight = SHORT.prior_weight(len(work.input_views))
     parity.assert_close(loss, weight * (math.sqrt(101) - 1) * 0.1 + SHORT.weight_opacity * 0.1, rtol=1e-4)
 
 
@@ -251,8 +251,8 @@ def test_the_eft_image_is_aligned_to_the_rays():
 def test_weight_of_the_prior():
     """All of it where the views are no more than it is worth."""
     config = replace(SHORT, prior_views=1.5)
-    assert [config.weight_prior(views) for views in (1, 2, 6, 24)] == [1, 0.75, 0.25, 0.0625]
-    assert replace(SHORT, prior_views=0.0).weight_prior(24) == 1 == PRESETS["paper"].weight_prior(24)
+    assert [config.prior_weight(views) for views in (1, 2, 6, 24)] == [1, 0.75, 0.25, 0.0625]
+    assert replace(SHORT, prior_views=0.0).prior_weight(24) == 1 == PRESETS["paper"].prior_weight(24)
 
 
 def test_no_gradient_through_the_denoiser():
@@ -264,7 +264,7 @@ def test_no_gradient_through_the_denoiser():
     assert not x_hat.requires_grad and 0 <= x_hat.min() and x_hat.max() <= 1 and x_hat.std() > 0
     work = Distillation(ball(2, 32), replace(SHORT, lr_exposure=0.0), 7, guide)
     work.run()  # the field's update must not need the prior's gradients either: it is the only thing that moves
-    moved = {p for g in work.optimization.adam.param_groups for p in g["params"]}
+    moved = {p for g in work.adam.param_groups for p in g["params"]}
     assert moved == {work.exposures.log_gains, *work.field.parameters()}
     assert not work.exposures.log_gains.any()  # its learning rate is 0 here
 
@@ -426,7 +426,7 @@ def test_blur():
     parity.assert_close(work.colors[0, :, row, 16], scene.images[0][:, *square].mean((1, 2)), rtol=1e-5)
     parity.assert_close(work.masks[0, 0, row, 16], scene.masks[0, 0][square].mean(), rtol=1e-5)
     assert torch.equal(plain.colors, scene.images) and torch.equal(plain.masks, scene.masks)
-    assert torch.equal(work.inputs.masks, scene.masks)
+    assert torch.equal(work.input_views.masks, scene.masks)
     assert torch.equal(work.occupancy.possible, plain.occupancy.possible)
     padded = replace(scene, valid=scene.valid.clone())
     padded.valid[..., 15:, :] = 0  # what nothing shows counts nowhere
@@ -439,28 +439,38 @@ def test_blur():
         assert ((batch.mask > 0.01) & (batch.mask < 0.99)).any()
 
 
-@pytest.mark.parametrize("side", [1, 3])
-def test_scattered_pixels_are_those_of_the_photographs(side):
-    """Each ray of a pixel passes within it, through its view's camera; what a photograph does not show is left out."""
+def test_scattered_pixels_are_those_of_the_photographs():
+    """A ray passes through the middle of its pixel, from its view's camera; what a photograph does not show is left
+    out.
+    """
     scene = ball(3, 32)
     valid = scene.valid.clone()
     valid[:, :, :, 20:] = 0
-    config = replace(SHORT, input_pixels=200, pixel_side=side)
-    work = Distillation(replace(scene, valid=valid), config, 7)
+    work = Distillation(replace(scene, valid=valid), replace(SHORT, input_pixels=200), 7)
     batch = work.sample_input(0)
-    rays = side**2
-    assert batch.rays.o.shape == (200 * rays, 3) and batch.color.shape == (200, 3)
+    assert batch.rays.o.shape == (200, 3) and batch.color.shape == (200, 3)
     assert set(batch.view.tolist()) == {0, 1, 2}
-    view = batch.view.repeat_interleave(rays)
-    xy, _ = scene.cameras[view].project((batch.rays.o + 3 * batch.rays.d)[:, None])
-    pixel = ((1 - xy[:, 0]) * 16).floor().long()
-    column, row = pixel.unbind(-1)
-    assert (column < 20).all()
+    xy, _ = scene.cameras[batch.view].project((batch.rays.o + 3 * batch.rays.d)[:, None])
+    position = (1 - xy[:, 0]) * 16
+    column, row = position.floor().long().unbind(-1)
+    assert (column < 20).all() and (position - position.floor() - 0.5).abs().amax() < 1e-3
     for images, expected in ((scene.images, batch.color), (scene.masks, batch.mask)):
-        parity.assert_close(images[view, :, row, column], expected.repeat_interleave(rays, 0), atol=1e-6)
-    center = ((1 - xy[:, 0]) * 16 - 0.5 - pixel).abs().amax()
-    assert (center < 1e-3) == (side == 1)
+        parity.assert_close(images[batch.view, :, row, column], expected, atol=1e-6)
     assert work.input_loss(batch).isfinite() and not torch.equal(work.sample_input(1).color, batch.color)
+
+
+def test_scattered_pixels_are_those_that_see_the_hull():
+    """All of the object's pixels, and none whose ray meets only cells that the masks have ruled out."""
+    scene = ball(3, 32)
+    work = Distillation(scene, replace(SHORT, input_pixels=200, field=replace(SHORT.field, occupancy_cells=64)), 7)
+    chosen = torch.zeros(scene.masks.numel(), dtype=torch.bool)
+    chosen[work.valid_pixels] = True
+    chosen = chosen.view_as(scene.masks)
+    assert chosen[scene.masks > 0.5].all() and chosen.sum() < 2 * (scene.masks > 0.5).sum() < chosen.numel()
+    for view in range(3):
+        rest = (~chosen[view, 0]).flatten().nonzero().squeeze(-1)
+        o, d = scene.cameras[view].rays(pixel_grid(32, 32)[rest])
+        assert volume.render(work.field, o, d, None, work.occupancy).opacity.abs().max() == 0
 
 
 def test_what_no_photograph_shows_teaches_nothing():
@@ -476,14 +486,3 @@ def test_what_no_photograph_shows_teaches_nothing():
     work.input_loss(batch).backward()
     taught = seen.grad.abs().sum(1) > 0
     assert torch.equal(taught, batch.valid[:, 0] > 0)
-
-
-def test_a_pixel_is_the_mean_of_its_rays():
-    work = Distillation(ball(2, 32), replace(SHORT, input_pixels=4, pixel_side=2), 7)
-    batch = work.sample_input(0)
-    seen = torch.rand(16, 4, generator=torch.Generator().manual_seed(0))
-    work.render = lambda rays: volume.Rendering(seen[:, :3], seen[:, 3], None)
-    mean = seen.reshape(4, 4, 4).mean(1)
-    loss = distillation.photometric_loss(mean[:, :3], mean[:, 3:], batch.color, batch.mask)
-    loss = loss + SHORT.weight_opacity * distillation.opacity_loss(mean[:, 3:])
-    parity.assert_close(work.input_loss(batch), loss, rtol=1e-5)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import distillation
-import metrics
 from distillation import DistillConfig
 from tests.support import parity
 
@@ -20,8 +19,8 @@ def test_losses_parity():
     close(loss(f["in_rgb"], f["in_sil"], f["in_rgb"], f["in_mask"]).reshape(1), f["out_sil_err"])
     weighted = loss(f["in_render"], f["in_sil"], f["in_rgb"], f["in_mask"], 0.25).reshape(1)
     weight = 0.25 + 0.75 * f["in_mask"]
-    color = metrics.pseudo_huber(f["in_render"] - f["in_rgb"])
-    silhouette = metrics.pseudo_huber(f["in_sil"] - f["in_mask"])
+    color = distillation.pseudo_huber(f["in_render"] - f["in_rgb"])
+    silhouette = distillation.pseudo_huber(f["in_sil"] - f["in_mask"])
     close(weighted, ((weight * color).mean() + (weight * silhouette).mean()).reshape(1))
     black = torch.zeros_like(f["in_mask"])
     alone = loss(f["in_render"], f["in_sil"], f["in_rgb"], black, 0.25)  # nothing but background

@@ -47,7 +47,6 @@ from common import cli
 from datasets import annotations, co3d, protocol
 from distillation import DistillConfig
 from photographs.arrays import scene_from_arrays
-from photographs.capture import load_capture
 from photographs.reading import read_capture
 from presets import PRESETS
 from reconstruction import reconstruct
@@ -59,13 +58,13 @@ CASES = 420
 LONGEST = {"command": 640, "loader": 320}  # characters of a message, the names of folders apart
 SECONDS = 20    # of a case, at most
 QUICK = ["--set", "iterations=1", "bootstrap=1", "viewpoints=1", "render_size=16", "mesh_resolution=8",
-         "turntable_frames=1", "plms_steps=1", "sample_steps=1", "field.levels=2", "samples_per_ray=8",
+         "turntable_frames=1", "denoise_steps=1", "sample_steps=1", "field.levels=2", "samples_per_ray=8",
          "occupancy_cells=8", "log2_hashmap_size=8"]
 DISTILL = ["--root", "tree", "--category", "things", "--protocol", "all", "--weights", "tiny.pt", "--device", "cpu",
            "--feature-net", "net.pt", "--targets", "1", "--out", "out", *QUICK]
 TRAIN = ["vae", "--root", "tree", "--category", "things", "--out", "out/vae.pt", "--steps", "1", "--frames", "2",
          "--device", "cpu", "--set", "batch=1", "image_size=16", "vae.widths=8,8", "vae.groups=4", "vae.blocks=1"]
-LITTLE = replace(PRESETS["plain"], iterations=1, bootstrap=0, image_size=16, input_pixels=16, pixel_side=1,
+LITTLE = replace(PRESETS["plain"], iterations=1, bootstrap=0, image_size=16, input_pixels=16,
                  turntable_frames=2,
                  field=replace(small.FIELD, levels=1, log2_hashmap_size=8, samples_per_ray=8, occupancy_cells=16))
 COMMANDS = {"distill": distill.main, "evaluate": evaluate.main, "train": train.main, "check": check.main,
@@ -400,9 +399,9 @@ def read_photographs(rng, home):
     often = rng.random() < 0.3
 
     def call():
-        capture = load_capture(read_capture(home), 24)
+        scene = read_capture(home).load(24)
         if often:
-            look(capture.scene)
+            look(scene)
     return what, call
 
 
@@ -431,8 +430,8 @@ def read_list(rng, home):
     what = mutate_file(rng, home / "list.json")
 
     def call():
-        for entry in protocol.read_list(home / "list.json")[:2]:
-            co3d.load_sequence(home / "tree", entry.category, entry.sequence, 16, entry.frames)
+        for sequence in protocol.read_list(home / "list.json", home / "tree")[:2]:
+            sequence.load(16)
     return what, call
 
 

@@ -37,9 +37,9 @@ def test_the_paper_preset_has_the_released_numbers():
                                                                         importance_samples=0))
     assert paper == released
     assert (paper.betas, paper.eps, paper.final_lr_fraction) == ((0.9, 0.999), 1e-8, 1)
-    assert (paper.sampler.plms_steps, paper.sampler.sample_steps) == (50, 500)
+    assert (paper.sampler.denoise_steps, paper.sampler.sample_steps) == (50, 500)
     nano, plain = presets.PRESETS["nano"], presets.PRESETS["plain"]
-    assert (nano.sampler.solver, nano.sampler.plms_steps, nano.denoise_batch) == ("dpmpp", 2, 8)
+    assert (nano.sampler.solver, nano.sampler.denoise_steps, nano.denoise_batch) == ("dpmpp", 2, 8)
     assert (plain.blur, plain.field.view_degree, nano.blur, nano.field.view_degree) == (3, 4, 1, 0)
     assert max(paper.denoise_batch, nano.denoise_batch) <= graphs.SIZES[-1]  # or a GPU would divide a batch
     for name, fraction in (("nano", 0.1), ("plain", 0.05)):
@@ -57,22 +57,27 @@ def test_the_released_settings_fit_every_preset(preset):
     assert all(getattr(config, name) == getattr(paper, name) for name in same)
     assert not config.field.hashed and not config.field.carve and config.eft_train_mode and config.metrics_on_inputs
     assert config.sampler.ancestral and config.sampler.unnoised_start
-    assert (config.sampler.solver, config.sampler.plms_steps, config.sampler.sample_steps) == ("plms", 50, 500)
+    assert (config.sampler.solver, config.sampler.denoise_steps, config.sampler.sample_steps) == ("plms", 50, 500)
     assert vldm.start_time(0.99, config.sampler) == 1
     assert (config.iterations, config.lr_grid) == (preset.iterations, preset.lr_grid)
     assert (config.denoise_batch, config.input_pixels, config.picture_side, config.field.view_degree) == (1, 0, 1, 0)
     assert config.fitted(100) == replace(config, iterations_per_view=0)
 
 
-def test_more_photographs_bear_a_finer_field():
+def test_more_and_larger_photographs_bear_a_finer_field():
     plain = presets.PRESETS["plain"]
     assert plain.fitted(2) == plain.fitted(12) == replace(plain, reference_views=0, iterations_per_view=0)
+    assert replace(plain, image_size=800).fitted(12).field == plain.field
     many = plain.fitted(100)
-    assert (many.field.finest_resolution, many.iterations, many.blur) == (800, 15080, 1)
-    assert many.field.samples_per_ray > 2 * plain.field.samples_per_ray and many.field.occupancy_cells == 128
-    assert many.pixel_side == 2 and many.input_pixels * 2 == plain.input_pixels and many.fitted(100) == many
+    assert (many.field.finest_resolution, many.iterations, many.blur) == (800, 6720, 1)
+    assert (many.field.samples_per_ray, many.field.bins_per_ray, many.field.occupancy_cells) == (64, 256, 139)
+    assert many.input_pixels == 2 * plain.input_pixels and many.fitted(100) == many
     assert plain.fitted(1000).iterations == plain.iterations + distillation.MOST_FURTHER
+    assert replace(plain, image_size=128).fitted(100).field == many.field
+    large = replace(plain, image_size=1024).fitted(100)
+    assert (large.field.finest_resolution, large.field.samples_per_ray, large.iterations) == (2048, 128, 12440)
+    assert large.field.log2_hashmap_size == many.field.log2_hashmap_size + 2
     short = plain.with_iterations(800).fitted(100)  # what is asked for stays
-    assert (short.iterations, short.field, short.pixel_side) == (800, many.field, 1)
+    assert (short.iterations, short.field, short.input_pixels) == (800, many.field, many.input_pixels)
     nano = presets.PRESETS["nano"]
     assert nano.fitted(100) == nano

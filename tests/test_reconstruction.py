@@ -259,16 +259,6 @@ def half_done(tmp_path_factory):
     return torch.load(file, weights_only=True)
 
 
-def test_a_longer_run_may_have_more_rays_a_pixel():
-    """As many photographs get from some number of iterations on; anything else still makes it another run."""
-    plain = PRESETS["plain"]
-    short, long = (asdict(config.fitted(100)) for config in (plain.with_iterations(900), plain))
-    assert short["pixel_side"] != long["pixel_side"]
-    assert differences({"config": short}, {"config": long}, extend=True) == ""
-    assert differences({"config": long}, {"config": short}, extend=True)
-    assert differences({"config": short | {"blur": 7}}, {"config": long}, extend=True)
-
-
 def test_a_visual_hull_is_seen_wherever_the_object_is():
     """From cameras of the world, in their own axes: every pixel of every mask, and not much else. The object is not
     where all axes meet.

@@ -7,6 +7,7 @@ import torch
 
 import unet
 from checkpoints import released
+from gpu import groupnorm
 from gpu.graphs import half_copy
 from tests.support import parity
 from unet import UNet, UNetConfig
@@ -134,8 +135,8 @@ def test_half_precision_copy_is_close_and_leaves_the_network_alone(small):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_pixel_shuffle_is_torchs_and_keeps_the_layout(noise, layout):
+def test_shuffle_is_torchs_with_channels_last(noise, layout):
     x = noise(2, 12, 3, 5)().contiguous(memory_format=layout)
-    y = unet.PixelShuffle()(x)
+    y = groupnorm.shuffle(x, 2)
     assert torch.equal(y, torch.nn.PixelShuffle(2)(x))
-    assert y.is_contiguous(memory_format=layout)
+    assert y.is_contiguous(memory_format=torch.channels_last)

@@ -140,7 +140,7 @@ def test_plms_from_noise_samples_the_data(gaussian, noise, mu, s):
 
 def first_order(denoiser, z, level, steps):
     """DDIM without noise (Song et al. 2021, Eq. 12)."""
-    log_snrs = vldm.schedule([level], SamplerConfig(plms_steps=steps))[0][:, 0].double()
+    log_snrs = vldm.schedule([level], SamplerConfig(denoise_steps=steps))[0][:, 0].double()
     for a, b in zip(log_snrs, log_snrs[1:]):
         eps = denoiser.predict_noise(z, a)
         alpha, sigma = alpha_sigma(b)
@@ -156,7 +156,7 @@ def test_plms_follows_the_exact_path_closer_than_first_order_steps(gaussian, noi
     eps = noise(5000, 1, seed=2, dtype=torch.float64)()
     z = alpha * x0 + sigma * eps
     exact = mu + s * (z - alpha * mu) / (alpha**2 * s**2 + sigma**2).sqrt()  # where the probability flow takes z
-    x = vldm.denoise(gaussian(mu, s), x0, [level] * 5000, lambda: eps, SamplerConfig(plms_steps=steps))
+    x = vldm.denoise(gaussian(mu, s), x0, [level] * 5000, lambda: eps, SamplerConfig(denoise_steps=steps))
     simple = first_order(gaussian(mu, s), z, level, steps)
     error, baseline = ((result - exact).pow(2).mean().sqrt() / s for result in (x, simple))
     assert error < 0.25 * baseline and error < (0.03 if steps > 5 else 0.01)
@@ -165,14 +165,14 @@ def test_plms_follows_the_exact_path_closer_than_first_order_steps(gaussian, noi
 def test_plms_draws_once_and_the_released_one_at_every_step(gaussian):
     count = []
     randn = lambda: count.append(1) or torch.zeros(1, 1)
-    n = len(trajectory(gaussian(0, 1), torch.zeros(1, 1), 0.3, randn, plms_steps=20))
+    n = len(trajectory(gaussian(0, 1), torch.zeros(1, 1), 0.3, randn, denoise_steps=20))
     assert (n, len(count)) == (12, 1)
-    trajectory(gaussian(0, 1), torch.zeros(1, 1), 0.3, randn, plms_steps=20, ancestral=True)
+    trajectory(gaussian(0, 1), torch.zeros(1, 1), 0.3, randn, denoise_steps=20, ancestral=True)
     assert len(count) == 1 + 1 + 12  # start, Euler trial, every step but the last
 
 
 @pytest.mark.parametrize("level, n", [(0.0, 0), (0.009, 0), (0.011, 1), (0.29, 28), (0.5, 50), (0.989, 50), (1.0, 50)])
-def test_number_of_plms_steps(gaussian, noise, level, n):
+def test_number_of_denoise_steps(gaussian, noise, level, n):
     """Double precision, left to right: 0.29 gives 28. One step suffices; below 0.01 the start is the result."""
     x0, randn = torch.zeros(1, 4, 2, 2), noise(1, 4, 2, 2)
     steps = trajectory(gaussian(0, 1), x0, level, randn)
@@ -185,7 +185,7 @@ def test_number_of_plms_steps(gaussian, noise, level, n):
 @pytest.mark.parametrize("level", [0.0, 0.005, 0.2, 0.49, 0.5, 0.97, 0.98, 1.0])
 @pytest.mark.parametrize("ancestral", [False, True])
 def test_one_step_is_one_call_and_its_clean_estimate(gaussian, noise, level, ancestral):
-    sampler = SamplerConfig(plms_steps=1, t_start=0.98, ancestral=ancestral)
+    sampler = SamplerConfig(denoise_steps=1, t_start=0.98, ancestral=ancestral)
     best = gaussian(0.3, 0.7)
     best.clip = 5.0
     x0 = 0.3 + 0.7 * noise(3, 4, 2, 2, seed=1)()
@@ -205,7 +205,7 @@ def test_one_step_is_one_call_and_its_clean_estimate(gaussian, noise, level, anc
 
 
 def test_higher_levels_are_lowered_to_where_sampling_starts(gaussian, noise):
-    x0, sampler = torch.full((1, 4, 2, 2), 0.5), SamplerConfig(plms_steps=10, t_start=0.98)
+    x0, sampler = torch.full((1, 4, 2, 2), 0.5), SamplerConfig(denoise_steps=10, t_start=0.98)
     below, at, above, highest = (vldm.denoise(gaussian(0, 1), x0, [level], noise(1, 4, 2, 2), sampler)
                                  for level in (0.97, 0.98, 0.995, 1.0))
     assert torch.equal(at, above) and torch.equal(at, highest) and not torch.equal(at, below)
@@ -236,7 +236,7 @@ def error_of(solver, steps, gaussian, noise, level=0.9):
     end_alpha, end_sigma = alpha_sigma(cosine_log_snr(torch.zeros(())).double())
     spread = ((end_alpha**2 * s**2 + end_sigma**2) / (alpha**2 * s**2 + sigma**2)).sqrt()
     exact = end_alpha * mu + spread * (z - alpha * mu)
-    sampler = SamplerConfig(solver=solver, plms_steps=steps)
+    sampler = SamplerConfig(solver=solver, denoise_steps=steps)
     x = vldm.denoise(gaussian(mu, s), x0, [level] * 2000, lambda: eps, sampler)
     return float((x - exact).pow(2).mean().sqrt() / s)
 
@@ -257,14 +257,14 @@ def test_second_order_is_closer_than_first(gaussian, noise):
 @pytest.mark.parametrize("solver, steps", [("ddim", 80), ("dpmpp", 20)])
 @pytest.mark.parametrize("mu, s", [(0.5, 1.0), (-1.0, 0.4)])
 def test_solvers_sample_the_data_from_noise(gaussian, noise, solver, steps, mu, s):
-    x = trajectory(gaussian(mu, s), None, 0.98, noise(20000, 1), solver=solver, plms_steps=steps)[-1].latent
+    x = trajectory(gaussian(mu, s), None, 0.98, noise(20000, 1), solver=solver, denoise_steps=steps)[-1].latent
     assert abs(x.mean() - mu) < 0.03 * s and abs(x.std() / s - 1) < 0.03
 
 
 @pytest.mark.parametrize("solver, calls", [("plms", 11), ("ddim", 10), ("dpmpp", 10)])
 def test_calls_of_a_solver(gaussian, noise, solver, calls):
     best = gaussian(0, 1)
-    sampler = SamplerConfig(solver=solver, plms_steps=10)
+    sampler = SamplerConfig(solver=solver, denoise_steps=10)
     vldm.denoise(best, torch.zeros(2, 4, 2, 2), [0.9, 0.9], noise(2, 4, 2, 2), sampler)
     assert [len(z) for z, _, _ in best.calls] == [2] * calls
 
@@ -272,12 +272,12 @@ def test_calls_of_a_solver(gaussian, noise, solver, calls):
 @pytest.mark.parametrize("level, plms, others", [(0.0, 0, 0), (0.04, 0, 1), (0.06, 1, 2), (0.3, 6, 6), (0.5, 10, 10)])
 def test_plms_rounds_its_steps_down_and_the_others_up(level, plms, others):
     for solver, steps in (("plms", plms), ("ddim", others), ("dpmpp", others)):
-        assert vldm.schedule([level], SamplerConfig(solver=solver, plms_steps=10))[1] == [steps]
+        assert vldm.schedule([level], SamplerConfig(solver=solver, denoise_steps=10))[1] == [steps]
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp"])
 def test_solvers_in_log_snr_start_where_it_ends(gaussian, noise, solver):
-    x0, sampler = torch.full((1, 4, 2, 2), 0.5), SamplerConfig(solver=solver, plms_steps=4)
+    x0, sampler = torch.full((1, 4, 2, 2), 0.5), SamplerConfig(solver=solver, denoise_steps=4)
     below, at, highest = (vldm.denoise(gaussian(0, 1), x0, [level], noise(1, 4, 2, 2), sampler)
                           for level in (0.98, 0.99, 1.0))
     assert torch.equal(at, highest) and not torch.equal(at, below)
@@ -297,7 +297,8 @@ def test_dpmpp_extrapolates_linearly_in_log_snr():
 def test_clean_latents_stay_within_the_clip(noise, solver):
     """Extrapolated ones, too."""
     denoiser = Analytic(lambda z, log_snr: -4 * z * log_snr.sin().reshape(-1, 1, 1, 1), clip=2.0)
-    steps = trajectory(denoiser, 3 * noise(2, 4, 2, 2)(), 0.9, noise(2, 4, 2, 2), solver=solver, plms_steps=7, clip=2.0)
+    numbers = {"solver": solver, "denoise_steps": 7, "clip": 2.0}
+    steps = trajectory(denoiser, 3 * noise(2, 4, 2, 2)(), 0.9, noise(2, 4, 2, 2), **numbers)
     assert all(step.x0.abs().max() <= 2 for step in steps) and any(step.x0.abs().max() == 2 for step in steps)
 
 
@@ -307,10 +308,10 @@ LEVELS = [1.0, 0.7, 0.31, 0.12, 0.02]  # 10, 10, 6, 2 and 0 steps of PLMS
 
 
 @pytest.mark.parametrize("numbers", [{"solver": "plms"}, {"solver": "ddim"}, {"solver": "dpmpp"}, {"ancestral": True},
-                                     {"unnoised_start": True}, {"plms_steps": 1}], ids=str)
+                                     {"unnoised_start": True}, {"denoise_steps": 1}], ids=str)
 def test_images_of_a_batch_do_not_mix(gaussian, noise, numbers):
     """Each image as if it were alone, whatever the others' levels."""
-    sampler = SamplerConfig(**{"plms_steps": 10} | numbers)
+    sampler = SamplerConfig(**{"denoise_steps": 10} | numbers)
     x0, draws = noise(5, 4, 2, 2, seed=1)(), [noise(5, 4, 2, 2, seed=2 + i)() for i in range(12)]
     together = vldm.denoise(gaussian(0.2, 0.7), x0, LEVELS, replay(draws), sampler)
     for i, level in enumerate(LEVELS):
@@ -321,14 +322,14 @@ def test_images_of_a_batch_do_not_mix(gaussian, noise, numbers):
 
 def test_an_image_that_is_done_leaves_the_batch(gaussian, noise):
     best = gaussian(0, 1)
-    vldm.denoise(best, noise(5, 4, 2, 2)(), LEVELS, noise(5, 4, 2, 2), SamplerConfig(plms_steps=10))
+    vldm.denoise(best, noise(5, 4, 2, 2)(), LEVELS, noise(5, 4, 2, 2), SamplerConfig(denoise_steps=10))
     assert [len(z) for z, _, _ in best.calls] == [4, 4, 4] + [3] * 4 + [2] * 4
 
 
 @pytest.mark.parametrize("solver", ["plms", "ddim", "dpmpp"])
 def test_images_come_in_any_order(gaussian, noise, solver):
     """The network is told whose latents it sees."""
-    sampler = SamplerConfig(solver=solver, plms_steps=10)
+    sampler = SamplerConfig(solver=solver, denoise_steps=10)
     x0, draw, order = noise(5, 4, 2, 2, seed=1)(), noise(5, 4, 2, 2)(), [3, 0, 4, 2, 1]
     shift = torch.arange(5.0)
 

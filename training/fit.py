@@ -19,7 +19,7 @@ from common import files
 from common.processes import Interrupted, uninterruptible
 from common.progress import Progress
 from common.settings import differences
-from gpu.update import load_adam
+from gpu.update import check_moments
 
 NEVER = 2**62    # a step that no training reaches
 DROPOUT = 2**40  # between the seeds of dropout and of all else
@@ -95,7 +95,8 @@ class Fit:
             files.check_weights(state["module"], self.module)
             files.check_weights(state["average"], self.module)
             self.module.load_state_dict(state["module"])
-            load_adam(self.optimizer, state["optimizer"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            check_moments(self.optimizer)
             for name, x in self.average.items():
                 x.copy_(state["average"][name])
             self.completed = range(self.config.steps + 1)[state["completed"]]

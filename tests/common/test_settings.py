@@ -32,3 +32,9 @@ def test_more_iterations_resume_fewer():
     assert differences(longer, SHORT, extend=True) and differences(SHORT, changed(bootstrap=1), extend=True)
     assert differences(SHORT, longer | {"seed": 2}, extend=True)
     assert differences({}, longer, extend=True)
+
+
+def test_settings_of_an_earlier_name_are_the_same():
+    before, now, other = (changed(sampler=x) for x in ({"plms_steps": 2}, {"denoise_steps": 2}, {"denoise_steps": 4}))
+    assert differences(before, now) == ""
+    assert differences(before, other) == "config differ: config.sampler.denoise_steps is 2 there, 4 here"

@@ -56,11 +56,11 @@ def test_nothing_left(tmp_path):
 def test_lists_survive_a_file(tree, tmp_path):
     entries = protocol.paper_list(tree, "things")
     protocol.save_list(entries, tmp_path / "list.json")
-    assert protocol.read_list(tmp_path / "list.json") == entries
+    assert protocol.read_list(tmp_path / "list.json", tree) == entries
     for content in ("{}", "[]", "[1]", "x", json.dumps([{"category": "things"}])):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(ValueError, match="bad.json"):
-            protocol.read_list(tmp_path / "bad.json")
+            protocol.read_list(tmp_path / "bad.json", tree)
 
 
 def test_the_shipped_sample_follows_it():

@@ -10,7 +10,7 @@ from PIL import Image
 
 import distill
 import sparsefusion
-from evaluation.sources import OwnPhotographs, choose_targets
+from evaluation.views import choose_targets
 from photographs import examine
 from photographs.reading import read_capture
 from presets import PRESETS
@@ -149,7 +149,7 @@ def test_flags_decide_about_the_prior(shoot, tiny_weights, tmp_path, capsys):
 def choice(folder, *flags):
     """Names of the inputs and of the targets that the flags give."""
     args = distill.parser().parse_args(["--capture", str(folder), *flags])
-    source = OwnPhotographs(read_capture(folder))
+    source = read_capture(folder)
     inputs = distill.choose_photographs(source, args)
     targets = choose_targets(source, [source.names.index(name) for name in inputs], args.targets, False)
     return list(inputs), [source.names[i] for i in targets]

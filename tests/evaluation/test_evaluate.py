@@ -1,5 +1,4 @@
 """Evaluation: the protocol whatever the workers and the order, what is taken up, what is left out, tables."""
-import dataclasses
 import itertools
 import json
 import os
@@ -24,7 +23,7 @@ from tests.support.small import SHORT, tiny_model
 SAMPLE = Path(__file__).resolve().parents[2] / "sample" / "co3d"
 METHODS = ["nearest", "ngp", "eft", "vldm", "sparsefusion"]
 QUICK = ["--set", "iterations=2", "bootstrap=1", "viewpoints=1", "render_size=16", "mesh_resolution=8",
-         "turntable_frames=0", "plms_steps=1", "sample_steps=1", "field.levels=2", "samples_per_ray=8",
+         "turntable_frames=0", "denoise_steps=1", "sample_steps=1", "field.levels=2", "samples_per_ray=8",
          "occupancy_cells=8", "log2_hashmap_size=8"]
 
 
@@ -38,7 +37,7 @@ def run(tmp_path, monkeypatch):
     made, make = [], run_instance
 
     def noted(instance, *args, **options):
-        made.append((instance.source.name, instance.seed))
+        made.append((instance.source.sequence, instance.seed))
         return make(instance, *args, **options)
 
     monkeypatch.setattr(evaluate, "run_instance", noted)
@@ -170,7 +169,7 @@ def test_an_interrupted_evaluation_goes_on(run, tmp_path, capsys, monkeypatch):
 
 def test_names_in_a_list_are_no_paths(run, tmp_path, capsys):
     """A list from somebody may name any category and sequence; results stay below --out."""
-    entry = dataclasses.asdict(protocol.paper_list(SAMPLE, "toys")[0])
+    entry = protocol.paper_list(SAMPLE, "toys")[0].row()
     files.save_json([entry, entry | {"sequence": "../../../x"}, entry | {"category": "/y"}], tmp_path / "list.json")
     summary, _ = run("--list", tmp_path / "list.json", *QUICK, "--targets", 1)
     assert summary["instances"] == 1 and len(summary["left_out"]) == 2

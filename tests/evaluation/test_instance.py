@@ -12,8 +12,8 @@ from PIL import Image
 import distill
 import presets
 import sparsefusion
-from evaluation.flags import SAMPLE, SHIPPED_FEATURE_NET, config_from_flags, instance_from_flags, note_new_categories
-from evaluation.instance import baselines
+from evaluation.instance import (SAMPLE, SHIPPED_FEATURE_NET, baselines, config_from_flags, instance_from_flags,
+                                 note_new_categories)
 from export.page import TURNTABLE
 from export.pictures import LABELS, WIDEST
 from presets import PRESETS
@@ -39,22 +39,23 @@ def test_a_sampler_is_its_models(tiny_weights):
 
 
 @pytest.mark.parametrize("flags, iterations", [
-    ((), 15080), (("--iterations", "900"), 900), (("--set", "iterations=1200"), 1200)])
+    ((), 6720), (("--iterations", "900"), 900), (("--set", "iterations=1200"), 1200)])
 def test_many_photographs_get_more_iterations_unless_their_number_is_asked_for(flags, iterations, capsys):
     """What a run is known by has the numbers that it is made with."""
-    args = distill.parser().parse_args(["--no-prior", "--preset", "plain", *flags])
+    args = distill.parser().parse_args(["--preset", "plain", *flags])
+    args.weights = None
     names = [f"{i}.png" for i in range(108)]
-    source = types.SimpleNamespace(index=0, names=names, possible_inputs=names[:100], settings=dict)
-    instance = instance_from_flags(args, source, config_from_flags(args, True), no_prior=True)
-    assert replace(instance, views=0).settings()["config"]["iterations"] == iterations
-    assert replace(instance, views=12).settings()["config"]["iterations"] == (iterations if flags else 1000)
+    source = types.SimpleNamespace(index=0, names=names, inputs=list(range(100)), settings=dict)
+
+    def made_with(views):
+        args.views = views
+        return instance_from_flags(args, source, config_from_flags(args)).settings()["config"]["iterations"]
 
     # Who gets more is told.
-    replace(instance, views=12).note_more_iterations()
-    assert capsys.readouterr().out == ""
-    replace(instance, views=0).note_more_iterations()
+    assert made_with(12) == (iterations if flags else 1000) and capsys.readouterr().out == ""
+    assert made_with(0) == iterations
     assert capsys.readouterr().out == (
-        "" if flags else "15080 iterations instead of 1000, for there are many input views (--iterations N decides)\n")
+        "" if flags else "6720 iterations instead of 1000, for there are many input views (--iterations N decides)\n")
 
 
 # --- the command ---
@@ -162,7 +163,7 @@ def test_any_number_of_views(flags, inputs, targets, fast, tiny_weights, tmp_pat
 
 def test_released_is_a_printed_list_of_settings(fast, tiny_weights, tmp_path, capsys):
     flags = ["--weights", tiny_weights, "--targets", 1]
-    settings = ["sampler.ancestral=false", "plms_steps=2", "sample_steps=3"]
+    settings = ["sampler.ancestral=false", "denoise_steps=2", "sample_steps=3"]
     result = command(tmp_path, *flags, "--released", "--set", *settings)
     printed = capsys.readouterr().out
     assert all(setting in printed for setting in presets.RELEASED)
@@ -173,9 +174,10 @@ def test_released_is_a_printed_list_of_settings(fast, tiny_weights, tmp_path, ca
 
 def test_the_whole_config_is_recorded(fast, tiny_weights, tmp_path):
     flags = ["--weights", tiny_weights, "--targets", 1]
-    result = command(tmp_path, *flags, "--set", "levels=2", "weight_opacity=0.5", "plms_steps=3")
+    result = command(tmp_path, *flags, "--set", "levels=2", "weight_opacity=0.5", "denoise_steps=3")
     config = result["settings"]["config"]
-    assert config["field"]["levels"] == 2 and config["weight_opacity"] == 0.5 and config["sampler"]["plms_steps"] == 3
+    assert config["field"]["levels"] == 2 and config["weight_opacity"] == 0.5
+    assert config["sampler"]["denoise_steps"] == 3
     assert config["lr_grid"] == SHORT.lr_grid and config["betas"] == [0.9, 0.99]
     state = torch.load(tmp_path / "field.pt", weights_only=True)
     assert state["settings"]["config"]["field"]["levels"] == 2

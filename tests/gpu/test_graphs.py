@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import sparsefusion
-import vae
 from gpu import graphs
 from gpu.graphs import Graphed, half_copy
 from tests.support import parity
@@ -28,7 +27,7 @@ class StandIn(graphs.Replay):
 
 @pytest.fixture
 def captured(monkeypatch):
-    """The shapes of the inputs of every graph so far."""
+    """The shapes of the inputs of every graph so far. Graphs are made where no gradients are needed."""
     captured = []
 
     def replay(function, batch, pool, warm_ups):
@@ -37,7 +36,8 @@ def captured(monkeypatch):
 
     monkeypatch.setattr(graphs, "Replay", replay)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    return captured
+    with torch.no_grad():
+        yield captured
 
 
 def scaled(x, factor):
@@ -71,6 +71,8 @@ def test_half_precision_that_is_too_wrong_is_not_taken(captured, noise, capsys, 
 
 def test_half_precision_that_is_close_is_taken_without_a_word(captured, noise, capsys):
     function, x = Graphed("the network", lambda x: x.half(), lambda x: x), noise(2, 4)()
+    with torch.enable_grad():
+        assert function(x) is x and not captured
     assert torch.equal(function(x), x.half().float()) and function(x).dtype == torch.float32
     assert function.half_is_accurate
     assert not capsys.readouterr().err
@@ -107,12 +109,33 @@ def test_garbage_is_not_collected_while_a_graph_is_recorded(monkeypatch):
 
 def test_an_autoencoder_takes_a_few_pictures_at_once(monkeypatch):
     """For its largest maps take much memory."""
-    model = tiny_model().vae
+    model = tiny_model()
     taken = []
-    monkeypatch.setattr(vae, "Graphed", lambda *given: taken.append(given[3]))
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    model.accelerate()
-    assert taken == [vae.AT_ONCE] * 2 and vae.AT_ONCE < max(graphs.SIZES)
+    monkeypatch.setattr(graphs, "Graphed", lambda *given: taken.append(given[3]))
+    sparsefusion.run_in_half(model.vae, model.vldm.unet)
+    assert taken == [sparsefusion.VAE_AT_ONCE] * 2 + [max(graphs.SIZES)] * 2
+    assert sparsefusion.VAE_AT_ONCE < max(graphs.SIZES)
+
+
+def test_a_model_in_half_precision_is_the_model(captured):
+    """With stand-ins for the graphs: what needs no gradients runs by them, and the feature distance in half, too."""
+    exact, model = tiny_model(), tiny_model()
+    sparsefusion.run_in_half(model.vae, model.vldm.unet)
+    g = torch.Generator().manual_seed(0)
+    x, features = torch.rand(3, 3, 32, 32, generator=g), torch.rand(3, 16, 8, 8, generator=g)
+    shown, expected = (one.denoise(x, features, [0.3, 0.9, 0.6], torch.Generator().manual_seed(0), SHORT.sampler)
+                       for one in (model, exact))
+    parity.assert_close(shown, expected, atol=0.02)
+    assert len(captured) >= 4 and not torch.equal(shown, expected)
+    assert model.vae.encode.half_is_accurate and model.vldm.unet.predict.half_is_accurate
+    assert model.state_dict().keys() == exact.state_dict().keys()
+
+    a = x[:1].requires_grad_()
+    with torch.enable_grad():
+        half, known = (torch.autograd.grad(one.feature_distance(a, x[1:2]).sum(), a)[0] for one in (model, exact))
+        assert torch.equal(model.vae.encode(x), exact.vae.encode(x))
+    parity.assert_close(half, known, std=0.1)
+    assert not torch.equal(half, known)
 
 
 # --- on a GPU ---
@@ -121,6 +144,7 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA de
 
 
 @CUDA
+@torch.no_grad()
 def test_graphs_of_several_sizes_share_memory_and_do_not_mix(noise):
     network = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64)).cuda()
     function = Graphed("the network", half_copy_of(network), network)
@@ -128,7 +152,7 @@ def test_graphs_of_several_sizes_share_memory_and_do_not_mix(noise):
     first = [function(x) for x in inputs]
     for x, y in zip(inputs, first):
         assert torch.equal(function(x), y) and y.dtype == torch.float32
-        parity.assert_close(y, network(x).detach().cpu(), std=0.02)
+        parity.assert_close(y, network(x).cpu(), std=0.02)
 
 
 @CUDA
@@ -174,7 +198,7 @@ def test_a_model_on_a_gpu_is_the_model():
     shown = model.denoise(x.cuda(), features.cuda(), levels, torch.Generator().manual_seed(0), SHORT.sampler)
     expected = exact.denoise(x, features, levels, torch.Generator().manual_seed(0), SHORT.sampler)
     parity.assert_close(shown, expected, atol=0.02)
-    assert model.vae.fast.encode.half_is_accurate and model.vldm.fast.predict.half_is_accurate
+    assert model.vae.encode.half_is_accurate and model.vldm.unet.predict.half_is_accurate
 
     def gradient(model, a, b):
         return torch.autograd.grad(model.feature_distance(a, b).sum(), a)[0]

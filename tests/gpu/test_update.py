@@ -1,11 +1,13 @@
 """Updates: Adam by hand, rates, losses that break; on a GPU the CUDA graph of an update against the update itself."""
+from collections import defaultdict
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from gpu.update import Group, Optimization
+from distillation import Distillation
+from gpu.update import GraphedAdam, Graphs
 from tests.support import parity
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -26,14 +28,22 @@ def batch(i, device="cpu"):
 
 
 class Work:
-    """Two parameters with rates of their own, drawn to a target."""
+    """Two parameters with rates of their own, drawn to a target as a distillation does it."""
+    update, descend, check_losses = Distillation.update, Distillation.descend, Distillation.check_losses
 
     def __init__(self, device, rates=(0.1, 0.01), betas=(0.9, 0.99)):
         self.a, self.b = (nn.Parameter(torch.zeros(5, device=device)) for _ in range(2))
-        groups = [Group([self.a], rates[0]), Group([self.b], rates[1])]
-        self.optimization = Optimization(groups, betas, 1e-8, torch.device(device))
+        self.graphs = Graphs(torch.device(device))
+        self.adam = GraphedAdam([([self.a], rates[0]), ([self.b], rates[1])], betas, 1e-8, torch.device(device))
+        self.iteration, self.broken = torch.zeros((), dtype=torch.long, device=device), {}
+        self.losses, self.completed = defaultdict(lambda: torch.zeros(1, device=device)), 0
 
-    def loss(self, batch):
+    def down(self, loss, batch):
+        """An update; the loss before it."""
+        self.update(loss, batch)
+        return float(self.loss)
+
+    def distance(self, batch):
         return batch.factor * (self.a + 2 * self.b - batch.inner.target).square().sum()
 
 
@@ -45,9 +55,9 @@ def test_updates_are_those_of_adam(device):
     for i in range(8):
         fraction = 0.9**i
         given = batch(i)
-        work.optimization.set_rates(fraction)
-        work.optimization.begin(i)
-        loss = float(work.optimization.update(work.loss, batch(i, device)))
+        work.adam.set_rates(fraction)
+        work.iteration.fill_(i)
+        loss = work.down(work.distance, batch(i, device))
         difference = a + 2 * b - given.inner.target
         parity.assert_close(loss, float(given.factor * difference.square().sum()), rtol=1e-5)
         gradients = {"a": given.factor * 2 * difference, "b": given.factor * 4 * difference}
@@ -69,12 +79,12 @@ def test_the_first_loss_that_is_no_number_is_named(device, broken):
         given = batch(i, device)
         if i == broken:
             given = given._replace(factor=given.factor * float("nan"))
-        work.optimization.begin(i)
-        work.optimization.update(work.loss, given)
+        work.iteration.fill_(i)
+        work.update(work.distance, given)
         if i < broken:
-            work.optimization.check_losses()
-    with pytest.raises(FloatingPointError, match=f"the loss is not .* iteration {broken};"):
-        work.optimization.check_losses()
+            work.check_losses()
+    with pytest.raises(FloatingPointError, match=f"the distance is not .* iteration {broken};"):
+        work.check_losses()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -82,40 +92,40 @@ def test_a_loaded_state_goes_on(device):
     """With its moments and with the present rates."""
     whole = Work(device)
     for i in range(6):
-        whole.optimization.set_rates(0.5)
-        whole.optimization.update(whole.loss, batch(i, device))
+        whole.adam.set_rates(0.5)
+        whole.update(whole.distance, batch(i, device))
         if i == 2:
-            state = whole.optimization.state_dict()
+            state = whole.adam.state_dict()
             state = {"state": {k: {n: t.clone() for n, t in v.items()} for k, v in state["state"].items()},
                      "param_groups": [dict(group) for group in state["param_groups"]]}
             start = whole.a.detach().clone(), whole.b.detach().clone()
     again = Work(device)
     again.a.data, again.b.data = start
-    again.optimization.load_state_dict(state)
+    again.adam.load_state_dict(state)
     for i in range(3, 6):
-        again.optimization.set_rates(0.5)
-        again.optimization.update(again.loss, batch(i, device))
+        again.adam.set_rates(0.5)
+        again.update(again.distance, batch(i, device))
     parity.assert_close(again.a.detach().cpu(), whole.a.detach().cpu(), rtol=1e-6)
     parity.assert_close(again.b.detach().cpu(), whole.b.detach().cpu(), rtol=1e-6)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_forgotten_graph_is_made_anew():
-    """Replays do what was captured; after `forget_graphs` they do what the loss does now."""
+    """Replays do what was captured; after `forget` they do what the loss does now."""
     work, scale = Work("cuda"), [1.0]
 
     def loss(given):
-        return scale[0] * work.loss(given)
+        return scale[0] * work.distance(given)
 
-    work.optimization.begin(0)
-    before = [float(work.optimization.update(loss, batch(0, "cuda"))) for i in range(5)]
+    work.iteration.fill_(0)
+    before = [work.down(loss, batch(0, "cuda")) for i in range(5)]
     scale[0] = 3.0
-    work.optimization.begin(5)
-    replayed = float(work.optimization.update(loss, batch(0, "cuda")))
+    work.iteration.fill_(5)
+    replayed = work.down(loss, batch(0, "cuda"))
     assert replayed < before[-1]
-    work.optimization.forget_graphs()
-    work.optimization.begin(6)
-    assert float(work.optimization.update(loss, batch(0, "cuda"))) > 2 * replayed
+    work.graphs.forget()
+    work.iteration.fill_(6)
+    assert work.down(loss, batch(0, "cuda")) > 2 * replayed
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -127,10 +137,11 @@ def test_what_is_asked_is_of_the_present_parameters(device):
         return given.factor * work.a + given.inner.target
 
     for i in range(6):
-        answers = [work.optimization.evaluate(look, batch(k, device)) for k in (i, i + 1)]
+        with torch.no_grad():
+            answers = [work.graphs.run("look", look, batch(k, device)) for k in (i, i + 1)]
         for k, answer in zip((i, i + 1), answers):
             given = batch(k, device)
             parity.assert_close(answer, (given.factor * work.a + given.inner.target).detach(), rtol=1e-6)
             assert not answer.requires_grad
-        work.optimization.begin(i)
-        work.optimization.update(work.loss, batch(i, device))
+        work.iteration.fill_(i)
+        work.update(work.distance, batch(i, device))

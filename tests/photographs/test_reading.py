@@ -17,7 +17,7 @@ from photographs.colmap import find_models, read_model
 from photographs.reading import read_capture
 from photographs.shots import CONVENTIONS, Convention, world_to_view
 from tests.support import captures
-from tests.support.captures import balls, captured, turn, write_colmap, write_transforms
+from tests.support.captures import balls, cameras_of, captured, turn, write_colmap, write_transforms
 
 SHOOT = balls(3, 24, 18, (30.0, 30.0))
 
@@ -93,12 +93,13 @@ def test_another_reading_of_the_raw_matrices(tmp_path):
     shoot = balls(focal=(60.0, 66.0), principal=(22.0, 19.5))
     photographs = read_capture(write_transforms(tmp_path, shoot))
     assert photographs.convention == CONVENTIONS["opengl"]
-    torch.testing.assert_close(photographs.matrices(), shoot.matrices("opengl"))
-    cameras, wanted = photographs.cameras(), shoot.square_cameras()
+    matrices = torch.stack([shot.matrix for shot in photographs.shots])
+    torch.testing.assert_close(matrices, shoot.matrices("opengl"))
+    cameras, wanted = cameras_of(photographs), shoot.square_cameras()
     for part in ("R", "T", "focal", "principal"):
         torch.testing.assert_close(getattr(cameras, part), getattr(wanted, part))
         torch.testing.assert_close(getattr(load_pictures(photographs).cameras, part), getattr(wanted, part))
-    assert (photographs.cameras(CONVENTIONS["colmap"]).R - shoot.R).abs().max() > 0.5
+    assert (cameras_of(photographs, CONVENTIONS["colmap"]).R - shoot.R).abs().max() > 0.5
 
 
 # ---------------------------------------------------------------------------------------------- any folder
@@ -266,7 +267,7 @@ def test_matrices_that_are_no_poses(tmp_path):
     # Three rows are a pose, and rounded numbers a rotation.
     content["frames"][1]["transform_matrix"] = [[round(x, 4) for x in row] for row in good[:3].tolist()]
     file.write_text(json.dumps(content))
-    R = read_capture(tmp_path).cameras().R[1]
+    R = cameras_of(read_capture(tmp_path)).R[1]
     torch.testing.assert_close(R.T @ R, torch.eye(3, dtype=torch.float64))
     assert (R - SHOOT.R[1]).abs().max() < 1e-4
 
@@ -346,7 +347,7 @@ def test_last_rows_up_to_rounding(tmp_path, row):
     for frame in content["frames"]:
         frame["transform_matrix"][3] = row
     file.write_text(json.dumps(content))
-    assert read_capture(tmp_path).matrices()[:, 3].tolist() == [[0, 0, 0, 1]] * 3
+    assert [shot.matrix[3].tolist() for shot in read_capture(tmp_path).shots] == [[0, 0, 0, 1]] * 3
 
 
 # ---------------------------------------------------------------------------------------------- names of files
@@ -460,7 +461,7 @@ def test_places_and_points_of_a_model(tmp_path, binary, place):
     assert [shot.name for shot in photographs.shots] == ["a.png", "1.png", "2 x.png"]
     assert photographs.convention == CONVENTIONS["colmap"] and "RADIAL, 2 points" in photographs.source
     order = [1, 2, 0]
-    assert (photographs.cameras().T - SHOOT.T[order]).abs().max() < 1e-12
+    assert (cameras_of(photographs).T - SHOOT.T[order]).abs().max() < 1e-12
     (tmp_path / place / f"points3D.{'bin' if binary else 'txt'}").unlink()
     assert len(read_capture(tmp_path).points) == 0
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from photographs import turntable
 from photographs.reading import read_capture
+from tests.support.captures import cameras_of
 
 
 def photographs(folder, count, width=60, height=40):
@@ -25,7 +26,7 @@ def test_a_camera_round_the_table(tmp_path, degrees):
     photographs(tmp_path / "images", 8)
     argv = [str(tmp_path), "--focal", "72", "--elevation", "30", "--degrees", str(degrees)]
     turntable.command(turntable.parser().parse_args(argv))
-    cameras = read_capture(tmp_path).cameras()
+    cameras = cameras_of(read_capture(tmp_path))
     points = torch.rand(20, 3, generator=torch.Generator().manual_seed(0)).double() - 0.5
     for i in range(8):
         # From above, with x to the right, z points down: clockwise turns right to down, x to z.

@@ -8,15 +8,16 @@ import math
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-from cameras import Cameras, look_at, pixel_grid
+from cameras import Cameras, Scene, look_at, pixel_grid
 from metrics import psnr
-from photographs.capture import load_capture
 from photographs.reading import read_capture
+from photographs.shots import world_to_view
 from tests.support import fields
 
 # Three balls that no reflection or rotation maps to themselves: middle, radius, color.
@@ -275,6 +276,25 @@ def worst_picture(capture):
     return torch.cat(values).min()
 
 
+class Capture(NamedTuple):
+    """A folder of photographs, and the scene of it."""
+    scene: Scene
+    inputs: list[int] | None
+    targets: list[int] | None
+    source: str
+
+
 def captured(folder, size=None, cut=False):
     """The capture in a folder."""
-    return load_capture(read_capture(folder), size, cut)
+    photographs = read_capture(folder)
+    return Capture(photographs.load(size, cut), photographs.inputs, photographs.targets, photographs.source)
+
+
+def cameras_of(photographs, convention=None):
+    """The cameras (V,) as the files have them, or in another convention, NDC of the padded square."""
+    matrices = torch.stack([shot.matrix for shot in photographs.shots])
+    R, T = world_to_view(matrices, convention or photographs.convention)
+    focal, principal = (torch.stack([getattr(shot, x) for shot in photographs.shots]) for x in ("focal", "principal"))
+    sides = torch.tensor([[shot.width, shot.height] for shot in photographs.shots], dtype=torch.float64)
+    half = sides.amax(1, keepdim=True) / 2
+    return Cameras(R, T, focal / half, (sides / 2 - principal) / half)

@@ -33,8 +33,8 @@ def trajectory(denoiser, x0, noise_level, randn, **numbers):
     moves, predictions = [], []
     step, estimate = vldm.step, denoiser.estimate
 
-    def recorded_step(z, x0, *rest):
-        moves.append((step(z, x0, *rest), x0))
+    def recorded_step(*given):
+        moves.append((step(*given), given[-1]))
         return moves[-1][0]
 
     def recorded_estimate(*arguments):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import distill
-import metrics
+import distillation
 import presets
 import sparsefusion
 import train
@@ -41,7 +41,7 @@ def test_color_loss_parity():
     parity.assert_close(mask, f["out_train_mask"])
     colors = train.colors_at(f["in_mc_image"], f["in_grid_xy"].flatten(0, 2), aligned=True)
     colors = colors.transpose(1, 2).unflatten(-1, (side, side))
-    loss = (metrics.pseudo_huber(f["in_render"] - colors) * mask).mean()
+    loss = (distillation.pseudo_huber(f["in_render"] - colors) * mask).mean()
     parity.assert_close(loss[None], f["out_train_color_loss"], rtol=1e-5)
 
 
