@@ -29,6 +29,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -55,7 +56,6 @@ REFERENCE_SIZE = 256  # pixels a side from which on larger pictures bear a finer
 SAVE_SECONDS = 60  # between two checkpoints of a running distillation
 UNLIKE = 2  # a photograph so many times as bright or as dark as the median one was exposed differently
 LOOK_EVERY = 16  # iterations, at most, between two looks at the losses
-LOSSES = ("input_loss", "bootstrap_loss", "distillation_loss")
 NEVER = 2**62    # an iteration that no run reaches
 
 
@@ -179,8 +179,8 @@ class Distillation:
         self.buffer = self.new_buffer() if device.type == "cuda" else None  # for shapes that never change
         self.targets = {}   # x_hat (1, 3, S, S) of the present and the next iterations
         self.loss = None    # () of the latest update
-        # By its name, every loss in every iteration, (iterations,); NaN where it was not used.
-        self.losses = {name: torch.full((config.iterations,), math.nan, device=device) for name in LOSSES}
+        # By its name, a loss in all iterations, (iterations,); -1 where it was not used.
+        self.losses = defaultdict(lambda: torch.full((config.iterations,), -1.0, device=device))
 
     # ------------------------------------------------------------------ the algorithm
 
@@ -438,7 +438,7 @@ class Distillation:
         return parts | {
             "optimizer": self.adam.state_dict(),
             "targets": {i: x_hat.clone() for i, x_hat in self.targets.items() if i >= self.completed},
-            "losses": self.losses,
+            "losses": dict(self.losses),
             "completed": self.completed,
             "seconds": self.seconds,
         }
@@ -452,8 +452,8 @@ class Distillation:
         self.graphs.forget()
         self.completed = state["completed"]
         self.seconds = float(state["seconds"])
-        for name, losses in self.losses.items():
-            losses[:self.completed] = state["losses"][name][:self.completed]
+        for name, losses in state["losses"].items():
+            self.losses[name][:self.completed] = losses[:self.completed]
 
         # What was denoised ahead; a finished run has no prior and needs none of it.
         targets = {} if self.prior is None else state["targets"]

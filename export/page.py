@@ -37,7 +37,7 @@ def page_data(scene: Scene, inputs: list[int], targets: list[int], pictures: dic
     """What a page shows beside numbers, as plain data.
 
     `pictures`: of the targets (T,), by their method. `turntable`: what the orbit's cameras see, (E * F,) row by row.
-    `losses`: each (iterations,), NaN where it was not used.
+    `losses`: each (iterations,), -1 where it was not used.
     """
     return {
         "labels": {method: LABELS[method] for method in pictures},
@@ -46,7 +46,7 @@ def page_data(scene: Scene, inputs: list[int], targets: list[int], pictures: dic
         "mesh": _mesh(mesh, orbit),
         "inputs": _inputs(scene, inputs, orbit),
         "targets": _targets(scene, targets, pictures),
-        "losses": {name: _curve(values) for name, values in losses.items() if not values.isnan().all()},
+        "losses": {name: _curve(values) for name, values in losses.items()},
     }
 
 
@@ -117,9 +117,10 @@ def _targets(scene: Scene, targets: list[int], pictures: dict[str, Views]) -> li
 
 
 def _curve(values: Tensor) -> list[list[float]]:
-    """Mean iteration and mean loss (iterations,) in equal spans, without those where it was not used."""
-    spans = zip(torch.arange(len(values)).float().chunk(CURVE_POINTS), values.cpu().chunk(CURVE_POINTS))
-    return [[i.mean().item(), span.nanmean().item()] for i, span in spans if not span.isnan().all()]
+    """Mean iterations and mean losses of (iterations,) in equal spans of those where it was used."""
+    used = (values >= 0).nonzero().squeeze(-1)
+    spans = zip(used.float().chunk(CURVE_POINTS), values[used].chunk(CURVE_POINTS))
+    return [[i.mean().item(), span.mean().item()] for i, span in spans]
 
 
 def _pictures(images: Tensor) -> list[str]:

@@ -2,7 +2,6 @@
 import base64
 import io
 import json
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -45,9 +44,8 @@ def shown():
     number = torch.arange(6.0)[:, None, None, None].expand(6, 1, 16, 16) / 5
     opacity = 0.6 + 0.4 * number
     turntable = Views(opacity * number.expand(-1, 3, -1, -1), opacity, opacity * (2 + number))
-    losses = {"input_loss": torch.arange(1000.0), "bootstrap_loss": torch.full((1000,), math.nan)}
-    losses["bootstrap_loss"][:10] = 0.5
-    losses["distillation_loss"] = torch.full((1000,), math.nan)
+    losses = {"input_loss": torch.arange(1000.0), "bootstrap_loss": torch.full((1000,), -1.0)}
+    losses["bootstrap_loss"][4:8] = 0.5
     pictures = {"ngp": Views(1 - scene.images[[2]], None)}
     data = page.page_data(scene, [4, 1], [2], pictures, orbit, turntable, mesh, losses)
     return data, scene, orbit, mesh
@@ -102,7 +100,7 @@ def test_losses_are_means_where_they_were_used(shown):
     losses = shown[0]["losses"]
     assert losses.keys() == {"input_loss", "bootstrap_loss"}
     assert len(losses["input_loss"]) == page.CURVE_POINTS and all(x == y for x, y in losses["input_loss"])
-    assert losses["bootstrap_loss"] == [[2.0, 0.5], [7.0, 0.5]]
+    assert losses["bootstrap_loss"] == [[4.0, 0.5], [5.0, 0.5], [6.0, 0.5], [7.0, 0.5]]
 
 
 def test_nothing_in_the_data_ends_their_element(shown, tmp_path):
