@@ -81,12 +81,14 @@ class Reconstruction(NamedTuple):
                 part.load_state_dict(state[name])
                 part.to(device).eval()
 
-            # Where it is.
+            # Where it is; a first look shows whether all of that fits together.
             frame = Cameras(**state["frame"]).to(device)
             world = state["world"] and Similarity(**state["world"])
-            return Reconstruction(parts["field"], parts["occupancy"], frame, float(state["unit"]), world,
-                                  Cameras(**state["cameras"]), config, state["seconds"], state["seconds"],
-                                  state["resumed_from"])
+            opened = Reconstruction(parts["field"], parts["occupancy"], frame, float(state["unit"]), world,
+                                    Cameras(**state["cameras"]), config, state["seconds"], state["seconds"],
+                                    state["resumed_from"])
+            opened.render(opened.cameras[:1], 1)
+            return opened
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
             reason = " ".join(str(e).split())[:160]
             raise ValueError(f"{path}: no field that can be opened ({reason})") from None
@@ -100,6 +102,7 @@ class Reconstruction(NamedTuple):
         """
         cameras = self.turned(cameras)
         side = pixel_side or self.config.picture_side
+        unit = self.unit * (1.0 if self.world is None else self.world.scale)
         images = []
         silhouettes = []
         depths = []
@@ -108,7 +111,7 @@ class Reconstruction(NamedTuple):
             view = volume.render_image(self.field, cameras[i], side * size, side * size, None, self.occupancy)
             images.append(F.avg_pool2d(view.color, side))
             silhouettes.append(F.avg_pool2d(view.opacity, side))
-            depths.append(F.avg_pool2d(view.depth, side))
+            depths.append(F.avg_pool2d(view.depth, side) * unit)
         return Views(torch.stack(images), torch.stack(silhouettes), torch.stack(depths))
 
     def turned(self, cameras: Cameras) -> Cameras:

@@ -89,8 +89,8 @@ def normals(depth: Tensor, camera: Cameras) -> Tensor:
     # Where each pixel's ray meets the surface, in the camera's axes.
     size = len(depth)
     slope = (pixel_grid(size, size) - camera.principal) / camera.focal
-    slope = torch.cat([slope, torch.ones_like(slope[:, :1])], 1).T.reshape(3, size, size)
-    points = slope.to(depth) * depth * torch.tensor([-1.0, 1, -1])[:, None, None].to(depth)
+    points = torch.cat([-slope[:, :1], slope[:, 1:], -torch.ones_like(slope[:, :1])], 1)
+    points = points.T.reshape(3, size, size).to(depth) * depth
 
     # From one neighbor to the other, across and upwards.
     points = F.pad(points, (1, 1, 1, 1), mode="replicate")
@@ -115,10 +115,10 @@ def command(args: argparse.Namespace) -> None:
     for file in taken:
         file.unlink()
 
-    # How near and how far the object is at most, by its occupied cells, in the field's unit.
-    turned = result.turned(path)
+    # How near and how far the object is at most, by its occupied cells.
     cells = result.occupancy.corners()[:-1, :-1, :-1][result.occupancy.occupied]
-    ends = [camera.project(cells)[1].aminmax() for camera in turned]
+    cells = result.in_world(cells).to(path.T)
+    ends = [camera.project(cells)[1].aminmax() for camera in path]
     depths = min(end.min for end in ends).item(), max(end.max for end in ends).item()
 
     # One view after the other.
@@ -126,7 +126,7 @@ def command(args: argparse.Namespace) -> None:
     for i in Progress(range(len(path)), "render"):
         views = result.render(path[i:i + 1], args.size)
         for kind in pictures:
-            picture = shown(kind, views, turned[i], depths, args.background.to(args.device)).cpu()
+            picture = shown(kind, views, path[i], depths, args.background.to(args.device)).cpu()
             if args.format == "png":
                 save_picture(to_image(picture), out / f"{kind}_{i:04}.png")
             else:
@@ -135,8 +135,7 @@ def command(args: argparse.Namespace) -> None:
         if images:
             save_animation(torch.stack(images), out / f"{kind}.gif")
     if "depth" in pictures:
-        unit = result.unit * (1.0 if result.world is None else result.world.scale)
-        print(f"depth: {depths[0] * unit:.4g} is white, {depths[1] * unit:.4g} black, in the unit of the cameras")
+        print(f"depth: {depths[0]:.4g} is white, {depths[1]:.4g} black, in the unit of the cameras")
     print(f"{len(path)} views; pictures in {out}")
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from common.files import write_atomically
 from ngp import CHUNK, Field, in_chunks
-from volume import Occupancy, compositing_weights, evaluate_samples, sampled_box
+from volume import Occupancy, evaluate_samples, sampled_box, weights_of_lengths
 
 # What a cube's eight corners are multiplied by, so that their sum tells which of them are inside. Corner 4 i + 2 j + k
 # lies at (x, y, z) = (i, j, k).
@@ -94,14 +94,13 @@ def extract_mesh(field: Field, resolution: int = 128, threshold: float | None = 
     # The field on it, smooth.
     surface_density = 5 / longest if threshold is None else threshold
     values = _log_ratio(field, x, box, step, surface_density, occupancy).reshape(1, 1, *counts)
-    if smoothings is None:
-        smoothings = round(SMOOTHINGS * min(1, resolution / FINE) ** 2)
-    for _ in range(smoothings):
+    usual = round(SMOOTHINGS * min(1, resolution / FINE) ** 2)
+    for _ in range(usual if smoothings is None else smoothings):
         values = F.avg_pool3d(F.pad(values, [1] * 6, value=-LIMIT), 3, stride=1)
 
     # The surface, in steps from the grid's first point.
     points, faces = surface_net(values[0, 0])
-    if len(faces) > most_faces:
+    if len(faces) > most_faces and resolution > 1:
         coarser = min(resolution - 1, int(resolution * (most_faces / len(faces)) ** 0.5))
         return extract_mesh(field, coarser, threshold, occupancy, most_faces, smoothings)
     vertices = x[0] + points * step
@@ -222,8 +221,7 @@ def _colors_below(field: Field, vertices: Tensor, normals: Tensor, step: Tensor,
         """What rays (N, 6), origins and directions, see in the thickness of the surface: (N, 3) in [0, 1]."""
         t = depths.expand(len(rays), -1)
         density, color = evaluate_samples(field, rays[:, :3], rays[:, 3:], t, occupancy)
-        weights = compositing_weights(density, t, step.expand(len(rays), 1))
-        weights = weights[..., None] + 1e-6  # never all zero
+        weights = weights_of_lengths(density, step)[..., None] + 1e-6  # never all zero
         return (weights * color).sum(1) / weights.sum(1)
 
     rays = torch.cat([vertices, -normals], 1)

@@ -11,11 +11,10 @@ from PIL import Image
 import render
 from cameras import Cameras, look_at, pixel_grid
 from common import files
-from photographs.capture import load_capture
 from photographs.reading import read_capture, read_path
 from reconstruction import Checkpoint, Reconstruction, reconstruct
 from tests.support import parity
-from tests.support.captures import balls, turn, write_transforms
+from tests.support.captures import balls, cameras_of, turn, write_transforms
 from tests.support.helpers import one_line
 from tests.support.small import FIELD, SHORT
 
@@ -29,7 +28,7 @@ def capture(tmp_path_factory):
     folder = tmp_path_factory.mktemp("capture")
     shoot = balls(6, 96, 64, (120.0, 120.0)).in_world(turn(0.4, -2.0, 0.9), 13.0, torch.tensor([50.0, -20, 7]).double())
     write_transforms(folder, shoot)
-    scene = load_capture(read_capture(folder), 64, cut=True).scene
+    scene = read_capture(folder).load(64)
     return folder, reconstruct(scene, [0, 2, 4, 5], config=CONFIG, checkpoint=Checkpoint(folder / "field.pt"))
 
 
@@ -49,6 +48,10 @@ def test_a_finished_field_opens(capture):
     cameras = made.cameras[:2]
     for a, b in zip(made.render(cameras, 24), opened.render(cameras, 24)):
         assert torch.equal(a, b)
+    views = made.render(cameras, 24)
+    depth = (views.depths.sum((1, 2, 3)) / views.silhouettes.sum((1, 2, 3))).double()
+    distance = (cameras.centers() - made.world.shift).norm(dim=-1)
+    parity.assert_close(depth, distance, rtol=0.1)  # as far away as the object's middle
     for a, b in zip(made.mesh(), opened.mesh()):
         assert torch.equal(a, b)
     assert opened.config == made.config and opened.unit == made.unit and opened.seconds == made.seconds
@@ -90,7 +93,7 @@ def test_all_round_in_every_kind(capture, tmp_path, capsys):
     # White is the nearest, in the unit of the cameras, and black the farthest; there is no blue in the background.
     near, far = (float(printed.split(before)[1].split()[0]) for before in ("depth: ", "white, "))
     seen = views.silhouettes[:, 0] > 0.5
-    depth = made.unit * made.world.scale * (views.depths / views.silhouettes)[:, 0][seen]
+    depth = (views.depths / views.silhouettes)[:, 0][seen]
     blue = (shown["depth"][:, 2] / views.silhouettes[:, 0])[seen]
     assert seen.sum() > 50 and (far - blue * (far - near) - depth).abs().max() < 1.1 / 255 / 0.5 * (far - near)
     middle = path.centers().sub(orbit.middle).norm(dim=-1).mean()
@@ -117,7 +120,7 @@ def test_a_path_of_cameras_is_read_like_a_capture(capture, tmp_path):
     """The photographs' own, of files that could as well be absent; angles do without a size of the picture."""
     folder, made = capture
     path = read_path(folder / "transforms.json")
-    for name, x in vars(read_capture(folder).cameras()).items():
+    for name, x in vars(cameras_of(read_capture(folder))).items():
         parity.assert_close(getattr(path, name), x, atol=1e-12)
     render.main([str(folder), "--path", str(folder / "transforms.json"), "--size", "32", "--format", "png",
                  "--out", str(tmp_path)])
@@ -171,7 +174,7 @@ def test_what_is_no_field_is_one_line(capture, tmp_path, capsys):
     state = files.read_tensors(folder / "field.pt", "field")
     other = state["field"] | {"mlp.0.weight": torch.zeros(2, 2)}
     wrong = [{name: x for name, x in state.items() if name != "cameras"}, state | {"field": other},
-             state | {"settings": {}}, state | {"unit": "x"}, state | {"world": [1]}]
+             state | {"settings": {}}, state | {"cameras": {name: [] for name in state["cameras"]}}, state | {"unit": "x"}, state | {"world": [1]}]
     for bad in wrong:
         files.save_tensors(bad, tmp_path / "field.pt")
         one_line(capsys, render.main, [str(tmp_path)], f"{tmp_path}/field.pt: no field that can be opened")

@@ -152,6 +152,7 @@ def test_a_mesh_has_at_most_so_many_faces():
     assert len(fine.faces) > 8_000 and 1_500 < len(coarse.faces) <= 2_000
     assert_closed_and_oriented(coarse)
     assert abs(volume_and_area(coarse)[0] / volume_and_area(fine)[0] - 1) < 0.15
+    assert 0 < len(extract_mesh(ball(), 64, 10.0, most_faces=1).faces) < 100  # the least that there is
 
 
 def test_colors_of_a_surface_are_those_below_a_faint_skin():
