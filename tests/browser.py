@@ -170,7 +170,7 @@ def check(browser: Browser, page: Path, name: str, shots: Path) -> list[str]:
     if overflow > 0:
         wrong.append(f"the page is {overflow} pixels wider than the window")
 
-    # What turns it, in this order; the last one completes a turn that begins at the place before the last.
+    # What turns it, one after the other, and then a whole turn.
     for canvas in ("#picture", "#mesh"):
         actions = {
             "a drag aside": lambda: browser.drag(canvas, 90, 0, touch),
@@ -198,6 +198,7 @@ def check(browser: Browser, page: Path, name: str, shots: Path) -> list[str]:
         x, y = browser.middle(element)
         for kind in ("mousePressed", "mouseReleased"):
             browser.call("Input.dispatchMouseEvent", type=kind, x=x + 9, y=y, button="left", clickCount=1)
+        time.sleep(0.3)
         after = browser.shot(canvas)
         after.save(shots / f"{name}_{element.split()[0][1:]}.png")
         if difference(before, after) < 0.05:
