@@ -14,7 +14,7 @@ from presets import PRESETS
 from reconstruction import Checkpoint, reconstruct
 from tests.support import parity
 from tests.support.helpers import same
-from tests.support.small import FIELD, SHORT, ball, tiny_model
+from tests.support.small import FIELD, SHORT, ball, tiny_model, two_viewpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 FIT = replace(SHORT, iterations=300, occupancy_every=16, lr_grid=3e-2, lr_mlp=1e-2, field=FIELD)
@@ -127,12 +127,13 @@ def test_an_orbit_has_the_object_in_the_middle(monkeypatch):
 
 
 def test_the_lines_of_the_readme(monkeypatch, tmp_path):
-    """"From Python" in the README, line by line, with fewer iterations."""
+    """"From Python" in the README, line by line, with fewer iterations and viewpoints."""
     section = (ROOT / "README.md").read_text().split("### From Python")[1]
     lines = re.search(r"```python\n(.*?)```", section, re.S).group(1)
     assert 5 <= len(lines.splitlines()) <= 12
-    short = replace(PRESETS["nano"], iterations=4, bootstrap=2, viewpoints=2, mesh_resolution=48)
+    short = replace(PRESETS["nano"], iterations=4, bootstrap=2, mesh_resolution=48)
     monkeypatch.setitem(PRESETS, "nano", short)
+    monkeypatch.setattr(reconstruction, "query_viewpoints", two_viewpoints)
     (tmp_path / "sample").symlink_to(ROOT / "sample")
     monkeypatch.chdir(tmp_path)
     exec(compile(lines, "README.md", "exec"), {})

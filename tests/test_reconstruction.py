@@ -3,7 +3,7 @@ import copy
 import json
 import math
 import signal
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +14,6 @@ import distillation
 import reconstruction
 import sparsefusion
 from common import files, processes
-from common.settings import differences
 from distillation import Distillation
 from export import mesh
 from export.pictures import PREVIEWS, add_preview, to_image
@@ -266,7 +265,7 @@ def test_a_visual_hull_is_seen_wherever_the_object_is():
     scene = ball(5, 32)
     shift = torch.tensor([0.4, -0.3, 0.4]) @ scene.cameras.R
     scene = replace(scene, cameras=replace(scene.cameras, T=scene.cameras.T - shift))
-    config = replace(SHORT, iterations=1, bootstrap=0, field=replace(SHORT.field, occupancy_cells=128))
+    config = replace(SHORT, iterations=1, bootstrap=0, field=replace(SHORT.field, occupancy_cells=64))
     ours = reconstruct(scene, [1, 2, 4], config=config)
     assert not torch.allclose(ours.frame.R, torch.eye(3), atol=0.1)
     hull = ours.hull(scene.cameras, 32)

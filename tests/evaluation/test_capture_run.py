@@ -16,10 +16,9 @@ from photographs.reading import read_capture
 from presets import PRESETS
 from tests.support.captures import balls, turn, write_co3d, write_colmap, write_transforms
 from tests.support.helpers import one_line
-from tests.support.small import FIELD, SHORT, tiny_model
+from tests.support.small import SHORT, tiny_model
 
-PLAIN = replace(SHORT, iterations=40, bootstrap=0, lr_grid=3e-2, mesh_resolution=24, occupancy_every=8,
-                field=replace(FIELD, bound=4.0))
+PLAIN = replace(SHORT, iterations=40, bootstrap=0, lr_grid=3e-2, mesh_resolution=24, occupancy_every=8)
 
 
 @pytest.fixture(autouse=True)

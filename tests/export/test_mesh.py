@@ -331,7 +331,7 @@ def test_one_scene_is_learned():
             if i % 16 == 15:
                 occupancy.update(field, g)
         return field, occupancy, loss.item()
-    field, occupancy, _ = learn(240)
+    field, occupancy, _ = learn(160)
     with torch.no_grad():
         new_rays = [view.rays(cameras.pixel_grid(size, size)) for view in new]
         seen = torch.stack([volume.render(field, *rays, None, occupancy).color for rays in new_rays])
