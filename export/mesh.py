@@ -101,7 +101,7 @@ def extract_mesh(field: Field, resolution: int = 128, threshold: float | None = 
     # The surface, in steps from the grid's first point.
     points, faces = surface_net(values[0, 0])
     if len(faces) > most_faces and resolution > 1:
-        coarser = min(resolution - 1, int(resolution * (most_faces / len(faces)) ** 0.5))
+        coarser = max(1, min(resolution - 1, int(resolution * (most_faces / len(faces)) ** 0.5)))
         return extract_mesh(field, coarser, threshold, occupancy, most_faces, smoothings)
     vertices = x[0] + points * step
     normals = _normals(vertices, faces)
