@@ -29,6 +29,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -179,6 +180,8 @@ class Distillation:
         self.buffer = self.new_buffer() if device.type == "cuda" else None  # for shapes that never change
         self.targets = {}   # x_hat (1, 3, S, S) of the present and the next iterations
         self.loss = None    # () of the latest update
+        # By its name, a loss in all iterations, (iterations,); -1 where it was not used.
+        self.losses = defaultdict(lambda: torch.full((config.iterations,), -1.0, device=device))
 
     # ------------------------------------------------------------------ the algorithm
 
@@ -214,6 +217,7 @@ class Distillation:
         """A step of Adam down a loss of a batch; on a GPU all of `descend` is one CUDA graph."""
         self.broken.setdefault(loss.__name__, torch.full_like(self.iteration, NEVER))
         self.loss = self.graphs.run(loss.__name__, partial(self.descend, loss), batch)
+        self.losses[loss.__name__][self.completed] = self.loss
 
     def descend(self, loss: Callable[[NamedTuple], Tensor], batch: NamedTuple) -> Tensor:
         """The loss of a batch, its gradient, a step of Adam. Returns the loss, a scalar."""
@@ -435,6 +439,7 @@ class Distillation:
         return parts | {
             "optimizer": self.adam.state_dict(),
             "targets": {i: x_hat.clone() for i, x_hat in self.targets.items() if i >= self.completed},
+            "losses": dict(self.losses),
             "completed": self.completed,
             "seconds": self.seconds,
         }
@@ -448,6 +453,8 @@ class Distillation:
         self.graphs.forget()
         self.completed = state["completed"]
         self.seconds = float(state["seconds"])
+        for name, losses in state["losses"].items():
+            self.losses[name][:self.completed] = losses[:self.completed]
 
         # What was denoised ahead; a finished run has no prior and needs none of it.
         targets = {} if self.prior is None else state["targets"]
@@ -607,7 +614,7 @@ class DistillConfig:
     occupancy_every: int = 16            # iterations between two looks at where space is empty
     mesh_resolution: int = 128           # cells along the longest side of the meshed box, at most
     mesh_faces: int = 100_000            # triangles of the mesh, at most
-    turntable_frames: int = 36           # pictures of the turntable
+    turntable_frames: int = 24           # azimuths of the turntable and the page; 0: neither
     eft_train_mode: bool = False         # dropout and batch statistics on [released: load_model.py:33-45, 179]
     metrics_on_inputs: bool = False      # measure input views, too [released: distillation.py:395-443]
     sampler: vldm.SamplerConfig = vldm.SamplerConfig()
@@ -695,7 +702,7 @@ _LEAST = {"half_side": 0, "prior_views": 0, "iterations": 1, "viewpoints": 1, "j
           "eps": 0, "lr_exposure": 0, "weight_exposure": 0, "weight_background": 0, "weight_opacity": 0,
           "weight_perceptual": 0, "input_pixels": 0, "picture_side": 1, "reference_views": 0,
           "iterations_per_view": 0, "denoise_batch": 1, "occupancy_every": 1, "mesh_resolution": 1,
-          "mesh_faces": 100, "turntable_frames": 1}
+          "mesh_faces": 100, "turntable_frames": 0}
 
 
 def guess_exposures(images: Tensor, masks: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cameras import Cameras, pixel_grid
-from common.machine import rand
+from common.machine import map_threads, rand
 from ngp import Field, FieldConfig, cube, in_chunks
 
 # Rays of a picture that are rendered at once: what fits a CPU's caches; what fills a GPU, but not its memory.
@@ -485,9 +485,17 @@ def render_image(field: Field, camera: Cameras, size: int, full: int, generator:
     chunk = chunk or CHUNK[camera.T.device.type]
     xy = pixel_grid(size, size, full, device=camera.T.device)
     rays_o, rays_d = camera.rays(xy)
-    parts = []
-    for o, d in zip(rays_o.split(chunk), rays_d.split(chunk)):
-        parts.append(render(field, o, d, generator, occupancy))
+
+    def part(rays: tuple[Tensor, Tensor]) -> Rendering:
+        """What some of the rays see."""
+        return render(field, *rays, generator, occupancy)
+
+    # Draws of one generator have an order.
+    rays = list(zip(rays_o.split(chunk), rays_d.split(chunk)))
+    if generator is not None or xy.is_cuda:
+        parts = [part(some) for some in rays]
+    else:
+        parts = map_threads(part, rays)
     color = torch.cat([part.color for part in parts])  # (size * size, 3)
     opacity = torch.cat([part.opacity for part in parts])
     depth = torch.cat([part.depth for part in parts])

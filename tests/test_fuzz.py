@@ -357,7 +357,7 @@ def look(scene: Scene) -> None:
     assert all(x.isfinite().all() for x in numbers), "a scene has numbers that are not finite"
     with contextlib.suppress(ValueError, FloatingPointError):
         ours = reconstruct(scene, [0, 1], None, LITTLE)
-        ours.turntable(scene.user_cameras(), 8)
+        ours.render(ours.orbit().cameras(2, ours.orbit().rows()), 8)
         ours.render(scene.user_cameras()[:1], 8)
 
 

@@ -18,7 +18,7 @@ from tests.support.small import SHORT
     ({"min_noise_level": 1.5}, "min_noise_level"), ({"final_lr_fraction": 0.0}, "final_lr_fraction"),
     ({"render_size": 1}, "render_size"), ({"betas": (0.9, 1.0)}, "betas"), ({"lr_grid": -1.0}, "lr_grid"),
     ({"weight_opacity": -1.0}, "weight_opacity"), ({"denoise_batch": 0}, "denoise_batch"),
-    ({"turntable_frames": 0}, "turntable_frames")])
+    ({"turntable_frames": -1}, "turntable_frames")])
 def test_numbers_that_do_not_fit(change, words):
     with pytest.raises(ValueError, match=words):
         replace(SHORT, **change)
