@@ -43,7 +43,6 @@ import vldm
 import volume
 from cameras import HALF_SIDE, Cameras, Scene, pixel_grid
 from common import files
-from common.machine import rand
 from common.progress import Progress
 from gpu.update import GraphedAdam, Graphs
 from ngp import Field, FieldConfig
@@ -51,7 +50,8 @@ from sparsefusion import Condition, SparseFusion
 from volume import Occupancy, SampleBuffer
 
 MOST_FURTHER = 20_000  # iterations that many input views may add
-LONG = 4000  # iterations from which on a field without a prior learns more from several rays per pixel than from one
+MOST_CELLS = 2048  # per side of the finest grid of many input views
+REFERENCE_SIZE = 256  # pixels a side from which on larger pictures bear a finer field
 SAVE_SECONDS = 60  # between two checkpoints of a running distillation
 UNLIKE = 2  # a photograph so many times as bright or as dark as the median one was exposed differently
 LOOK_EVERY = 16  # iterations, at most, between two looks at the losses
@@ -66,6 +66,11 @@ class Prior(NamedTuple):
     viewpoints: Cameras        # (Q,) in the object frame
     condition: Condition       # what the EFT says about them, computed once
     perceptual_loss: Callable[[Tensor, Tensor], Tensor]  # images (B, 3, S, S) twice -> (B,)
+
+    def eft_images(self) -> Tensor:
+        """The EFT's images of the viewpoints, as large as the model's, (Q, 3, S, S)."""
+        size = self.model.preset.image_size
+        return F.interpolate(self.condition.images, size, mode="bilinear", align_corners=True)
 
 
 class Exposures(nn.Module):
@@ -104,12 +109,12 @@ class Rays(NamedTuple):
 
 
 class InputPixels(NamedTuple):
-    """P pixels of input views: the rays through them, as many for each, and what the photographs show."""
+    """R pixels of input views: the rays through them and what the photographs show."""
     rays: Rays
-    color: Tensor   # (P, 3)
-    mask: Tensor    # (P, 1)
-    valid: Tensor   # (P, 1) 1 where they show anything, 0 in the padding
-    view: Tensor    # (P,) which input view
+    color: Tensor   # (R, 3)
+    mask: Tensor    # (R, 1)
+    valid: Tensor   # (R, 1) 1 where they show anything, 0 in the padding
+    view: Tensor    # (R,) which input view
 
 
 class EFTPixels(NamedTuple):
@@ -165,11 +170,11 @@ class Distillation:
         # Targets: of the input views the photographs, of the bootstrap the EFT's images.
         self.colors = blurred(input_views.images, input_views.valid, config.blur)
         self.masks = blurred(input_views.masks, input_views.valid, config.blur)
-        self.valid_pixels = (input_views.valid.flatten() > 0.5).nonzero().squeeze(-1)  # of all views
-        self.eft_images = None
-        if prior is not None:
-            size = prior.model.preset.image_size
-            self.eft_images = F.interpolate(prior.condition.images, size, mode="bilinear", align_corners=True)
+        self.eft_images = None if prior is None else prior.eft_images()
+
+        # Pixels of all views that show anything and see cells which the masks allow: no others teach the field.
+        hull = self.occupancy.silhouettes(input_views.cameras, input_views.images.shape[-1])
+        self.valid_pixels = ((input_views.valid > 0.5) & hull[:, None]).flatten().nonzero().squeeze(-1)
 
         self.buffer = self.new_buffer() if device.type == "cuda" else None  # for shapes that never change
         self.targets = {}   # x_hat (1, 3, S, S) of the present and the next iterations
@@ -228,9 +233,8 @@ class Distillation:
         """Pixels of input views against their photographs: color, silhouette, opacity, exposures."""
         config = self.config
         rendering = self.render(batch.rays)
-        color = rendering.color.reshape(len(batch.color), -1, 3).mean(1)  # of all rays of a pixel
-        silhouette = rendering.opacity.reshape(len(batch.color), -1).mean(1, keepdim=True)
-        exposed = self.exposures(color, batch.view)
+        silhouette = rendering.opacity[:, None]
+        exposed = self.exposures(rendering.color, batch.view)
         self.input_error.copy_((exposed.detach() - batch.color).square().mean())
 
         loss = photometric_loss(exposed, silhouette, batch.color, batch.mask, config.weight_background,
@@ -272,7 +276,7 @@ class Distillation:
         return InputPixels(rays, color, mask, valid, torch.full((len(color),), view, device=color.device))
 
     def sample_scattered(self) -> InputPixels:
-        """Random valid pixels of all input views."""
+        """Random pixels of all input views, of those that teach anything."""
         size = self.input_views.images.shape[-1]
         device = self.valid_pixels.device
         chosen = torch.randint(len(self.valid_pixels), (self.config.input_pixels,), generator=self.generator,
@@ -281,12 +285,8 @@ class Distillation:
         view = pixel // size**2
         pixel = pixel % size**2
 
-        # Each pixel has a camera of its own, and rays all over it.
+        # Each pixel has a camera of its own.
         xy = pixel_grid(size, size, device=device)[pixel][:, None]
-        count = self.config.pixel_side**2
-        if count > 1:
-            offsets = rand(len(pixel), count, 2, generator=self.generator, device=device) - 0.5
-            xy = xy + offsets * (2 / size)
         o, d = self.input_views.cameras[view].rays(xy)
         rays = self.with_samples(o.reshape(-1, 3), d.reshape(-1, 3))
 
@@ -583,8 +583,7 @@ class DistillConfig:
     image_size: int = 256                # S of the pictures where there is no prior to say
     render_size: int = 128               # s of a rendering, upsampled to S [released: distillation.py:85]
     input_pixels: int = 0                # random pixels of all input views an update; 0: a lattice of one view's
-    pixel_side: int = 1                  # rays a side of the square of each of these, whose mean is its color
-    picture_side: int = 1                # the same for the pixels of pictures of the finished field
+    picture_side: int = 1                # rays per side of a pixel's square in pictures of the finished field
     lr_grid: float = 5e-3                # Adam's rate for the encoding's table [released: network_grid.py:223-228]
     lr_mlp: float = 5e-4                 # Adam's rate for the network, from the same lines
     # The rates fall exponentially to this fraction by the end; 1: constant [released: distillation.py:166, 247, 352].
@@ -654,40 +653,40 @@ class DistillConfig:
         return (input_views.images / gains).clamp(0, 1)
 
     def fitted(self, views: int) -> DistillConfig:
-        """The same for a number of input views: each further one sees details that a finer grid can hold, with fewer
-        pixels blurred into its cells, more samples to find them and more iterations to learn them.
+        """The same for a number of input views and the size of their pictures: what they show more of, a finer grid and
+        a wider network can hold, with fewer pixels blurred into its cells, more samples to find it and more iterations
+        to learn it.
         """
-        # How many times as many views as these numbers are for.
+        # How many times as many views as these numbers are for, and with them as large pictures.
         growth = views / self.reference_views if self.reference_views else 1.0
         if growth <= 1:
             return replace(self, reference_views=0, iterations_per_view=0)
+        larger = max(self.image_size / REFERENCE_SIZE, 1.0)
 
-        # More views determine finer cells, and more samples find them.
+        # More pixels determine finer cells, and more samples, all of them in occupied ones, find them.
+        levels = round(min(math.log2(growth), 4))
         field = replace(
             self.field,
-            levels=self.field.levels + round(min(math.log2(growth), 4)),
-            finest_resolution=min(round(self.field.finest_resolution * growth), 1024),
-            log2_hashmap_size=self.field.log2_hashmap_size + round(min(math.log2(growth), 4) / 2),
-            samples_per_ray=min(round(self.field.samples_per_ray * growth**0.5), 192),
-            occupancy_cells=min(round(self.field.occupancy_cells * growth**0.5), 128),
+            levels=self.field.levels + levels,
+            finest_resolution=min(round(self.field.finest_resolution * growth * larger), MOST_CELLS),
+            log2_hashmap_size=self.field.log2_hashmap_size + round(levels / 2 + math.log2(larger)),
+            width=64,
+            samples_per_ray=min(round(self.field.samples_per_ray * larger**0.5), 128),
+            bins_per_ray=256,
+            occupancy_cells=min(round(self.field.occupancy_cells * (growth * larger)**0.5), 192),
         )
 
         # That is more to learn, of colors less blurred.
-        further = min(self.iterations_per_view * (views - self.reference_views), MOST_FURTHER)
-        iterations = self.iterations + further
+        further = min(self.iterations_per_view * (views - self.reference_views), MOST_FURTHER) * larger**0.5
         blur = max(round(self.blur / growth / 2 - 0.5), 0) * 2 + 1  # odd
-        fitted = replace(self, field=field, iterations=iterations, blur=blur, reference_views=0, iterations_per_view=0)
-
-        # Where there is time for it, what a pixel sees beside its center.
-        if iterations < LONG:
-            return fitted
-        return replace(fitted, pixel_side=2 * self.pixel_side, input_pixels=math.ceil(self.input_pixels / 2))
+        return replace(self, field=field, iterations=self.iterations + round(further), blur=blur, reference_views=0,
+                       iterations_per_view=0, input_pixels=2 * self.input_pixels)
 
 
 _LEAST = {"half_side": 0, "prior_views": 0, "iterations": 1, "viewpoints": 1, "jitter": 0, "image_size": 1,
           "render_size": 2, "lr_grid": 0, "lr_mlp": 0,
           "eps": 0, "lr_exposure": 0, "weight_exposure": 0, "weight_background": 0, "weight_opacity": 0,
-          "weight_perceptual": 0, "input_pixels": 0, "pixel_side": 1, "picture_side": 1, "reference_views": 0,
+          "weight_perceptual": 0, "input_pixels": 0, "picture_side": 1, "reference_views": 0,
           "iterations_per_view": 0, "denoise_batch": 1, "occupancy_every": 1, "mesh_resolution": 1,
           "turntable_frames": 1}
 

@@ -52,6 +52,9 @@ class FieldConfig:
     blob_radius: float = 0.2        # standard deviation of the Gaussian in the density logit (DreamFusion)
     samples_per_ray: int = 64       # D, stratified samples of a ray [released: distillation.py:507]
     importance_samples: int = 64    # I, samples added where density is; 0: none [released: distillation.py:508]
+    # Bins in which a ray's occupied cells are looked for, so that all its samples are placed there; 0: they are placed
+    # in the whole box around the occupied cells, and those that fall into others are skipped.
+    bins_per_ray: int = 0
     near: float = 0.1               # least t of a sample [released: distillation.py:520]
     occupancy_cells: int = 128      # G, occupancy cells per side (Instant NGP, appendix E.2)
     occupancy_decay: float = 0.95   # factor of a cell's running maximum of density at an update (Instant NGP, E.2)
@@ -77,12 +80,14 @@ class FieldConfig:
                  f"base_resolution {self.base_resolution} is above finest_resolution {self.finest_resolution}")
         _require(self.levels << self.log2_hashmap_size < 2**31,
                  f"{self.levels} levels of 2^{self.log2_hashmap_size} rows: too many for 32-bit indices")
+        _require(self.importance_samples == 0 or self.bins_per_ray == 0,
+                 "bins_per_ray already say where samples are needed, so importance_samples must be 0")
         _require(self.importance_samples == 0 or self.samples_per_ray >= 3,
                  f"importance_samples need samples_per_ray of at least 3, not {self.samples_per_ray}")
 
 
 _LEAST = {"levels": 1, "features_per_level": 1, "log2_hashmap_size": 1, "base_resolution": 1, "width": 1,
-          "hidden_layers": 0, "view_degree": 0, "samples_per_ray": 1, "importance_samples": 0, "near": 0,
+          "hidden_layers": 0, "view_degree": 0, "samples_per_ray": 1, "importance_samples": 0, "bins_per_ray": 0, "near": 0,
           "occupancy_cells": 1, "occupancy_decay": 0, "mask_threshold": 0, "forgiven_views": 1}
 
 

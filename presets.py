@@ -66,7 +66,7 @@ PRESETS = {
     "plain": DistillConfig(
         iterations=1000, bootstrap=666, image_size=256, render_size=64, input_pixels=4096, picture_side=2,
         lr_grid=3e-2, lr_mlp=1e-2, final_lr_fraction=0.05, betas=(0.9, 0.99), eps=1e-15,
-        lr_exposure=1e-2, blur=3, weight_background=0.3, reference_views=12, iterations_per_view=160,
+        lr_exposure=1e-2, blur=3, weight_background=0.3, reference_views=12, iterations_per_view=65,
         field=replace(NANO_FIELD, levels=6, finest_resolution=96, log2_hashmap_size=17, samples_per_ray=64,
                       view_degree=4),
     ),

@@ -87,8 +87,7 @@ class Reconstruction(NamedTuple):
         """From which pixels cameras (T,) of the user's world see the visual hull of the input masks, (T, size, size)
         boolean; wrong only by saying yes.
         """
-        cameras = self.turned(cameras)
-        return torch.stack([self.occupancy.silhouette(camera, size) for camera in cameras])
+        return self.occupancy.silhouettes(self.turned(cameras), size)
 
     def turntable(self, cameras: Cameras, size: int, title: str | None = None) -> Tensor:
         """Once around, on the circle that fits the scene's cameras (V,): pictures (frames, 3, size, size).

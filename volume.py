@@ -5,7 +5,8 @@
 evaluated (Instant NGP, appendix E.2).
 
 Rays are integrated as in NeRF (Mildenhall et al. 2020): stratified samples, importance samples, and before a black
-background. Samples in empty cells are never evaluated.
+background. Samples in empty cells are never evaluated; for many sharp pictures none is placed there
+(`occupied_strata`).
 
 Different from the released code: depth is in units of t along the ray, and 0 for a ray that misses the cube; theirs
 is a fraction of the ray's interval in the cube, and NaN [released: nerf/renderer_df.py:442-456].
@@ -31,7 +32,7 @@ from common.machine import rand
 from ngp import Field, FieldConfig, cube, in_chunks
 
 # Rays of a picture that are rendered at once: what fits a CPU's caches; what fills a GPU, but not its memory.
-CHUNK = {"cpu": 2**11, "cuda": 2**13}
+CHUNK = {"cpu": 2**11, "cuda": 2**15}
 DENSEST = math.exp(15)  # the largest density that an occupancy cell stores
 MASK_GAP = 2  # pixels that a mask may end before the picture's border and still count as touching it
 
@@ -108,6 +109,10 @@ class Occupancy(nn.Module):
             raise ValueError(f"masks and cameras: no part of the cube of half side {config.bound:g} round the world "
                              "origin lies in every mask; the object must be inside the cube")
         self.set_occupied(self.possible)
+
+    def silhouettes(self, cameras: Cameras, size: int) -> Tensor:
+        """The same of cameras (V,): (V, size, size)."""
+        return torch.stack([self.silhouette(camera, size) for camera in cameras])
 
     @torch.no_grad()
     def silhouette(self, camera: Cameras, size: int) -> Tensor:
@@ -323,14 +328,44 @@ def sample_pdf(middle: Tensor, weights: Tensor, u: Tensor) -> Tensor:
     return start + (u - low) / span * (end - start)
 
 
+def occupied_strata(rays_o: Tensor, rays_d: Tensor, near: Tensor, far: Tensor, u: Tensor,
+                    occupancy: Occupancy) -> tuple[Tensor, Tensor]:
+    """Stratified samples of the part of rays (R, 3) that lies in occupied cells: t (R, D), and the length (R, 1) that
+    each stands for.
+
+    The interval from near to far, (R, 1) each, is divided into bins; a bin is occupied if its middle lies in an
+    occupied cell. u (R, D) in [0, 1) places the samples in their strata.
+    """
+    bins = occupancy.config.bins_per_ray
+    step = (far - near) / bins
+    middle = near + step * (torch.arange(bins, device=u.device) + 0.5)
+    occupied = occupancy(points_along(rays_o, rays_d, middle)).view(middle.shape)
+
+    # Strata of the occupied bins, as if they lay one behind the other.
+    end = occupied.cumsum(-1, dtype=u.dtype)  # of each bin
+    total = end[:, -1:]
+    place = (torch.arange(u.shape[1], device=u.device) + u) / u.shape[1] * total
+
+    # Which of the bins that is, and where in it.
+    chosen = torch.searchsorted(end, place, right=True).clamp(max=bins - 1)
+    inside = place - (end.gather(1, chosen) - 1)
+    return near + step * (chosen + inside), step * total / u.shape[1]
+
+
 def compositing_weights(density: Tensor, t: Tensor, last: Tensor) -> Tensor:
     """Weights T_i (1 - exp(-density_i length_i)) of the samples in the integral along the ray (NeRF, Eq. 3).
 
-    density (R, D), increasing t (R, D), last (R, 1): length that the last sample stands for -> (R, D). Density may be
-    infinite: such a sample hides what is behind it.
+    density (R, D), increasing t (R, D), last (R, 1): length that the last sample stands for -> (R, D).
+    """
+    return weights_of_lengths(density, torch.cat([t.diff(dim=-1), last], -1))
+
+
+def weights_of_lengths(density: Tensor, length: Tensor) -> Tensor:
+    """The same of samples in order along the ray that stand for these lengths, (R, D) or (R, 1).
+
+    Density may be infinite: such a sample hides what is behind it.
     """
     # Optical depth. An infinite density times a length of 0 must be 0, so the largest finite number stands for it.
-    length = torch.cat([t.diff(dim=-1), last], -1)
     largest = torch.finfo(density.dtype).max
     depth = density.clamp(max=largest) * length
 
@@ -340,13 +375,17 @@ def compositing_weights(density: Tensor, t: Tensor, last: Tensor) -> Tensor:
     return transmittance * -torch.expm1(-depth)
 
 
+def points_along(rays_o: Tensor, rays_d: Tensor, t: Tensor) -> Tensor:
+    """The points `o + t d` of rays (R, 3) at t (R, D): (R * D, 3)."""
+    # Three long rows are faster than many short ones.
+    x = rays_o.t()[..., None] + rays_d.t()[..., None] * t  # (3, R, D)
+    return x.reshape(3, -1).t()
+
+
 def evaluate_samples(field: Field, rays_o: Tensor, rays_d: Tensor, t: Tensor, occupancy: Occupancy | None,
                      buffer: SampleBuffer | None = None) -> tuple[Tensor, Tensor]:
     """Density (R, D) and color (R, D, 3) at `o + t d`; 0 in empty cells, where the field is not evaluated."""
-    # Three long rows are faster than many short ones.
-    x = rays_o.t()[..., None] + rays_d.t()[..., None] * t  # (3, R, D)
-    x = x.clamp(-field.config.bound, field.config.bound)
-    x = x.reshape(3, -1).t()  # (N, 3)
+    x = points_along(rays_o, rays_d, t).clamp(-field.config.bound, field.config.bound)
 
     # Indices of the samples in occupied cells, (K,). A buffer is filled up with N.
     if occupancy is None:
@@ -405,9 +444,15 @@ def _integrate(field: Field, rays_o: Tensor, rays_d: Tensor, near: Tensor, far: 
     u, u_importance = draws
     near = near[:, None]  # (R, 1)
     far = far[:, None]
-
-    # Stratified samples, both ends of the interval included [released: nerf/renderer_df.py:356-412].
     stratum = (far - near) / config.samples_per_ray
+
+    # Stratified samples, all of them in occupied cells.
+    if config.bins_per_ray and occupancy is not None:
+        t, length = occupied_strata(rays_o, rays_d, near, far, u, occupancy)
+        density, color = evaluate_samples(field, rays_o, rays_d, t, occupancy, buffer)
+        return _composite(weights_of_lengths(density, length), color, t.clamp(near, far))
+
+    # Or in the whole interval, both ends included [released: nerf/renderer_df.py:356-412].
     grid = near + (far - near) * torch.linspace(0, 1, config.samples_per_ray, device=u.device, dtype=u.dtype)
     t = grid + (u - 0.5) * stratum
 
@@ -420,11 +465,14 @@ def _integrate(field: Field, rays_o: Tensor, rays_d: Tensor, near: Tensor, far: 
             more = sample_pdf(middle, weights[:, 1:-1], u_importance)
             t = torch.cat([t, more], -1).sort(-1).values
 
-    # Integration along the rays.
     density, color = evaluate_samples(field, rays_o, rays_d, t, occupancy, buffer)
-    weights = compositing_weights(density, t, stratum)
+    return _composite(compositing_weights(density, t, stratum), color, t.clamp(near, far))
+
+
+def _composite(weights: Tensor, color: Tensor, t: Tensor) -> Rendering:
+    """The integral along the rays: weights (R, D), color (R, D, 3) and t (R, D) of their samples."""
     color = (weights[..., None] * color).sum(1)
-    depth = (weights * t.clamp(near, far)).sum(-1)
+    depth = (weights * t).sum(-1)
     return Rendering(color, weights.sum(-1), depth)
 
 

@@ -10,7 +10,7 @@ import math
 from typing import get_args, get_origin, get_type_hints
 
 # What follows from the number of iterations, in a run that resumes a shorter one.
-LENGTH = ("config.iterations", "config.bootstrap", "config.input_pixels", "config.pixel_side")
+LENGTH = ("config.iterations", "config.bootstrap")
 MOST = 3  # differences that are told with their values
 RENAMED = {"config.sampler.plms_steps": "config.sampler.denoise_steps"}  # in files from before
 

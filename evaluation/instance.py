@@ -88,7 +88,7 @@ class Instance:
 
         # The field alone; or the EFT's views, two fields, and the EFT and the VLDM to compare with.
         if self.weights is None:
-            rays = (config.input_pixels or config.render_size**2) * config.pixel_side**2
+            rays = config.input_pixels or config.render_size**2
             return seconds + 3e-5 * rays * config.iterations
         return seconds + 0.17 * (config.viewpoints + count) + 0.19 * config.iterations + 2.2 * targets
 

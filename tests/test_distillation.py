@@ -439,28 +439,38 @@ def test_blur():
         assert ((batch.mask > 0.01) & (batch.mask < 0.99)).any()
 
 
-@pytest.mark.parametrize("side", [1, 3])
-def test_scattered_pixels_are_those_of_the_photographs(side):
-    """Each ray of a pixel passes within it, through its view's camera; what a photograph does not show is left out."""
+def test_scattered_pixels_are_those_of_the_photographs():
+    """A ray passes through the middle of its pixel, from its view's camera; what a photograph does not show is left
+    out.
+    """
     scene = ball(3, 32)
     valid = scene.valid.clone()
     valid[:, :, :, 20:] = 0
-    config = replace(SHORT, input_pixels=200, pixel_side=side)
-    work = Distillation(replace(scene, valid=valid), config, 7)
+    work = Distillation(replace(scene, valid=valid), replace(SHORT, input_pixels=200), 7)
     batch = work.sample_input(0)
-    rays = side**2
-    assert batch.rays.o.shape == (200 * rays, 3) and batch.color.shape == (200, 3)
+    assert batch.rays.o.shape == (200, 3) and batch.color.shape == (200, 3)
     assert set(batch.view.tolist()) == {0, 1, 2}
-    view = batch.view.repeat_interleave(rays)
-    xy, _ = scene.cameras[view].project((batch.rays.o + 3 * batch.rays.d)[:, None])
-    pixel = ((1 - xy[:, 0]) * 16).floor().long()
-    column, row = pixel.unbind(-1)
-    assert (column < 20).all()
+    xy, _ = scene.cameras[batch.view].project((batch.rays.o + 3 * batch.rays.d)[:, None])
+    position = (1 - xy[:, 0]) * 16
+    column, row = position.floor().long().unbind(-1)
+    assert (column < 20).all() and (position - position.floor() - 0.5).abs().amax() < 1e-3
     for images, expected in ((scene.images, batch.color), (scene.masks, batch.mask)):
-        parity.assert_close(images[view, :, row, column], expected.repeat_interleave(rays, 0), atol=1e-6)
-    center = ((1 - xy[:, 0]) * 16 - 0.5 - pixel).abs().amax()
-    assert (center < 1e-3) == (side == 1)
+        parity.assert_close(images[batch.view, :, row, column], expected, atol=1e-6)
     assert work.input_loss(batch).isfinite() and not torch.equal(work.sample_input(1).color, batch.color)
+
+
+def test_scattered_pixels_are_those_that_see_the_hull():
+    """All of the object's pixels, and none whose ray meets only cells that the masks have ruled out."""
+    scene = ball(3, 32)
+    work = Distillation(scene, replace(SHORT, input_pixels=200, field=replace(SHORT.field, occupancy_cells=64)), 7)
+    chosen = torch.zeros(scene.masks.numel(), dtype=torch.bool)
+    chosen[work.valid_pixels] = True
+    chosen = chosen.view_as(scene.masks)
+    assert chosen[scene.masks > 0.5].all() and chosen.sum() < 2 * (scene.masks > 0.5).sum() < chosen.numel()
+    for view in range(3):
+        rest = (~chosen[view, 0]).flatten().nonzero().squeeze(-1)
+        o, d = scene.cameras[view].rays(pixel_grid(32, 32)[rest])
+        assert volume.render(work.field, o, d, None, work.occupancy).opacity.abs().max() == 0
 
 
 def test_what_no_photograph_shows_teaches_nothing():
@@ -476,14 +486,3 @@ def test_what_no_photograph_shows_teaches_nothing():
     work.input_loss(batch).backward()
     taught = seen.grad.abs().sum(1) > 0
     assert torch.equal(taught, batch.valid[:, 0] > 0)
-
-
-def test_a_pixel_is_the_mean_of_its_rays():
-    work = Distillation(ball(2, 32), replace(SHORT, input_pixels=4, pixel_side=2), 7)
-    batch = work.sample_input(0)
-    seen = torch.rand(16, 4, generator=torch.Generator().manual_seed(0))
-    work.render = lambda rays: volume.Rendering(seen[:, :3], seen[:, 3], None)
-    mean = seen.reshape(4, 4, 4).mean(1)
-    loss = distillation.photometric_loss(mean[:, :3], mean[:, 3:], batch.color, batch.mask)
-    loss = loss + SHORT.weight_opacity * distillation.opacity_loss(mean[:, 3:])
-    parity.assert_close(work.input_loss(batch), loss, rtol=1e-5)

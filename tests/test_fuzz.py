@@ -64,7 +64,7 @@ DISTILL = ["--root", "tree", "--category", "things", "--protocol", "all", "--wei
            "--feature-net", "net.pt", "--targets", "1", "--out", "out", *QUICK]
 TRAIN = ["vae", "--root", "tree", "--category", "things", "--out", "out/vae.pt", "--steps", "1", "--frames", "2",
          "--device", "cpu", "--set", "batch=1", "image_size=16", "vae.widths=8,8", "vae.groups=4", "vae.blocks=1"]
-LITTLE = replace(PRESETS["plain"], iterations=1, bootstrap=0, image_size=16, input_pixels=16, pixel_side=1,
+LITTLE = replace(PRESETS["plain"], iterations=1, bootstrap=0, image_size=16, input_pixels=16,
                  turntable_frames=2,
                  field=replace(small.FIELD, levels=1, log2_hashmap_size=8, samples_per_ray=8, occupancy_cells=16))
 COMMANDS = {"distill": distill.main, "evaluate": evaluate.main, "train": train.main, "check": check.main,

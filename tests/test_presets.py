@@ -64,15 +64,20 @@ def test_the_released_settings_fit_every_preset(preset):
     assert config.fitted(100) == replace(config, iterations_per_view=0)
 
 
-def test_more_photographs_bear_a_finer_field():
+def test_more_and_larger_photographs_bear_a_finer_field():
     plain = presets.PRESETS["plain"]
     assert plain.fitted(2) == plain.fitted(12) == replace(plain, reference_views=0, iterations_per_view=0)
+    assert replace(plain, image_size=800).fitted(12).field == plain.field
     many = plain.fitted(100)
-    assert (many.field.finest_resolution, many.iterations, many.blur) == (800, 15080, 1)
-    assert many.field.samples_per_ray > 2 * plain.field.samples_per_ray and many.field.occupancy_cells == 128
-    assert many.pixel_side == 2 and many.input_pixels * 2 == plain.input_pixels and many.fitted(100) == many
+    assert (many.field.finest_resolution, many.iterations, many.blur) == (800, 6720, 1)
+    assert (many.field.samples_per_ray, many.field.bins_per_ray, many.field.occupancy_cells) == (64, 256, 139)
+    assert many.input_pixels == 2 * plain.input_pixels and many.fitted(100) == many
     assert plain.fitted(1000).iterations == plain.iterations + distillation.MOST_FURTHER
+    assert replace(plain, image_size=128).fitted(100).field == many.field
+    large = replace(plain, image_size=1024).fitted(100)
+    assert (large.field.finest_resolution, large.field.samples_per_ray, large.iterations) == (2048, 128, 12440)
+    assert large.field.log2_hashmap_size == many.field.log2_hashmap_size + 2
     short = plain.with_iterations(800).fitted(100)  # what is asked for stays
-    assert (short.iterations, short.field, short.pixel_side) == (800, many.field, 1)
+    assert (short.iterations, short.field, short.input_pixels) == (800, many.field, many.input_pixels)
     nano = presets.PRESETS["nano"]
     assert nano.fitted(100) == nano

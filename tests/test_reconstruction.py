@@ -3,7 +3,7 @@ import copy
 import json
 import math
 import signal
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +14,6 @@ import distillation
 import reconstruction
 import sparsefusion
 from common import files, processes
-from common.settings import differences
 from distillation import Distillation
 from export import mesh
 from export.pictures import PREVIEWS, add_preview, to_image
@@ -257,16 +256,6 @@ def half_done(tmp_path_factory):
         interrupt(m, Distillation, "distillation_loss", 0, signal.SIGTERM)
         reconstruct(ball(3, 32), [0, 1], tiny_model(), SHORT, checkpoint=Checkpoint(file))
     return torch.load(file, weights_only=True)
-
-
-def test_a_longer_run_may_have_more_rays_a_pixel():
-    """As many photographs get from some number of iterations on; anything else still makes it another run."""
-    plain = PRESETS["plain"]
-    short, long = (asdict(config.fitted(100)) for config in (plain.with_iterations(900), plain))
-    assert short["pixel_side"] != long["pixel_side"]
-    assert differences({"config": short}, {"config": long}, extend=True) == ""
-    assert differences({"config": long}, {"config": short}, extend=True)
-    assert differences({"config": short | {"blur": 7}}, {"config": long}, extend=True)
 
 
 def test_a_visual_hull_is_seen_wherever_the_object_is():

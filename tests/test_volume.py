@@ -227,6 +227,59 @@ def test_samples_lie_in_the_box_of_occupied_cells():
     assert (evaluated[1].abs() <= occupancy.box[1] + 1e-5).all()
 
 
+def shells(**config) -> tuple[Analytic, Occupancy]:
+    """A hollow ball with a solid one in it, and cells that leave out what is empty between and around them."""
+    def solid(x):
+        r = x.norm(dim=-1)
+        return ((r > 0.9) & (r < 1.1)) | (r < 0.3)
+    field = Analytic(lambda x: 2.0 * solid(x), lambda x: (x / 3 + 0.5).clamp(0, 1), occupancy_cells=48, **config)
+    occupancy = Occupancy(field.config)
+    r = centers(field.config).norm(dim=-1)
+    occupancy.set_occupied(((r > 0.8) & (r < 1.2)) | (r < 0.4))
+    return field, occupancy
+
+
+def test_all_samples_are_in_occupied_cells():
+    """Up to the width of a bin; as many in each stratum, in order, and together as long as the occupied part is."""
+    field, occupancy = shells(samples_per_ray=40, bins_per_ray=256)
+    rays_o, rays_d = random_rays(300)
+    near, far = (x[:, None] for x in volume.ray_box_intersection(rays_o, rays_d, occupancy.box, 0.1))
+    far = torch.maximum(near, far)
+    u = torch.rand(300, 40, generator=seeded())
+    t, length = volume.occupied_strata(rays_o, rays_d, near, far, u, occupancy)
+    met = length[:, 0] > 0
+    assert 100 < met.sum() < 300
+    rays_o, rays_d, near, far, t, length = (x[met] for x in (rays_o, rays_d, near, far, t, length))
+    assert (t.diff() > 0).all() and (t >= near).all() and (t <= far + 1e-5).all()
+
+    # The occupied part of each ray, by many points.
+    fine = near + (far - near) * (torch.arange(20_000) + 0.5) / 20_000
+    inside = occupancy(volume.points_along(rays_o, rays_d, fine)).view(fine.shape)
+    part = inside.float().mean(-1, keepdim=True) * (far - near)
+    bin_length = (far - near) / 256
+    assert ((40 * length - part).abs() < 8 * bin_length).all()
+    nearest = torch.where(inside, fine, torch.inf)
+    distance = torch.stack([(nearest - x[:, None]).abs().amin(-1) for x in t.t()], -1)
+    assert (distance <= bin_length).all() and (distance < 1e-3).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("skip_buffer", [True, False])
+def test_samples_in_occupied_cells_give_the_same_integral(skip_buffer):
+    """As many samples in the whole box do, of rays that cross empty space twice: color, opacity and depth."""
+    field, occupancy = shells(samples_per_ray=128, bins_per_ray=256)
+    rays_o, rays_d = random_rays(200)
+    rays_o[:20] *= -1  # behind
+    draws = volume.uniform_draws(field.config, 200, seeded(), rays_o)
+    buffer = None if skip_buffer else volume.SampleBuffer(200 * 128, "cpu")
+    seen = volume.render(field, rays_o, rays_d, None, occupancy, draws, buffer)
+    exact, box = shells(samples_per_ray=8000)
+    expected = volume.render(exact, rays_o, rays_d, None, box)
+    assert 0.3 < expected.opacity.max() and (expected.opacity == 0).any()
+    assert torch.equal(seen.opacity == 0, expected.opacity == 0)
+    for a, b, most in zip(seen, expected, (0.004, 0.008, 0.03)):
+        assert (a - b).abs().mean() < most
+
+
 def test_scattered_values_are_zero_elsewhere():
     index = torch.tensor([3, 0, 4, 4])  # 4: what fills a buffer up
     values = torch.tensor([[1.0, 2], [3, 4], [5, 6], [7, 8]], requires_grad=True)

@@ -7,7 +7,7 @@ from common import files
 from evaluation import results
 
 SETTINGS = {"seed": 0, "targets": 8, "feature_net": "a", "entry": {"sequence": "s", "frames": [1, 2]},
-            "config": {"iterations": 6, "bootstrap": 3, "input_pixels": 0, "pixel_side": 1, "mesh_resolution": 8,
+            "config": {"iterations": 6, "bootstrap": 3, "input_pixels": 0, "mesh_resolution": 8,
                        "field": {"levels": 3}}}
 
 
@@ -46,8 +46,8 @@ def test_what_only_shows_may_differ(folder):
 
 def test_more_iterations_go_on(folder):
     assert results.conflict(folder, changed(iterations=9, bootstrap=6), True) == ""
-    assert results.conflict(folder, changed(iterations=9, input_pixels=4, pixel_side=2), True) == ""
-    for other in (dict(iterations=5), dict(iterations=9, seed=1), dict(bootstrap=4), dict(pixel_side=2)):
+    assert results.conflict(folder, changed(iterations=9), True) == ""
+    for other in (dict(iterations=5), dict(iterations=9, seed=1), dict(bootstrap=4), dict(input_pixels=4)):
         assert results.conflict(folder, changed(**other), True)
 
 
