@@ -38,7 +38,7 @@ def test_a_sampler_is_its_models(tiny_weights):
 
 
 @pytest.mark.parametrize("flags, iterations", [
-    ((), 15080), (("--iterations", "900"), 900), (("--set", "iterations=1200"), 1200)])
+    ((), 6720), (("--iterations", "900"), 900), (("--set", "iterations=1200"), 1200)])
 def test_many_photographs_get_more_iterations_unless_their_number_is_asked_for(flags, iterations, capsys):
     """What a run is known by has the numbers that it is made with."""
     args = distill.parser().parse_args(["--preset", "plain", *flags])
@@ -54,7 +54,7 @@ def test_many_photographs_get_more_iterations_unless_their_number_is_asked_for(f
     assert made_with(12) == (iterations if flags else 1000) and capsys.readouterr().out == ""
     assert made_with(0) == iterations
     assert capsys.readouterr().out == (
-        "" if flags else "15080 iterations instead of 1000, for there are many input views (--iterations N decides)\n")
+        "" if flags else "6720 iterations instead of 1000, for there are many input views (--iterations N decides)\n")
 
 
 # --- the command ---
