@@ -19,6 +19,9 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+# Of large pictures and odd bytes; a picture above Pillow's hard limit is an error. (Threads share the filters.)
+warnings.filterwarnings("ignore", module="PIL")
+
 # Of Pillow's readers these and no others: a file's name does not say which it needs, and some start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 CODE = np.array([1 << 16, 1 << 8, 1])  # times a color: one number
@@ -62,8 +65,7 @@ def open_picture(path: Path) -> Image.Image:
     raise nearly anything.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # of a large picture; one above Pillow's hard limit is an error
-            return Image.open(path, formats=FORMATS)
+        return Image.open(path, formats=FORMATS)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except Exception as e:
@@ -87,15 +89,14 @@ def pixels(picture: Image.Image, mode: str, path: Path, full: float | None = 655
     full: white in a picture of more than 8 bits; None: its largest number. `turned`: as its EXIF tag says.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):
-            picture = ImageOps.exif_transpose(picture) if turned else picture
+        picture = ImageOps.exif_transpose(picture) if turned else picture
 
-            # Pillow would clip them to 8 bits.
-            if picture.mode.startswith("I") or picture.mode == "F" and full is None:
-                numbers = np.nan_to_num(np.asarray(picture, dtype=np.float64))
-                numbers = numbers * 255 // (full or max(numbers.max(), 1e-9))
-                picture = Image.fromarray(numbers.clip(0, 255).astype(np.uint8))
-            return np.array(picture.convert(mode))
+        # Pillow would clip them to 8 bits.
+        if picture.mode.startswith("I") or picture.mode == "F" and full is None:
+            numbers = np.nan_to_num(np.asarray(picture, dtype=np.float64))
+            numbers = numbers * 255 // (full or max(numbers.max(), 1e-9))
+            picture = Image.fromarray(numbers.clip(0, 255).astype(np.uint8))
+        return np.array(picture.convert(mode))
     # On broken bytes the decoders raise nearly anything.
     except Exception as e:
         raise ValueError(f"{path}: not a readable picture ({e})") from None

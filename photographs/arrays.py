@@ -5,6 +5,7 @@ Shapes: `V` photographs of `H W` rows and columns, which may differ from one to 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +56,8 @@ def scene_from_arrays(images: Sequence, masks: Sequence, R, T, K, axes: str = "o
         shots.append(Shot(str(i), None, None, width, height, K[i].diagonal()[:2], K[i, :2, 2], undistorted, matrix))
     nothing = torch.zeros(0, 3, dtype=torch.float64)
     photographs = Photographs(Path(name), shots, CONVENTIONS[axes], nothing)
-    layers = (_layers(images, masks, i) for i in range(count))
-    return normalized(scene_of_layers(photographs, layers, size, cut), nothing)
+    decode = partial(_layers, images, masks)
+    return normalized(scene_of_layers(photographs, decode, size, cut), nothing)
 
 
 def _layers(images: Sequence, masks: Sequence, i: int) -> Tensor:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from photographs.normalization import normalization
 from photographs.shots import Convention, Shot, world_to_view
 from volume import MASK_GAP
 
+AT_ONCE = 50_000_000  # pixels of decoded photographs in memory, at most, if there is more than one (20 bytes each)
 COVERED = 0.995  # part of a photograph that a mask covers at most
 GRAY = 0.6       # part of a mask that may be neither black nor white, of what is not black
 
@@ -108,28 +111,50 @@ def load_pictures(photographs: Photographs, size: int | None = None, cut: bool =
 
     The cameras are float64. Raises `ValueError` for a picture that cannot be decoded, and for an empty mask.
     """
-    # One at a time: decoded, they may be a hundred times as large as what is kept of them.
-    layers = map(_decode, Progress(photographs.shots, "reading photographs"))
-    return scene_of_layers(photographs, layers, size, cut)
+    return scene_of_layers(photographs, lambda i: _decode(photographs.shots[i]), size, cut, "reading photographs")
 
 
-def scene_of_layers(photographs: Photographs, layers: Iterable[Tensor], size: int | None, cut: bool) -> Scene:
-    """The same of decoded photographs: masked colors, mask, and ones, (5, H, W) in [0, 1] each."""
-    if size is None:
-        size = max(max(shot.width, shot.height) for shot in photographs.shots)
-    whole = []
-    crops = []
-    for decoded, shot in zip(layers, photographs.shots):
-        _check_mask(decoded[3:], shot.mask or f"masks[{shot.name}]")
-        if shot.distortion.any():
-            decoded = _undistort(decoded, shot)
-            if not decoded[3].any():
-                raise ValueError(f"{shot.mask}: with its lens distortion undone, the mask is empty")
-        whole.append(_square(decoded, shot, Box(0, 0, shot.width, shot.height), size))
+def scene_of_layers(photographs: Photographs, decode: Callable[[int], Tensor], size: int | None, cut: bool,
+                    title: str | None = None) -> Scene:
+    """The same of photographs that a function decodes by their number: masked colors, mask, and ones, (5, H, W) in
+    [0, 1] each. `title` shows progress.
+    """
+    shots = photographs.shots
+    largest = max(max(shot.width, shot.height) for shot in shots)
+    size = size or largest
+    cut = cut and largest > size  # else there is nothing to gain, and what is enlarged is blurred
+
+    def squares(i: int) -> list[tuple[Tensor, ...]]:
+        """The whole photograph `i`, and with `cut` what shows the object."""
+        shot = shots[i]
+        layers = _without_distortion(decode(i), shot)
+        boxes = [Box(0, 0, shot.width, shot.height)]
         if cut:
-            crops.append(_square(decoded, shot, object_box(decoded[3]), size))
-    scene = _scene_of_squares(photographs, whole)
-    return replace(_scene_of_squares(photographs, crops), whole=scene) if cut else scene
+            boxes.append(object_box(layers[3]))
+        return [_square(layers, shot, box, size) for box in boxes]
+
+    # A few at a time: decoded, they may be a hundred times as large as what is kept of them.
+    together = max(1, min(os.cpu_count() or 1, AT_ONCE // largest**2))
+    found = []
+    with ThreadPoolExecutor(together) as pool:
+        for i in Progress(range(len(shots)), title):
+            if i == len(found):
+                found += pool.map(squares, range(i, min(i + together, len(shots))))
+
+    # As many scenes as boxes.
+    whole, *crops = (_scene_of_squares(photographs, column) for column in zip(*found))
+    return replace(crops[0], whole=whole) if crops else whole
+
+
+def _without_distortion(layers: Tensor, shot: Shot) -> Tensor:
+    """Layers (5, H, W) of a photograph as a pinhole camera sees them. Raises `ValueError` for a mask that is none."""
+    _check_mask(layers[3:], shot.mask or f"masks[{shot.name}]")
+    if not shot.distortion.any():
+        return layers
+    layers = _undistort(layers, shot)
+    if not layers[3].any():
+        raise ValueError(f"{shot.mask}: with its lens distortion undone, the mask is empty")
+    return layers
 
 
 def _scene_of_squares(photographs: Photographs, squares: list[tuple[Tensor, ...]]) -> Scene:
