@@ -664,12 +664,12 @@ class DistillConfig:
         larger = max(self.image_size / REFERENCE_SIZE, 1.0)
 
         # More pixels determine finer cells, and more samples, all of them in occupied ones, find them.
-        levels = round(min(math.log2(growth), 4))
+        doubled = min(math.log2(growth), 4)
         field = replace(
             self.field,
-            levels=self.field.levels + levels,
+            levels=self.field.levels + round(doubled + math.log2(larger)),
             finest_resolution=min(round(self.field.finest_resolution * growth * larger), MOST_CELLS),
-            log2_hashmap_size=self.field.log2_hashmap_size + round(levels / 2 + math.log2(larger)),
+            log2_hashmap_size=self.field.log2_hashmap_size + round(doubled / 2 + math.log2(larger)),
             width=64,
             samples_per_ray=min(round(self.field.samples_per_ray * larger**0.5), 128),
             bins_per_ray=256,

@@ -32,7 +32,7 @@ from common.machine import rand
 from ngp import Field, FieldConfig, cube, in_chunks
 
 # Rays of a picture that are rendered at once: what fits a CPU's caches; what fills a GPU, but not its memory.
-CHUNK = {"cpu": 2**11, "cuda": 2**15}
+CHUNK = {"cpu": 2**11, "cuda": 2**14}
 DENSEST = math.exp(15)  # the largest density that an occupancy cell stores
 MASK_GAP = 2  # pixels that a mask may end before the picture's border and still count as touching it
 
