@@ -605,7 +605,8 @@ class DistillConfig:
     reference_views: int = 0
     iterations_per_view: int = 0         # that each input view beyond those adds
     occupancy_every: int = 16            # iterations between two looks at where space is empty
-    mesh_resolution: int = 160           # cells along the longest side of the meshed box
+    mesh_resolution: int = 128           # cells along the longest side of the meshed box, at most
+    mesh_faces: int = 100_000            # triangles of the mesh, at most
     turntable_frames: int = 36           # pictures of the turntable
     eft_train_mode: bool = False         # dropout and batch statistics on [released: load_model.py:33-45, 179]
     metrics_on_inputs: bool = False      # measure input views, too [released: distillation.py:395-443]
@@ -688,7 +689,7 @@ _LEAST = {"half_side": 0, "prior_views": 0, "iterations": 1, "viewpoints": 1, "j
           "eps": 0, "lr_exposure": 0, "weight_exposure": 0, "weight_background": 0, "weight_opacity": 0,
           "weight_perceptual": 0, "input_pixels": 0, "picture_side": 1, "reference_views": 0,
           "iterations_per_view": 0, "denoise_batch": 1, "occupancy_every": 1, "mesh_resolution": 1,
-          "turntable_frames": 1}
+          "mesh_faces": 100, "turntable_frames": 1}
 
 
 def guess_exposures(images: Tensor, masks: Tensor) -> Tensor:

@@ -255,6 +255,7 @@ class Image(NamedTuple):
     """A view before a black background."""
     color: Tensor    # (3, H, W) in [0, 1], premultiplied
     opacity: Tensor  # (1, H, W) in [0, 1]
+    depth: Tensor    # (1, H, W) the mean depth times the opacity
 
 
 class SampleBuffer:
@@ -491,5 +492,6 @@ def render_image(field: Field, camera: Cameras, size: int, full: int, generator:
         parts.append(render(field, o, d, generator, occupancy))
     color = torch.cat([part.color for part in parts])  # (size * size, 3)
     opacity = torch.cat([part.opacity for part in parts])
+    depth = torch.cat([part.depth for part in parts])
     color = color.t().reshape(3, size, size)
-    return Image(color, opacity.reshape(1, size, size))
+    return Image(color, opacity.reshape(1, size, size), depth.reshape(1, size, size))

@@ -26,7 +26,7 @@ from datasets.protocol import PROTOCOLS
 from distillation import DistillConfig
 from evaluation import baselines, results
 from evaluation.views import Source, choose_targets, find_views, possible_inputs, random_views
-from export.mesh import write_ply
+from export.mesh import write_glb, write_ply
 from export.pictures import Views, comparison, save_animation, save_picture, save_views
 from presets import PRESETS, RELEASED
 from reconstruction import Checkpoint, Distance, Reconstruction, reconstruct
@@ -285,9 +285,13 @@ def write_outputs(scene: Scene, inputs: list[int], targets: list[int], pictures:
     names = [scene.names[i] for i in targets]
     save_picture(comparison(shown, inputs, targets, pictures), out / "comparison.png")
     save_views(pictures, shown.images[targets], names, out / "views")
-    turntable = ours.turntable(scene.user_cameras(), scene.images.shape[-1], "last step, turntable")
-    save_animation(turntable, out / "turntable.gif")
-    write_ply(out / "mesh.ply", ours.mesh())
+    orbit = ours.orbit()
+    path = orbit.cameras(ours.config.turntable_frames, orbit.elevation[None])
+    turntable = ours.render(path, scene.images.shape[-1], "last step, turntable", pixel_side=1)
+    save_animation(turntable.images, out / "turntable.gif")
+    mesh = ours.mesh()
+    write_ply(out / "mesh.ply", mesh)
+    write_glb(out / "mesh.glb", mesh)
 
 
 def run_instance(instance: Instance, out: Path, overwrite: bool = False, extend: bool = False) -> dict:

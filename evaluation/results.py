@@ -13,14 +13,14 @@ from pathlib import Path
 from common import files
 from common.settings import differences
 from export.pictures import LABELS
-from reconstruction import OUTPUT_FIELDS
+from reconstruction import OUTPUT_SETTINGS
 
 # What is shown, and what else a run leaves.
-PICTURES = ("comparison.png", "turntable.gif", "mesh.ply")
+PICTURES = ("comparison.png", "turntable.gif", "mesh.ply", "mesh.glb")
 LEFT_BESIDE = ("settings.json", "metrics.json", "field.pt", "field_alone.pt", "previews.png")
 
 # Settings that change no field, only what is shown of it and measured.
-MEASURED = ("targets", "feature_net") + tuple(f"config.{name}" for name in OUTPUT_FIELDS)
+MEASURED = ("targets", "feature_net", *OUTPUT_SETTINGS)
 
 
 def conflict(folder: Path, settings: dict, extend: bool) -> str:

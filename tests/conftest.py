@@ -1,10 +1,21 @@
 """What several test modules share, as fixtures."""
+import multiprocessing
+
 import pytest
 import torch
 
 from tests.support.denoisers import Analytic
 from unet import UNetConfig
 from vldm import alpha_sigma
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Other processes are forked from one that has imported torch; a spawned one would import it for two seconds."""
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch"])
+        monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
 
 
 @pytest.fixture

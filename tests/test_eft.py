@@ -309,7 +309,7 @@ def test_learns_the_colors_of_a_textured_plane():
     images = plane(inputs, pixel_grid(size, size)).transpose(-1, -2).unflatten(-1, (size, size))
     batch = images.expand(2, -1, -1, -1, -1), Cameras.stack([inputs, inputs])
     g, optimizer = torch.Generator().manual_seed(0), torch.optim.Adam(model.parameters(), 4e-3)
-    for _ in range(200):
+    for _ in range(120):
         xy = torch.rand(64, 2, generator=g) * 1.2 - 0.6  # what both inputs see
         queries = cameras[[int(torch.randint(1, 6, (), generator=g)), int(torch.randint(7, 12, (), generator=g))]]
         color = model(model.encode(batch[0]), *batch, queries, xy, 2.5, 5.5).color

@@ -14,7 +14,7 @@ from presets import PRESETS
 from reconstruction import Checkpoint, reconstruct
 from tests.support import parity
 from tests.support.helpers import same
-from tests.support.small import FIELD, SHORT, ball, tiny_model
+from tests.support.small import FIELD, SHORT, ball, tiny_model, two_viewpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 FIT = replace(SHORT, iterations=300, occupancy_every=16, lr_grid=3e-2, lr_mlp=1e-2, field=FIELD)
@@ -107,31 +107,33 @@ def test_presets_by_the_models_name(monkeypatch):
     assert reconstruct(scene, [0]).config.iterations == 2
 
 
-def test_the_turntable_has_the_object_in_the_middle(monkeypatch):
+def test_an_orbit_has_the_object_in_the_middle(monkeypatch):
     """However far beside it the crops' optical axes pass, and whatever the object frame."""
     eyes = torch.tensor([[0.0, 1.0, -9.0], [9.0, 1.0, 0.0], [0.0, 1.0, 9.0]])
     R, T = look_at(eyes, torch.zeros(3, 3), torch.tensor([[0.0, 1.0, 0.0]] * 3))
     cameras = Cameras(R, T, torch.full((3, 2), 2.0), torch.full((3, 2), 0.3))
     scene = replace(ball(3, 32), cameras=cameras, masks=torch.ones(3, 1, 32, 32))
-    config = replace(SHORT, iterations=1, bootstrap=0, turntable_frames=5)
-    result = reconstruct(scene, [1], config=config)
+    result = reconstruct(scene, [1], config=replace(SHORT, iterations=1, bootstrap=0))
     result.occupancy.box.copy_(torch.tensor([[0.5, 1.0, 0.0], [1.5, 2.0, 1.0]]))
     seen = []
     monkeypatch.setattr(reconstruction.Reconstruction, "render", lambda self, path, size, *rest, **how: (
         seen.append(path), Views(torch.zeros(len(path), 3, size, size), torch.ones(len(path), 1, size, size)))[1])
-    assert result.turntable(cameras, 8).shape == (5, 3, 8, 8)
+    orbit = result.orbit()
     middle = result.unit * torch.tensor([1.0, 1.5, 0.5]) @ cameras.R[0].T
-    xy, depth = seen[-1].project(middle.expand(5, 1, 3))
-    assert xy.abs().max() < 1e-5 and (depth > 0).all()
+    path = orbit.cameras(5, orbit.rows())
+    xy, depth = path.project(middle.double().expand(15, 1, 3))
+    assert len(seen) == 1 and xy.abs().max() < 1e-5 and (depth > 0).all()
+    assert orbit.local(path.centers()).norm(dim=-1).sub(1).abs().max() < 1e-9  # one distance, the unit
 
 
 def test_the_lines_of_the_readme(monkeypatch, tmp_path):
-    """"From Python" in the README, line by line, with fewer iterations."""
+    """"From Python" in the README, line by line, with fewer iterations and viewpoints."""
     section = (ROOT / "README.md").read_text().split("### From Python")[1]
     lines = re.search(r"```python\n(.*?)```", section, re.S).group(1)
     assert 5 <= len(lines.splitlines()) <= 12
-    short = replace(PRESETS["nano"], iterations=4, bootstrap=2, viewpoints=2, mesh_resolution=48)
+    short = replace(PRESETS["nano"], iterations=4, bootstrap=2, mesh_resolution=48)
     monkeypatch.setitem(PRESETS, "nano", short)
+    monkeypatch.setattr(reconstruction, "query_viewpoints", two_viewpoints)
     (tmp_path / "sample").symlink_to(ROOT / "sample")
     monkeypatch.chdir(tmp_path)
     exec(compile(lines, "README.md", "exec"), {})

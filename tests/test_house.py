@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = ["cameras", "metrics", "eft", "vae", "unet", "vldm", "sparsefusion", "hashgrid", "ngp", "volume",
             "distillation", "presets"]
-COMMANDS = ["distill", "evaluate", "train", "check"]
+COMMANDS = ["distill", "evaluate", "train", "check", "render"]
 # What stands left imports nothing from its right; a set is one place, whose members do not know each other.
 ORDER = ["common", "gpu", *CHAPTERS, "datasets", "photographs", "checkpoints", "export", {"reconstruction", "training"},
          "evaluation", {*COMMANDS}, {"experiments", "sample"}]

@@ -494,8 +494,8 @@ def test_full_size():
     x, cond, log_snrs = u["in_x"], u["in_cond"], cosine_log_snr(u["in_t"])
     parity.assert_close(log_snrs, u["mid_log_snr"], rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        out = [model.vldm.unet(x, log_snr.expand(len(x)), cond) for log_snr in log_snrs]
-        null = model.vldm.unet(x, log_snrs[1].expand(len(x)), 0 * cond)
+        times = torch.cat([log_snrs, log_snrs[1:2]])
+        *out, null = model.vldm.unet(x.expand(4, -1, -1, -1), times, torch.cat([cond, cond, cond, 0 * cond])).split(1)
     parity.assert_close(torch.stack(out), u["out_eps"], std=1e-4)
     parity.assert_close(null, u["out_eps_null"], std=1e-4)
     parity.assert_close(null + u["in_cond_scale"] * (out[1] - null), u["out_eps_cfg"], std=1e-4)

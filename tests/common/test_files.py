@@ -1,18 +1,14 @@
 """Files: the old one or the new one, never half of one; and weights in which nothing runs."""
+import contextlib
 import json
 import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from common import files
 from tests.support.helpers import Evil
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def names(folder):
@@ -59,29 +55,34 @@ def test_a_folder_that_is_none_is_an_oserror(tmp_path):
     assert names(tmp_path) == ["file"]
 
 
-FULL = """
-import resource, signal, sys
-import torch
-from common import files
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))
-save = {"pt": files.save_tensors, "json": files.save_json}[sys.argv[1].rpartition(".")[2]]
-try:
-    save({"weights": {}, "x": torch.rand(5000).tolist() if save is files.save_json else torch.rand(5000)}, sys.argv[1])
-except OSError as e:
-    print(e)
-"""
+@pytest.fixture
+def full_disk():
+    """`full_disk(size)`: no file may be longer, for a while, which is like a disk without more space."""
+    resource = pytest.importorskip("resource", reason="limits of POSIX")
+
+    @contextlib.contextmanager
+    def full_disk(size):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))  # Python ignores the signal that comes with it
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return full_disk
 
 
-@pytest.mark.skipif(os.name == "nt", reason="limits of POSIX")
 @pytest.mark.parametrize("size", [0, 1, 100, 4096, 15_000])
 @pytest.mark.parametrize("name", ["a.pt", "a.json"])
-def test_a_full_disk_names_the_file_and_leaves_nothing(name, size, tmp_path):
-    """Wherever the writing ends; the limit of a file's size stands in for the disk's."""
+def test_a_full_disk_names_the_file_and_leaves_nothing(name, size, full_disk, tmp_path, capfd):
+    """Wherever the writing ends."""
     (tmp_path / name).write_text("old")
-    command = [sys.executable, "-c", FULL, str(tmp_path / name), str(size)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert not result.stderr and str(tmp_path / name) in result.stdout and len(result.stdout.splitlines()) == 1
+    save = files.save_tensors if name == "a.pt" else files.save_json
+    numbers = torch.rand(5000)
+    with pytest.raises(OSError) as e, full_disk(size):
+        save({"weights": {}, "x": numbers if name == "a.pt" else numbers.tolist()}, tmp_path / name)
+    assert str(tmp_path / name) in str(e.value) and len(str(e.value).splitlines()) == 1
+    assert capfd.readouterr() == ("", "")
     assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "old"
 
 

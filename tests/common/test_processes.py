@@ -95,14 +95,14 @@ def slow(folder):
         if step == 0 and folder.name == "a":
             while not folder.with_name("b").joinpath("0_begun").exists():
                 time.sleep(0.01)
-            for process in (os.getpid(), os.getppid()):
+            for process in (os.getpid(), multiprocessing.parent_process().pid):
                 os.kill(process, signal.SIGTERM)
         time.sleep(0.1)
         (folder / f"{step}_ended").touch()
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="no alarms")
-def test_other_processes_end_their_steps(tmp_path, heard, in_time):
+def test_other_processes_end_their_steps(tmp_path, forked, heard, in_time):
     for name in "ab":
         (tmp_path / name).mkdir()
     with pytest.raises(processes.Interrupted), processes.stoppable():
@@ -137,7 +137,7 @@ def test_several_processes_keep_the_order_and_share_the_cores():
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_error_of_a_job_arrives(workers):
+def test_an_error_of_a_job_arrives(workers, forked):
     results = processes.map_processes(fail, [0, 1, 2, 3], workers)
     assert [next(results), next(results)] == [0, 1]
     with pytest.raises(ValueError, match="two"):

@@ -215,7 +215,7 @@ def test_annotations_are_parsed_once_until_they_change(tree, cache, monkeypatch)
     fresh(["c"])
 
 
-def test_packed(tree):
+def test_packed(tree, forked):
     packed = load_packed([tree], "thing", 3, 40, workers=2)
     assert packed.names == ["a", "b"]
     assert packed.rgba.shape == (2, 3, 4, 40, 40) and packed.valid.shape == (2, 3, 1, 40, 40)

@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-def test_workers_and_shares_change_nothing(tmp_path, monkeypatch, threads):
+def test_workers_and_shares_change_nothing(tmp_path, monkeypatch, forked, threads):
     tree = trees.write(tmp_path / "co3d", {"a": 12, "b": 11, "c": 12})
     sparsefusion.save(tiny_model(), tmp_path / "tiny.pt")
 
@@ -178,25 +179,25 @@ def test_names_in_a_list_are_no_paths(run, tmp_path, capsys):
 
 
 def test_only_results_of_the_same_settings_are_taken_up(run, tmp_path, capsys, monkeypatch):
-    names = ["toy_1000_00000", "toy_1000_00001"]
-    fresh, made = run("--targets", 1)
+    names, flags = ["toy_1000_00000", "toy_1000_00001"], ["--targets", 1, *QUICK]
+    fresh, made = run(*flags)
     assert made == [(names[0], 0), (names[1], 1)] and fresh["instances"] == 2
     capsys.readouterr()
-    again, made = run("--targets", 1)
+    again, made = run(*flags)
     assert again == fresh and not made and "2 of 2 sequences are there already" in capsys.readouterr().out
     (tmp_path / "tiny.pt").touch()
-    assert not run("--targets", 1)[1]  # the same weights
+    assert not run(*flags)[1]  # the same weights
 
     # Other settings, other weights or an edited preset: refused in one line, or replaced where that is asked for.
-    for flags, word in ((["--seed", 1], "seed"), (["--set", "weight_opacity=0.01"], "config")):
+    for other, word in ((["--seed", 1], "seed"), (["--set", "weight_opacity=0.01"], "config")):
         with pytest.raises(SystemExit):
-            run("--targets", 1, *flags)
+            run(*flags, *other)
         assert f"{word} differ" in capsys.readouterr().err
-    assert run("--targets", 1, "--seed", 1, "--overwrite")[1] == [(names[0], 1), (names[1], 2)]
+    assert run(*flags, "--seed", 1, "--overwrite")[1] == [(names[0], 1), (names[1], 2)]
     sparsefusion.save(tiny_model(seed=5), tmp_path / "tiny.pt")
-    assert len(run("--targets", 1, "--seed", 1, "--overwrite")[1]) == 2
-    monkeypatch.setitem(PRESETS, "nano", SHORT.with_iterations(5))
-    assert len(run("--targets", 1, "--seed", 1, "--overwrite")[1]) == 2
+    assert len(run(*flags, "--seed", 1, "--overwrite")[1]) == 2
+    monkeypatch.setitem(PRESETS, "nano", replace(SHORT, weight_opacity=0.02))
+    assert len(run(*flags, "--seed", 1, "--overwrite")[1]) == 2
 
 
 def test_files_that_changed_are_read_again(run, tmp_path):

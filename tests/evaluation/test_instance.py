@@ -11,6 +11,7 @@ from PIL import Image
 
 import distill
 import presets
+import reconstruction
 import sparsefusion
 from evaluation.instance import (SAMPLE, SHIPPED_FEATURE_NET, baselines, config_from_flags, instance_from_flags,
                                  note_new_categories)
@@ -18,7 +19,7 @@ from export.pictures import LABELS, WIDEST
 from presets import PRESETS
 from reconstruction import Checkpoint, reconstruct
 from tests.support.helpers import one_line
-from tests.support.small import SHORT, tiny_model
+from tests.support.small import SHORT, tiny_model, two_viewpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT.parent / "shared" / "co3d_real"
@@ -102,18 +103,18 @@ def check_outputs(out, result, methods, size, frames):
     assert {f"property uchar {name}" for name in ("red", "green", "blue")} <= set(lines)
     state = torch.load(out / "field.pt", weights_only=True)
     assert {"field", "settings", "completed"} <= set(state)
-    names = ["comparison.png", "field.pt", "mesh.ply", "metrics.json", "previews.png", "settings.json",
+    names = ["comparison.png", "field.pt", "mesh.glb", "mesh.ply", "metrics.json", "previews.png", "settings.json",
              "turntable.gif", "views"]
     assert sorted(p.name for p in out.iterdir()) == names
     shown = {f"{frame}_{method}.png" for frame in result["target_frames"] for method in ["truth", *methods]}
     assert {p.name for p in (out / "views").iterdir()} == shown
 
 
-def test_the_shipped_sample(tmp_path, capsys):
-    """The main command, few iterations, fewer viewpoints and pictures of the turntable: nothing else is changed."""
+def test_the_shipped_sample(tmp_path, capsys, monkeypatch):
+    """The main command, few iterations, two viewpoints and fewer pictures of the turntable: nothing else is changed."""
+    monkeypatch.setattr(reconstruction, "query_viewpoints", two_viewpoints)
     out = tmp_path / "results"
-    result = command(out, "--iterations", 4, "--targets", 1, "--set", "viewpoints=2", "turntable_frames=3",
-                     "mesh_resolution=48")
+    result = command(out, "--iterations", 4, "--targets", 1, "--set", "turntable_frames=3", "mesh_resolution=48")
     check_outputs(out, result, METHODS, 128, 3)
     settings = result["settings"]
     assert settings["seed"] == settings["entry"]["index"] == 0 and result["seconds"] > 0
@@ -137,7 +138,7 @@ def test_the_eft_is_asked_where_its_view_sees_the_hull(fast, tiny_weights, tmp_p
         return asked[-1][-1]
 
     monkeypatch.setattr(baselines, "eft_images", listen)
-    command(tmp_path, "--weights", tiny_weights, "--targets", 3, "--views", 5, "--set", "occupancy_cells=96")
+    command(tmp_path, "--weights", tiny_weights, "--targets", 3, "--views", 5, "--set", "occupancy_cells=64")
     (scene, inputs, targets, model, config, seed, hull, _, views), = asked
     ours = reconstruct(scene, inputs, model, config, seed, checkpoint=Checkpoint(tmp_path / "field.pt"))
     one_by_one = [ours.hull(scene.cameras[[i]], 32) for i in targets]
@@ -212,7 +213,7 @@ def test_a_rerun_goes_on(fast, tiny_weights, tmp_path, capsys):
     """The same command again finds its field; with other settings it refuses to replace it, unless it is told to."""
     flags = ["--weights", tiny_weights, "--targets", 1]
     first = command(tmp_path, *flags)
-    assert "going on" not in capsys.readouterr().out
+    assert "resumed" not in capsys.readouterr().out
     assert command(tmp_path, *flags) == first  # at once
     assert "has the results of these settings already" in capsys.readouterr().out
     (tmp_path / "metrics.json").unlink()
@@ -223,14 +224,18 @@ def test_a_rerun_goes_on(fast, tiny_weights, tmp_path, capsys):
         command(tmp_path, *flags, "--seed", 1)
     assert "seed differ" in capsys.readouterr().err and (tmp_path / "metrics.json").read_bytes() == before
     other = command(tmp_path, *flags, "--seed", 1, "--overwrite")
-    assert "going on" not in capsys.readouterr().out and other["settings"]["seed"] == 1
+    assert "resumed" not in capsys.readouterr().out and other["settings"]["seed"] == 1
 
 
 def test_another_sampler_does_not_go_on(fast, tiny_weights, tmp_path, capsys):
-    for setting in (None, "sampler.ancestral=true", "unnoised_start=true", "eft_train_mode=true"):
-        flags = ["--set", setting] if setting else []
-        command(tmp_path, "--weights", tiny_weights, "--targets", 1, "--overwrite", *flags)
-        assert "going on" not in capsys.readouterr().out
+    flags = ["--weights", tiny_weights, "--targets", 1]
+    command(tmp_path, *flags)
+    for setting in ("sampler.ancestral", "unnoised_start", "eft_train_mode"):
+        capsys.readouterr()
+        argv = [*flags, "--device", "cpu", "--out", tmp_path, "--set", f"{setting}=true"]
+        one_line(capsys, distill.main, argv, f"{setting} is false there, true here")
+    command(tmp_path, *flags, "--overwrite", "--set", f"{setting}=true")
+    assert "resumed" not in capsys.readouterr().out
 
 
 def test_without_out_nothing_is_replaced(fast, tmp_path, monkeypatch, capsys):

@@ -116,7 +116,7 @@ def _picture(shoot, i):
     seen_x = torch.from_numpy((column - shoot.principal[0]) / shoot.focal[0]).flatten()
     seen_y = torch.from_numpy((row - shoot.principal[1]) / shoot.focal[1]).flatten()
     x, y = seen_x, seen_y
-    for _ in range(60):
+    for _ in range(60 if any(shoot.distortion) else 1):
         r2 = x * x + y * y
         radial = 1 + k1 * r2 + k2 * r2**2
         x, y = ((seen_x - 2 * p1 * x * y - p2 * (r2 + 2 * x * x)) / radial,

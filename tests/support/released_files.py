@@ -1,4 +1,5 @@
 """Files of weights as others write them, made by a rule: the released model, Stable Diffusion, Diffusers, LPIPS."""
+import functools
 import json
 import re
 import sys
@@ -124,6 +125,11 @@ def diffusers_state(state, new, matrices, dtype=torch.float32):
 
 def lpips_states():
     """Pseudo-random weights in the layout of LPIPS' two public files (the classifier's sizes are not the real ones)."""
+    return tuple({key: x.clone() for key, x in state.items()} for state in _draw_lpips_states())
+
+
+@functools.cache
+def _draw_lpips_states():
     g = torch.Generator().manual_seed(5)
     vgg = {}
     for i, (n_in, n_out) in CONVS.items():

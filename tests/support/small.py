@@ -23,8 +23,9 @@ TINY = sparsefusion.Preset(
 FIELD = replace(presets.NANO_FIELD, levels=3, log2_hashmap_size=12, finest_resolution=32, width=16, samples_per_ray=32,
                 occupancy_cells=32)
 SHORT = replace(PRESETS["nano"], iterations=6, bootstrap=3, viewpoints=2, image_size=32, render_size=16,
-                occupancy_every=2, turntable_frames=2, mesh_resolution=32,
-                sampler=replace(presets.NANO_SAMPLER, denoise_steps=2, sample_steps=3), field=replace(FIELD, bound=4.0))
+                occupancy_every=2, turntable_frames=2, mesh_resolution=16,
+                sampler=replace(presets.NANO_SAMPLER, denoise_steps=2, sample_steps=3),
+                field=replace(FIELD, bound=4.0, samples_per_ray=16, occupancy_cells=16))
 
 
 def tiny_model(seed=0):
@@ -35,6 +36,13 @@ def tiny_model(seed=0):
         if p.ndim > 1 and not p.any():
             torch.nn.init.normal_(p, std=0.05)
     return sparsefusion.ready(model, "cpu")
+
+
+def two_viewpoints(cameras, config, seed):
+    """Instead of `reconstruction.query_viewpoints`, which has all of the scene's cameras: the EFT takes long to see
+    what they do.
+    """
+    return cameras[:2]
 
 
 def ring(n, distance=3.0, height=0.8):
