@@ -553,6 +553,7 @@ def run_case(originals: Path, seed: int, case: int) -> tuple[str, str, str]:
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
                 warnings.simplefilter("always")
+                warnings.filterwarnings("ignore", module="PIL")  # as datasets/pictures.py does
                 warnings.showwarning = lambda message, kind, *_, **__: print(f"{kind.__name__}: {message}", file=err)
                 call()
             if err.getvalue():
