@@ -69,6 +69,11 @@ class Prior(NamedTuple):
     condition: Condition       # what the EFT says about them, computed once
     perceptual_loss: Callable[[Tensor, Tensor], Tensor]  # images (B, 3, S, S) twice -> (B,)
 
+    def eft_images(self) -> Tensor:
+        """The EFT's images of the viewpoints, as large as the model's, (Q, 3, S, S)."""
+        size = self.model.preset.image_size
+        return F.interpolate(self.condition.images, size, mode="bilinear", align_corners=True)
+
 
 class Exposures(nn.Module):
     """A gain for every input view and color channel, relative to the mean of all views."""
@@ -167,13 +172,9 @@ class Distillation:
         # Targets: of the input views the photographs, of the bootstrap the EFT's images.
         self.colors = blurred(input_views.images, input_views.valid, config.blur)
         self.masks = blurred(input_views.masks, input_views.valid, config.blur)
-        self.eft_images = None
-        if prior is not None:
-            size = prior.model.preset.image_size
-            self.eft_images = F.interpolate(prior.condition.images, size, mode="bilinear", align_corners=True)
+        self.eft_images = None if prior is None else prior.eft_images()
 
-        # Pixels that show anything, of all views, and of these the ones that see cells which the masks allow: no other
-        # teaches the field.
+        # Pixels of all views that show anything and see cells which the masks allow: no others teach the field.
         hull = self.occupancy.silhouettes(input_views.cameras, input_views.images.shape[-1])
         self.valid_pixels = ((input_views.valid > 0.5) & hull[:, None]).flatten().nonzero().squeeze(-1)
 

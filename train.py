@@ -31,7 +31,7 @@ from common import cli, files
 from common.machine import rand, randn
 from datasets.protocol import TRAINING, available
 from distillation import pseudo_huber
-from metrics import AttributeNet
+from evaluation.attributes import AttributeNet
 from presets import MODELS
 from sparsefusion import Preset, SparseFusion
 from training.fit import Fit, FitConfig, Numbers

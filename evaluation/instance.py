@@ -25,6 +25,7 @@ from common.machine import peak_gb, versions
 from datasets.protocol import PROTOCOLS
 from distillation import DistillConfig
 from evaluation import baselines, results
+from evaluation.attributes import load_attribute_net
 from evaluation.views import Source, choose_targets, find_views, possible_inputs, random_views
 from export.mesh import write_glb, write_ply
 from export.page import TURNTABLE, page_data, write_page
@@ -206,7 +207,7 @@ def load_distances(instance: Instance) -> tuple[Distance | None, Distance, str]:
         return lpips, lpips, "LPIPS (VGG16, v0.1)"
     if instance.weights:
         print("perceptual term: the VAE encoder's features (no --lpips files given; this is not LPIPS)")
-    network = metrics.load_attribute_net(instance.feature_net).to(instance.device)
+    network = load_attribute_net(instance.feature_net).to(instance.device)
     return None, partial(metrics.perceptual_distance, network.layers), "attribute network (not LPIPS)"
 
 

@@ -46,6 +46,7 @@ from checkpoints import convert
 from common import cli
 from datasets import annotations, co3d, protocol
 from distillation import DistillConfig
+from evaluation.attributes import load_attribute_net
 from photographs.arrays import scene_from_arrays
 from photographs.reading import read_capture
 from presets import PRESETS
@@ -421,7 +422,7 @@ def read_perceptual(rng, home):
     what = mutate_file(rng, home / "net.pt")
 
     def call():
-        network = metrics.load_attribute_net(home / "net.pt")
+        network = load_attribute_net(home / "net.pt")
         metrics.perceptual_distance(network.layers, torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32))
     return what, call
 
@@ -553,6 +554,7 @@ def run_case(originals: Path, seed: int, case: int) -> tuple[str, str, str]:
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
                 warnings.simplefilter("always")
+                warnings.filterwarnings("ignore", module="PIL")  # as datasets/pictures.py does
                 warnings.showwarning = lambda message, kind, *_, **__: print(f"{kind.__name__}: {message}", file=err)
                 call()
             if err.getvalue():
