@@ -29,6 +29,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,6 +54,7 @@ from volume import Occupancy, SampleBuffer
 
 MOST_FURTHER = 20_000  # iterations that many input views may add
 MOST_CELLS = 2048  # per side of the finest grid of many input views
+LONG = 4000  # iterations from which on many input views are learned with a larger network, batch and number of samples
 REFERENCE_SIZE = 256  # pixels a side from which on larger pictures bear a finer field
 SAVE_SECONDS = 60  # between two checkpoints of a running distillation
 UNLIKE = 2  # a photograph so many times as bright or as dark as the median one was exposed differently
@@ -69,6 +71,11 @@ class Prior(NamedTuple):
     viewpoints: Cameras        # (Q,) in the object frame
     condition: Condition       # what the EFT says about them, computed once
     perceptual_loss: Callable[[Tensor, Tensor], Tensor]  # images (B, 3, S, S) twice -> (B,)
+
+    def eft_images(self) -> Tensor:
+        """The EFT's images of the viewpoints, as large as the model's, (Q, 3, S, S)."""
+        size = self.model.preset.image_size
+        return F.interpolate(self.condition.images, size, mode="bilinear", align_corners=True)
 
 
 class Exposures(nn.Module):
@@ -168,19 +175,17 @@ class Distillation:
         # Targets: of the input views the photographs, of the bootstrap the EFT's images.
         self.colors = blurred(input_views.images, input_views.valid, config.blur)
         self.masks = blurred(input_views.masks, input_views.valid, config.blur)
-        self.eft_images = None
-        if prior is not None:
-            size = prior.model.preset.image_size
-            self.eft_images = F.interpolate(prior.condition.images, size, mode="bilinear", align_corners=True)
+        self.eft_images = None if prior is None else prior.eft_images()
 
-        # Pixels that show anything, of all views, and of these the ones that see cells which the masks allow: no other
-        # teaches the field.
+        # Pixels of all views that show anything and see cells which the masks allow: no others teach the field.
         hull = self.occupancy.silhouettes(input_views.cameras, input_views.images.shape[-1])
         self.valid_pixels = ((input_views.valid > 0.5) & hull[:, None]).flatten().nonzero().squeeze(-1)
 
         self.buffer = self.new_buffer() if device.type == "cuda" else None  # for shapes that never change
         self.targets = {}   # x_hat (1, 3, S, S) of the present and the next iterations
         self.loss = None    # () of the latest update
+        # By its name, a loss in all iterations, (iterations,); -1 where it was not used.
+        self.losses = defaultdict(lambda: torch.full((config.iterations,), -1.0, device=device))
 
     # ------------------------------------------------------------------ the algorithm
 
@@ -216,6 +221,7 @@ class Distillation:
         """A step of Adam down a loss of a batch; on a GPU all of `descend` is one CUDA graph."""
         self.broken.setdefault(loss.__name__, torch.full_like(self.iteration, NEVER))
         self.loss = self.graphs.run(loss.__name__, partial(self.descend, loss), batch)
+        self.losses[loss.__name__][self.completed] = self.loss
 
     def descend(self, loss: Callable[[NamedTuple], Tensor], batch: NamedTuple) -> Tensor:
         """The loss of a batch, its gradient, a step of Adam. Returns the loss, a scalar."""
@@ -437,6 +443,7 @@ class Distillation:
         return parts | {
             "optimizer": self.adam.state_dict(),
             "targets": {i: x_hat.clone() for i, x_hat in self.targets.items() if i >= self.completed},
+            "losses": dict(self.losses),
             "completed": self.completed,
             "seconds": self.seconds,
         }
@@ -450,6 +457,8 @@ class Distillation:
         self.graphs.forget()
         self.completed = state["completed"]
         self.seconds = float(state["seconds"])
+        for name, losses in state["losses"].items():
+            self.losses[name][:self.completed] = losses[:self.completed]
 
         # What was denoised ahead; a finished run has no prior and needs none of it.
         targets = {} if self.prior is None else state["targets"]
@@ -609,7 +618,7 @@ class DistillConfig:
     occupancy_every: int = 16            # iterations between two looks at where space is empty
     mesh_resolution: int = 128           # cells along the longest side of the meshed box, at most
     mesh_faces: int = 100_000            # triangles of the mesh, at most
-    turntable_frames: int = 36           # pictures of the turntable
+    turntable_frames: int = 24           # azimuths of the turntable and the page; 0: neither
     eft_train_mode: bool = False         # dropout and batch statistics on [released: load_model.py:33-45, 179]
     metrics_on_inputs: bool = False      # measure input views, too [released: distillation.py:395-443]
     sampler: vldm.SamplerConfig = vldm.SamplerConfig()
@@ -664,24 +673,30 @@ class DistillConfig:
             return replace(self, reference_views=0, iterations_per_view=0)
         larger = max(self.image_size / REFERENCE_SIZE, 1.0)
 
-        # More pixels determine finer cells, and more samples, all of them in occupied ones, find them.
+        # More pixels determine finer cells, and samples find them that are all in occupied ones.
         doubled = min(math.log2(growth), 4)
         field = replace(
             self.field,
             levels=self.field.levels + round(doubled + math.log2(larger)),
             finest_resolution=min(round(self.field.finest_resolution * growth * larger), MOST_CELLS),
             log2_hashmap_size=self.field.log2_hashmap_size + round(doubled / 2 + math.log2(larger)),
-            width=64,
-            samples_per_ray=min(round(self.field.samples_per_ray * larger**0.5), 128),
+            samples_per_ray=self.field.samples_per_ray // 2,
             bins_per_ray=256,
             occupancy_cells=min(round(self.field.occupancy_cells * (growth * larger)**0.5), 192),
         )
 
         # That is more to learn, of colors less blurred.
         further = min(self.iterations_per_view * (views - self.reference_views), MOST_FURTHER) * larger**0.5
+        iterations = self.iterations + round(further)
         blur = max(round(self.blur / growth / 2 - 0.5), 0) * 2 + 1  # odd
-        return replace(self, field=field, iterations=self.iterations + round(further), blur=blur, reference_views=0,
-                       iterations_per_view=0, input_pixels=2 * self.input_pixels)
+        fitted = replace(self, field=field, iterations=iterations, blur=blur, reference_views=0, iterations_per_view=0)
+
+        # Where there is time for it, a wider network, and more of pixels and samples.
+        if iterations < LONG:
+            return fitted
+        samples = min(round(self.field.samples_per_ray * larger**0.5), 128)
+        field = replace(field, width=2 * self.field.width, samples_per_ray=samples)
+        return replace(fitted, field=field, input_pixels=2 * self.input_pixels)
 
 
 _ANY = (0, math.inf)
@@ -692,7 +707,7 @@ _RANGES = {"half_side": _ANY, "iterations": (1, 10**7), "viewpoints": (1, 2000),
            "weight_opacity": _ANY, "prior_views": _ANY, "weight_perceptual": _ANY, "min_noise_level": (0, 1),
            "denoise_batch": (1, 1024), "reference_views": (0, 10**6), "iterations_per_view": (0, 10**6),
            "occupancy_every": (1, 10**7), "mesh_resolution": (1, 1024), "mesh_faces": (100, 10**7),
-           "turntable_frames": (1, 3600)}
+           "turntable_frames": (0, 3600)}
 
 
 def guess_exposures(images: Tensor, masks: Tensor) -> Tensor:

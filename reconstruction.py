@@ -190,8 +190,7 @@ def field_unit(cameras: Cameras, config: DistillConfig, model: SparseFusion | No
 def reconstruct(scene: Scene, inputs: list[int], model: SparseFusion | None = None, config: DistillConfig | None = None,
                 seed: int = 0, perceptual_loss: Distance | None = None, title: str | None = None,
                 checkpoint: Checkpoint | None = None) -> Reconstruction:
-    """Fit a field to the views of a scene at the positions `inputs`, with a model's help for what they do not show
-    (Sec. 3.2).
+    """Fit a field to the views of a scene at positions `inputs`, a model helping with what they do not show (Sec. 3.2).
 
     Without a `model` the field fits the input views alone. Of the other views only the cameras are used. `config`: by
     default the preset of the model's name, or `plain`. `perceptual_loss`: by default the distance in the VAE

@@ -119,7 +119,7 @@ def command(args: argparse.Namespace) -> None:
         file.unlink()
 
     # How near and how far the object is at most, by its occupied cells.
-    cells = result.occupancy.corners()[:-1, :-1, :-1][result.occupancy.occupied]
+    cells = result.occupancy.centers()[result.occupancy.occupied]
     cells = result.in_world(cells).to(path.T)
     ends = [camera.project(cells)[1].aminmax() for camera in path]
     depths = min(end.min for end in ends).item(), max(end.max for end in ends).item()

@@ -32,7 +32,7 @@ from common.machine import rand, randn, stream_seed
 from common.settings import check_ranges
 from datasets.protocol import TRAINING, available
 from distillation import pseudo_huber
-from metrics import AttributeNet
+from evaluation.attributes import AttributeNet
 from presets import MODELS
 from sparsefusion import Preset, SparseFusion
 from training.fit import Fit, FitConfig, Numbers

@@ -139,3 +139,17 @@ def test_the_lines_of_the_readme(monkeypatch, tmp_path):
     exec(compile(lines, "README.md", "exec"), {})
     written = [p for p in tmp_path.rglob("*") if p.is_file() and "sample" not in p.parts]
     assert {p.suffix for p in written} == {".png", ".ply"}
+
+
+def test_a_resumed_run_has_all_losses(tmp_path):
+    """Those of the shorter run that it goes on from, and its own; -1 where a loss was not used."""
+    scene, file = ball(4, 32), tmp_path / "field.pt"
+    seen = []
+    for iterations in (6, 9):
+        checkpoint = Checkpoint(file, extend=True)
+        reconstruct(scene, [0, 2], tiny_model(), replace(SHORT, iterations=iterations), checkpoint=checkpoint)
+        seen.append(torch.load(file, weights_only=True)["losses"])
+    for name, used in (("input_loss", range(9)), ("bootstrap_loss", range(3)), ("distillation_loss", range(3, 9))):
+        first, second = (losses[name] for losses in seen)
+        assert torch.equal(first, second[:6]) and len(second) == 9
+        assert (second > 0).nonzero().squeeze(-1).tolist() == list(used) and (second[second <= 0] == -1).all()

@@ -48,6 +48,7 @@ from common import cli
 from common.progress import Progress
 from datasets import annotations, co3d, protocol
 from distillation import DistillConfig
+from evaluation.attributes import load_attribute_net
 from photographs.arrays import scene_from_arrays
 from photographs.reading import read_capture
 from presets import PRESETS
@@ -392,8 +393,7 @@ def look(scene: Scene) -> None:
     assert all(x.isfinite().all() for x in numbers), "a scene has numbers that are not finite"
     with contextlib.suppress(ValueError, FloatingPointError):
         ours = reconstruct(scene, [0, 1], None, LITTLE)
-        orbit = ours.orbit()
-        ours.render(orbit.cameras(2, orbit.elevation[None]), 8)
+        ours.render(ours.orbit().cameras(2, ours.orbit().rows()), 8)
         ours.render(scene.user_cameras()[:1], 8)
 
 
@@ -457,7 +457,7 @@ def read_perceptual(rng, home):
     what = mutate_file(rng, home / "net.pt")
 
     def call():
-        network = metrics.load_attribute_net(home / "net.pt")
+        network = load_attribute_net(home / "net.pt")
         metrics.perceptual_distance(network.layers, torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32))
     return what, call
 

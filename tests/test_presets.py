@@ -19,7 +19,7 @@ from tests.support.small import SHORT
     ({"min_noise_level": 1.5}, "min_noise_level"), ({"final_lr_fraction": 0.0}, "final_lr_fraction"),
     ({"render_size": 1}, "render_size"), ({"betas": (0.9, 1.0)}, "betas"), ({"lr_grid": -1.0}, "lr_grid"),
     ({"weight_opacity": -1.0}, "weight_opacity"), ({"denoise_batch": 0}, "denoise_batch"),
-    ({"turntable_frames": 0}, "turntable_frames"),
+    ({"turntable_frames": -1}, "turntable_frames"),
     ({"input_pixels": 2**23}, "8388608 rays of an update have 134217728 samples")])
 def test_numbers_that_do_not_fit(change, words):
     with pytest.raises(ValueError, match=words):
@@ -91,7 +91,8 @@ def test_more_and_larger_photographs_bear_a_finer_field():
     large = replace(plain, image_size=1024).fitted(100)
     assert (large.field.finest_resolution, large.field.samples_per_ray, large.iterations) == (2048, 128, 12440)
     assert large.field.log2_hashmap_size == many.field.log2_hashmap_size + 2
-    short = plain.with_iterations(800).fitted(100)  # what is asked for stays
-    assert (short.iterations, short.field, short.input_pixels) == (800, many.field, many.input_pixels)
+    short = plain.with_iterations(800).fitted(100)  # what is asked for stays, and costs little
+    assert (short.iterations, short.input_pixels) == (800, plain.input_pixels)
+    assert short.field == replace(many.field, width=32, samples_per_ray=32) and many.field.width == 64
     nano = presets.PRESETS["nano"]
     assert nano.fitted(100) == nano

@@ -25,7 +25,7 @@ from tests.support.small import SHORT, tiny_model
 SAMPLE = Path(__file__).resolve().parents[2] / "sample" / "co3d"
 METHODS = ["nearest", "ngp", "eft", "vldm", "sparsefusion"]
 QUICK = ["--set", "iterations=2", "bootstrap=1", "viewpoints=1", "render_size=16", "mesh_resolution=8",
-         "turntable_frames=1", "denoise_steps=1", "sample_steps=1", "field.levels=2", "samples_per_ray=8",
+         "turntable_frames=0", "denoise_steps=1", "sample_steps=1", "field.levels=2", "samples_per_ray=8",
          "occupancy_cells=8", "log2_hashmap_size=8"]
 
 
