@@ -18,7 +18,7 @@ from tests.support.captures import balls, turn, write_co3d, write_colmap, write_
 from tests.support.helpers import one_line
 from tests.support.small import SHORT, tiny_model
 
-PLAIN = replace(SHORT, iterations=40, bootstrap=0, lr_grid=3e-2, mesh_resolution=24, occupancy_every=8)
+PLAIN = replace(SHORT, iterations=80, bootstrap=0, lr_grid=3e-2, mesh_resolution=24, occupancy_every=8)
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from tests.support.captures import balls, captured, turn, write_transforms
 from tests.support.small import SHORT
 
 SHOOT = balls(6, 96, 80, (120.0, 125.0))
-SMALL = replace(SHORT, iterations=20, bootstrap=0, image_size=48)
+SMALL = replace(SHORT, iterations=40, bootstrap=0, image_size=48)
 FLIPS = {"opencv": [-1.0, -1, 1], "opengl": [-1.0, 1, -1]}
 
 
