@@ -165,7 +165,8 @@ def parser() -> argparse.ArgumentParser:
     given, _, measured = add_instance_flags(p, targets=0)
 
     # Which sequences, and where results go.
-    given.add_argument("--category", nargs="+", default=["toys"], metavar="C", help="categories, or all (default: toys)")
+    given.add_argument("--category", nargs="+", default=["toys"], metavar="C",
+                       help="categories, or all (default: toys)")
     given.add_argument("--instances", type=cli.views, default=10, metavar="N",
                        help="the first N sequences of every category; 0 for all (default: 10)")
     given.add_argument("--list", type=Path, metavar="F",

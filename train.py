@@ -363,7 +363,7 @@ def parser() -> argparse.ArgumentParser:
     p = cli.Parser(__doc__)
     p.add_argument("what", choices=["vae", "prior", "perceptual"])
     p.add_argument("--out", type=Path, required=True, metavar="F",
-                   help="weights file to write; its training state goes to F.state, from where the same command resumes")
+                   help="weights file to write; the same command resumes from F.state")
 
     # What is given.
     given = p.add_argument_group("what is given")
