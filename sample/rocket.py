@@ -1,10 +1,10 @@
 """Photographs of a toy rocket as a folder of one's own: no toy that the prior has seen, to try `--capture` with.
 
-    python sample/rocket.py output/rocket
-    python sample/rocket.py output/small --views 12 --size 128
+    python sample/rocket.py rocket
+    python sample/rocket.py small --views 12 --size 128
 
-Writes `images/`, whose alpha channels are the masks, and `transforms.json`. Then `python check.py output/rocket` and
-`python distill.py --capture output/rocket`. The rocket is made and drawn as the toys are (`toy_shapes.py`,
+Writes `images/`, whose alpha channels are the masks, and `transforms.json`. Then `python check.py rocket` and `python
+distill.py --capture rocket`. The rocket is made and drawn as the toys are (`toy_shapes.py`,
 `toy_render.py`).
 
 Shapes: `V` views.

@@ -14,7 +14,7 @@ import train
 from checkpoints import convert
 from common import cli
 from photographs import turntable
-from sample import toys
+from sample import rocket, toys
 from tests.support.helpers import one_line
 
 
@@ -83,8 +83,8 @@ def test_flags_are_not_guessed(capsys):
 
 @pytest.mark.parametrize("command, name", [
     (distill, "distill.py"), (evaluate, "evaluate.py"), (train, "train.py"), (check, "check.py"),
-    (render, "render.py"), (toys, "sample/toys.py"), (turntable, "photographs.turntable"),
-    (convert, "checkpoints.convert")])
+    (render, "render.py"), (toys, "sample/toys.py"), (rocket, "sample/rocket.py"),
+    (turntable, "photographs.turntable"), (convert, "checkpoints.convert")])
 def test_examples_of_help_are_valid(command, name):
     """Each command has two or more, whole, each a line to copy."""
     text, _, examples = command.parser().format_help().partition("examples:\n")
@@ -95,7 +95,7 @@ def test_examples_of_help_are_valid(command, name):
         words = shlex.split(line, comments=True)
         assert words[0] in ("python", "torchrun") and name in words
         parsed = command.parser().parse_args(words[words.index(name) + 1:])
-        assert parsed.given or command in (distill, evaluate, check), line
+        assert parsed.given or command in (distill, evaluate, check, rocket), line
 
 
 @pytest.mark.parametrize("command", [distill, evaluate, train, check, render])
