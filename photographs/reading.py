@@ -14,6 +14,7 @@ Shapes: `P` points.
 from __future__ import annotations
 
 import os
+import shlex
 import unicodedata
 from collections import Counter
 from dataclasses import replace
@@ -45,8 +46,9 @@ def read_capture(folder: str | Path) -> Photographs:
     folder = Path(folder)
     poses = find_poses(folder)
     if poses not in (None, folder):
-        raise FileNotFoundError(f"{folder}: not the folder with the poses, which is {poses}: python check.py {poses}, "
-                                f"python distill.py --capture {poses}")
+        name = shlex.quote(str(poses))
+        raise FileNotFoundError(f"{folder}: not the folder with the poses, which is {poses}: python check.py {name}, "
+                                f"python distill.py --capture {name}")
     if not folder.is_dir():
         what = "a file, no" if folder.is_file() else "no such"
         raise FileNotFoundError(f"{folder}: {what} folder of photographs; docs/photographs.md says what it holds")
