@@ -1,7 +1,7 @@
 """Do these photographs, masks and cameras fit together? And if they do not, which mistake is it likely to be?
 
-    python check.py DIR                              own photographs (docs/photographs.md says how DIR looks)
-    python check.py DIR --category C --sequence S    a sequence of a CO3D tree
+    python check.py photographs                      # your own (docs/photographs.md says how the folder looks)
+    python check.py sample/co3d --category toys --sequence toy_1000_00001
 
 `photographs/examine.py` judges, `photographs/figure.py` draws.
 """
@@ -30,16 +30,25 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif")  # of a picture
 WORKING_BYTES = 0.8e9  # of torch, networks and a field
 
 
-def main(argv: list[str] | None = None) -> None:
+def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = cli.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="a folder of photographs, or with --category the root of a CO3D tree")
-    parser.add_argument("--category", help="of a CO3D tree")
-    parser.add_argument("--sequence", help="of the category (default: its first)")
-    parser.add_argument("--frames", type=cli.words, metavar="A,B,...", help="these only: file names or frame numbers")
-    parser.add_argument("--views", type=cli.views, default=0, help="so many, evenly spaced (default: 0, all)")
-    parser.add_argument("--out", type=Path, default=Path("check.png"), help="the picture (default: check.png)")
-    cli.run(_command, parser.parse_args(argv))
+    p = cli.Parser(__doc__)
+    p.add_argument("folder", type=Path, help="a folder of photographs, or with --category the root of a CO3D tree")
+    p.add_argument("--out", type=Path, default=Path("check.png"), metavar="F", help="the picture (default: check.png)")
+
+    # Which of the photographs there.
+    which = p.add_argument_group("which photographs")
+    which.add_argument("--category", metavar="C", help="of a CO3D tree")
+    which.add_argument("--sequence", metavar="S", help="of the category (default: its first)")
+    which.add_argument("--frames", type=cli.words, metavar="A,B,...", help="these only: file names or frame numbers")
+    which.add_argument("--views", type=cli.views, default=0, metavar="N",
+                       help="so many, evenly spaced (default: 0, all)")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    cli.run(_command, parser().parse_args(argv))
 
 
 def _command(args: argparse.Namespace) -> None:

@@ -1,8 +1,9 @@
 """From a few pictures to one neural field, and how good it is: the main command (Sec. 4).
 
-    python distill.py                                  the shipped synthetic sample, two input views
-    python distill.py --root DIR --category C --sequence S --weights F
-    python distill.py --capture DIR                    own photographs (docs/photographs.md)
+    python distill.py                            # two views of a shipped synthetic toy, on a CPU in minutes
+    python distill.py --sequence toy_1000_00003 --views 6
+    python distill.py --root co3d --category apple --weights apple.pt
+    python distill.py --capture photographs      # your own (docs/photographs.md)
 
 The algorithm is in `distillation.py`, one scene from start to end in `reconstruction.py`, what is measured and written
 in `evaluation/instance.py`. Here the flags choose what is done.
@@ -10,6 +11,7 @@ in `evaluation/instance.py`. Here the flags choose what is done.
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 import sparsefusion
@@ -21,7 +23,7 @@ from evaluation.instance import (Instance, add_instance_flags, config_from_flags
 from evaluation.tables import table
 from evaluation.views import ENOUGH, Source, check_inputs, default_inputs, find_views, random_views
 from photographs.capture import Photographs
-from photographs.reading import read_capture
+from photographs.reading import find_poses, read_capture
 
 LISTED = 12  # input views that are named one by one
 
@@ -53,21 +55,29 @@ def find_sequence(args: argparse.Namespace) -> CO3DSequence:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = cli.Parser(description=__doc__.splitlines()[0],
-                   epilog="Run without flags: two views of a synthetic toy, on a CPU in minutes.")
-    add_instance_flags(p, targets=8)
+    p = cli.Parser(__doc__, meant=capture_meant)
+    given, how, measured = add_instance_flags(p, targets=8)
 
     # One source, and what is to be done with it.
-    p.add_argument("--capture", type=Path, metavar="DIR",
-                   help="a folder of own photographs with masks and poses, instead of --root, --category, --sequence")
-    p.add_argument("--category", default="toys", help="category in the root folder (default: toys)")
-    p.add_argument("--sequence", metavar="S", help="default: the first of the category's list")
-    p.add_argument("--input-frames", type=cli.words, default=(), metavar="I,J,...",
-                   help="frame numbers, or file names of own photographs, of the input views, instead of --views")
-    p.add_argument("--no-prior", action="store_true", help="fit the field to the input views alone")
-    p.add_argument("--force", action="store_true", help="go on where masks and cameras do not fit")
-    p.add_argument("--out", type=Path, metavar="DIR", help="default: output/<sequence>; if taken, a folder beside it")
+    given.add_argument("--category", default="toys", metavar="C", help="category in the root folder (default: toys)")
+    given.add_argument("--sequence", metavar="S", help="default: the first of the category's list")
+    given.add_argument("--capture", type=Path, metavar="DIR", help="a folder of own photographs with masks and poses, "
+                       "instead of --root, --category, --sequence")
+    given.add_argument("--input-frames", type=cli.words, default=(), metavar="I,J,...", help="frame numbers, or file "
+                       "names of own photographs, of the input views, instead of --views")
+    given.add_argument("--force", action="store_true", help="go on where masks and cameras do not fit")
+    how.add_argument("--no-prior", action="store_true", help="fit the field to the input views alone")
+    measured.add_argument("--out", type=Path, metavar="DIR",
+                          help="default: output/<sequence>; if taken, a folder beside it")
     return p
+
+
+def capture_meant(word: str) -> str:
+    """What to do instead of giving a word that belongs to no flag."""
+    folder = find_poses(Path(word))
+    if folder is None:
+        return "own photographs, with cameras and masks (docs/photographs.md): python distill.py --capture DIR"
+    return f"own photographs: python distill.py --capture {shlex.quote(str(folder))}"
 
 
 def choose_photographs(source: Photographs, args: argparse.Namespace) -> tuple[str, ...]:

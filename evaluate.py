@@ -1,7 +1,8 @@
 """Evaluation: the sequences of some categories, each against the baselines on views that were not given (Sec. 4).
 
-    python evaluate.py --root DIR --category C D --views 2 --weights F --out DIR
-    torchrun --nproc-per-node N evaluate.py ...           the same, a share of the sequences for every process
+    python evaluate.py                                    # the six shipped toys, two views of each
+    python evaluate.py --root co3d --category apple hydrant --views 3 --weights prior.pt --out output/fruit
+    torchrun --nproc-per-node 4 evaluate.py --instances 0 # a share of the sequences for every process
 
 Each sequence has a folder of its own below --out; a finished one of the same settings is kept, so an evaluation
 that was interrupted resumes. The list of sequences is written to `list.json`; `--list` reads one. A sequence that
@@ -160,23 +161,22 @@ def command(args: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = cli.Parser(description=__doc__.splitlines()[0], epilog="The same command again resumes where it stopped.")
-    add_instance_flags(p, targets=0)
+    p = cli.Parser(__doc__)
+    given, _, measured = add_instance_flags(p, targets=0)
 
     # Which sequences, and where results go.
-    p.add_argument("--category", nargs="+", default=["toys"], metavar="C", help="categories, or all (default: toys)")
-    p.add_argument("--instances", type=cli.views, default=10, metavar="N",
-                   help="the first N sequences of every category; 0 for all (default: 10)")
-    p.add_argument("--list", type=Path, metavar="F",
-                   help="the sequences of a list.json, instead of --category, --instances, --protocol")
-    p.add_argument("--out", type=Path, default=Path("output/evaluation"), metavar="DIR",
-                   help="results, a folder per sequence (default: output/evaluation)")
-
-    # How.
-    p.add_argument("--workers", type=cli.whole_number(1, 256), default=1, metavar="N",
-                   help="sequences at a time, a process each")
-    p.add_argument("--strict", action="store_true",
-                   help="stop at a sequence that cannot be read, instead of leaving it out")
+    given.add_argument("--category", nargs="+", default=["toys"], metavar="C",
+                       help="categories, or all (default: toys)")
+    given.add_argument("--instances", type=cli.views, default=10, metavar="N",
+                       help="the first N sequences of every category; 0 for all (default: 10)")
+    given.add_argument("--list", type=Path, metavar="F",
+                       help="the sequences of a list.json, instead of --category, --instances, --protocol")
+    given.add_argument("--strict", action="store_true",
+                       help="stop at a sequence that cannot be read, instead of leaving it out")
+    measured.add_argument("--out", type=Path, default=Path("output/evaluation"), metavar="DIR",
+                          help="results, a folder per sequence (default: output/evaluation); the same command resumes")
+    measured.add_argument("--workers", type=cli.whole_number(1, 256), default=1, metavar="N",
+                          help="sequences at a time, a process each")
     return p
 
 

@@ -43,26 +43,29 @@ def color(text: str) -> Tensor:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = cli.Parser(description=__doc__.splitlines()[0])
+    p = cli.Parser(__doc__)
     p.add_argument("folder", type=Path, help="what distill.py left: a folder with field.pt")
     p.add_argument("--show", nargs="+", choices=KINDS, default=["color"], help="default: color")
 
     # From where.
-    p.add_argument("--frames", type=cli.whole_number(1, 3600), default=36, metavar="N",
-                   help="pictures of the circle (default: 36)")
-    p.add_argument("--elevation", type=elevation, metavar="DEGREES",
-                   help="of the circle, from -80 to 80 (default: that of the photographs' cameras)")
-    p.add_argument("--path", type=Path, metavar="FILE", help="instead of a circle the cameras of a file like "
-                   "transforms.json, in the world of the photographs' cameras")
+    where = p.add_argument_group("from where")
+    where.add_argument("--frames", type=cli.whole_number(1, 3600), default=36, metavar="N",
+                       help="pictures of the circle (default: 36)")
+    where.add_argument("--elevation", type=elevation, metavar="DEGREES",
+                       help="of the circle, from -80 to 80 (default: that of the photographs' cameras)")
+    where.add_argument("--path", type=Path, metavar="FILE", help="instead of a circle the cameras of a file like "
+                       "transforms.json, in the world of the photographs' cameras")
 
     # How.
-    p.add_argument("--size", type=cli.whole_number(1, 4096), default=256, metavar="N",
-                   help="pixels a side (default: 256)")
-    p.add_argument("--background", type=color, default="black", help="name or #rrggbb (default: black)")
-    p.add_argument("--format", choices=("gif", "png"), default="gif", help="one moving picture, or numbered ones")
-    p.add_argument("--out", type=Path, metavar="DIR", help="default: FOLDER/render")
-    p.add_argument("--overwrite", action="store_true", help="replace pictures that are there")
-    cli.add_device(p)
+    how = p.add_argument_group("how")
+    how.add_argument("--size", type=cli.whole_number(1, 4096), default=256, metavar="N",
+                     help="pixels a side (default: 256)")
+    how.add_argument("--background", type=color, default="black", metavar="COLOR",
+                     help="name or #rrggbb (default: black)")
+    how.add_argument("--format", choices=("gif", "png"), default="gif", help="one moving picture, or numbered ones")
+    how.add_argument("--out", type=Path, metavar="DIR", help="default: FOLDER/render")
+    how.add_argument("--overwrite", action="store_true", help="replace pictures that are there")
+    cli.add_device(how)
     return p
 
 

@@ -1,8 +1,8 @@
 """Training: the autoencoder, the prior, and the network that measures perceptual distance (Sec. 3.1 and supplement).
 
-    python train.py vae         the autoencoder of a category, from its pictures
-    python train.py prior       EFT and UNet jointly, the VAE frozen
-    python train.py perceptual  the small network whose features measure perceptual distance in the evaluation
+    python train.py vae --root toys --out vae.pt                  # the autoencoder of a category, from its pictures
+    python train.py prior --root toys --vae vae.pt --out prior.pt # EFT and UNet jointly, the VAE frozen
+    python train.py perceptual --root toys --out perceptual.pt    # the network of the evaluation's perceptual distance
 
 The step is the paper's: one random query view, random input views, 12 noisings of the query latent, the diffusion
 loss and the EFT's color loss together. The schedule is `training/fit.py`'s.
@@ -360,28 +360,31 @@ def command(args: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = cli.Parser(description=__doc__.splitlines()[0], epilog="The same command again resumes where it stopped.")
-    # What is given, and what is made of it.
+    p = cli.Parser(__doc__)
     p.add_argument("what", choices=["vae", "prior", "perceptual"])
-    p.add_argument("--root", type=Path, nargs="+", required=True, help="CO3Dv2 folders")
-    p.add_argument("--category", default="toys", help="category in them (default: toys)")
-    p.add_argument("--preset", choices=MODELS, default="nano",
-                   help="vae, perceptual: numbers of the model (default: nano)")
-    p.add_argument("--out", type=Path, required=True,
-                   help="weights file to write; its training state goes to OUT.state")
-    p.add_argument("--vae", type=Path,
-                   help="prior: the weights file that `train.py vae` wrote, or a prior to start from")
+    p.add_argument("--out", type=Path, required=True, metavar="F",
+                   help="weights file to write; the same command resumes from F.state")
+
+    # What is given.
+    given = p.add_argument_group("what is given")
+    given.add_argument("--root", type=Path, nargs="+", required=True, metavar="DIR", help="CO3Dv2 folders")
+    given.add_argument("--category", default="toys", metavar="C", help="category in them (default: toys)")
+    given.add_argument("--frames", type=cli.count, metavar="N", help="frames of each sequence to use (default: 16)")
+    given.add_argument("--preset", choices=MODELS, default="nano",
+                       help="vae, perceptual: numbers of the model (default: nano)")
+    given.add_argument("--vae", type=Path, metavar="F",
+                       help="prior: the weights file that `train.py vae` wrote, or a prior to start from")
 
     # How long and how.
-    p.add_argument("--frames", type=cli.count, metavar="N", help="frames of each sequence to use (default: 16)")
-    p.add_argument("--min-views", type=cli.count, metavar="N", help="prior: fewest input views (default: 1)")
-    p.add_argument("--max-views", type=cli.count, metavar="N", help="prior: most input views (default: 4)")
-    p.add_argument("--steps", type=cli.count, metavar="N", help="updates in all (default: 10000)")
-    p.add_argument("--minutes", type=cli.positive, metavar="M",
-                   help="stop after that long; the same command resumes")
-    p.add_argument("--seed", type=cli.seed, default=0, help="of initial weights, views and noise (default: 0)")
-    cli.add_settings(p, TrainConfig)
-    cli.add_device(p)
+    how = p.add_argument_group("how it is trained")
+    how.add_argument("--min-views", type=cli.count, metavar="N", help="prior: fewest input views (default: 1)")
+    how.add_argument("--max-views", type=cli.count, metavar="N", help="prior: most input views (default: 4)")
+    how.add_argument("--steps", type=cli.count, metavar="N", help="updates in all (default: 10000)")
+    how.add_argument("--minutes", type=cli.positive, metavar="M", help="stop after that long")
+    how.add_argument("--seed", type=cli.seed, default=0, metavar="N",
+                     help="of initial weights, views and noise (default: 0)")
+    cli.add_settings(how, TrainConfig)
+    cli.add_device(how)
     return p
 
 

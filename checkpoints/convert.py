@@ -1,7 +1,7 @@
-"""The released files -> one weights file of this program. A command:
+"""The released files -> one weights file of this program. Nothing in them is run.
 
-    python -m checkpoints.convert --eft F --vldm F --vae F --out F
-    python -m checkpoints.convert --eft F                             without --out: what a file, or several, hold
+    python -m checkpoints.convert --eft eft.pt --vldm vldm.pt --vae sd-v1-4.ckpt --category hydrant --out hydrant.pt
+    python -m checkpoints.convert --eft eft.pt     # without --out: what a file, or several, hold
 """
 from __future__ import annotations
 
@@ -95,8 +95,7 @@ def convert(args: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = cli.Parser(prog="python -m checkpoints.convert", description=__doc__.splitlines()[0],
-                   epilog="Nothing in the files is run. `python distill.py --weights F` uses the result.")
+    p = cli.Parser(__doc__, prog="python -m checkpoints.convert")
     p.add_argument("--eft", type=Path, metavar="F", help="the released EFT checkpoint of a category")
     p.add_argument("--vldm", type=Path, metavar="F",
                    help="the released VLDM checkpoint of the same category")

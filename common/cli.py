@@ -35,16 +35,29 @@ class Parser(argparse.ArgumentParser):
     there.
     """
 
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
+    def __init__(self, doc: str = "", meant: Callable[[str], str] | None = None, **options):
+        """doc: the docstring of a command; --help begins with its first line and ends with its examples, which are its
+        indented lines.
+
+        meant: what to do instead, in a few words, where a word stands there that is no flag's.
+        """
+        # The examples are to be copied, so they keep their lines.
+        examples = "".join(f"\n  {line.strip()}" for line in doc.splitlines() if line.startswith("    "))
+        super().__init__(description=doc.partition("\n")[0], epilog=examples and f"examples:{examples}",
+                         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+        self.meant = meant
 
     def parse_args(self, args: list[str] | None = None, namespace=None) -> argparse.Namespace:
         """The values of all flags."""
         words = sys.argv[1:] if args is None else args
         for flag, word in zip(["", *words], words):
-            if not word.strip() or word.startswith("--") and word.endswith("="):
-                self.error(f"{word.strip() or flag}: an empty value")
-        parsed = super().parse_args(words, namespace)
+            name, equals, value = word.partition("=")
+            if not word.strip() or name.startswith("--") and equals and not value.strip():
+                self.error(f"{word.strip() or flag or 'an argument'}: an empty value")
+        parsed, stray = self.parse_known_args(words, namespace)
+        if stray:
+            advice = f"; {self.meant(stray[0])}" if self.meant and not stray[0].startswith("-") else ""
+            self.error(f"unrecognized arguments: {' '.join(stray)}{advice}")
         parsed.given = {word.partition("=")[0] for word in words if word.startswith("--")}
         return parsed
 
@@ -124,13 +137,19 @@ def words(text: str) -> tuple[str, ...]:
     return parts
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
+def device(text: str) -> str:
+    """cpu or cuda, for argparse."""
+    if text not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither cpu nor cuda")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"torch {torch.__version__} sees no NVIDIA GPU here; cpu is the default then")
+    return text
+
+
+def add_device(parser: argparse._ActionsContainer) -> None:
     """The flag --device."""
-    devices = ["cpu"]
-    if torch.cuda.is_available():
-        devices.append("cuda")
-    parser.add_argument("--device", choices=devices, default=devices[-1],
-                        help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
+                        metavar="{cpu,cuda}", help="default: cuda if there is one")
 
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -138,7 +157,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 BOOLS = {"true": True, "false": False, "1": True, "0": False}
 
 
-def add_settings(parser: argparse.ArgumentParser, config: type) -> None:
+def add_settings(parser: argparse._ActionsContainer, config: type) -> None:
     """The flag --set, for the fields of a config."""
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="settings",
                         help=f"any field of {config.__name__}, nested ones by a dot: a.b=8")

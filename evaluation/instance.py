@@ -97,34 +97,42 @@ class Instance:
 
 # ---------------------------------------------------------------------------------------------- the flags
 
-def add_instance_flags(p: argparse.ArgumentParser, targets: int) -> None:
-    """The flags that `distill.py` and `evaluate.py` share. `targets` is the default of --targets."""
-    # What is given.
-    p.add_argument("--root", type=Path, default=SAMPLE, help="CO3Dv2 folder (default: the shipped synthetic sample)")
-    p.add_argument("--views", type=cli.views, default=2, metavar="N", help="random input views; 0 for all (default: 2)")
-    p.add_argument("--protocol", choices=PROTOCOLS, default="paper",
-                   help="paper: fewview_dev/test, 32 evenly spaced frames of a sequence; all: every frame there is")
-    p.add_argument("--weights", type=Path, default=sparsefusion.SHIPPED,
-                   help="the prior (default: the shipped nano weights)")
-    p.add_argument("--seed", type=cli.seed, default=0,
-                   help="of input views, noise and initial weights, plus the sequence's place in its list (default: 0)")
+def add_instance_flags(parser: argparse.ArgumentParser, targets: int) -> tuple[argparse._ArgumentGroup, ...]:
+    """The flags that `distill.py` and `evaluate.py` share, in three groups, for more flags: what is given, how the
+    field is optimized, what comes of it. `targets` is the default of --targets.
+    """
+    given = parser.add_argument_group("what is given")
+    given.add_argument("--root", type=Path, default=SAMPLE, metavar="DIR",
+                       help="CO3Dv2 folder (default: the shipped synthetic sample)")
+    given.add_argument("--views", type=cli.views, default=2, metavar="N",
+                       help="random input views; 0 for all (default: 2)")
+    given.add_argument("--protocol", choices=PROTOCOLS, default="paper",
+                       help="paper: fewview_dev/test, 32 evenly spaced frames of a sequence; all: every frame there is")
 
     # The numbers of the distillation.
-    p.add_argument("--preset", choices=PRESETS,
-                   help="numbers to start from (default: those of the weights; plain without a prior)")
-    p.add_argument("--iterations", type=cli.count, metavar="N", help="default: the preset's")
-    p.add_argument("--released", action="store_true", help=f"as the released code does it: --set {' '.join(RELEASED)}")
-    cli.add_settings(p, DistillConfig)
-    cli.add_device(p)
+    how = parser.add_argument_group("how the field is optimized")
+    how.add_argument("--weights", type=Path, default=sparsefusion.SHIPPED, metavar="F",
+                     help="the prior (default: the shipped nano weights)")
+    how.add_argument("--preset", choices=PRESETS,
+                     help="numbers to start from (default: those of the weights; plain without a prior)")
+    how.add_argument("--iterations", type=cli.count, metavar="N", help="default: the preset's")
+    how.add_argument("--released", action="store_true",
+                     help="as the released code does it, where a setting can (docs/differences.md)")
+    how.add_argument("--seed", type=cli.seed, default=0, metavar="N", help="of input views, noise and initial weights, "
+                     "plus the sequence's place in its list (default: 0)")
+    cli.add_settings(how, DistillConfig)
+    cli.add_device(how)
 
     # How it is measured.
-    p.add_argument("--targets", type=cli.views, default=targets, metavar="N",
-                   help=f"held-out views to compare, evenly spaced; 0 for all (default: {targets})")
-    p.add_argument("--feature-net", type=Path, default=SHIPPED_FEATURE_NET, metavar="F",
-                   help="network of the perceptual metric")
-    p.add_argument("--lpips", type=Path, nargs=2, metavar=("VGG16", "LINEAR"),
-                   help="vgg16-397923af.pth and LPIPS' vgg.pth: LPIPS as loss, and as metric instead of --feature-net")
-    p.add_argument("--overwrite", action="store_true", help="replace results of other settings in --out")
+    measured = parser.add_argument_group("what comes of it")
+    measured.add_argument("--targets", type=cli.views, default=targets, metavar="N",
+                          help=f"held-out views to compare, evenly spaced; 0 for all (default: {targets})")
+    measured.add_argument("--feature-net", type=Path, default=SHIPPED_FEATURE_NET, metavar="F",
+                          help="network of the perceptual metric")
+    measured.add_argument("--lpips", type=Path, nargs=2, metavar=("VGG16", "LINEAR"), help="vgg16-397923af.pth and "
+                          "LPIPS' vgg.pth: LPIPS as loss, and as metric instead of --feature-net")
+    measured.add_argument("--overwrite", action="store_true", help="replace results of other settings in --out")
+    return given, how, measured
 
 
 def config_from_flags(args: argparse.Namespace) -> DistillConfig:

@@ -13,6 +13,8 @@ Shapes: `P` points.
 """
 from __future__ import annotations
 
+import os
+import shlex
 import unicodedata
 from collections import Counter
 from dataclasses import replace
@@ -42,8 +44,14 @@ def read_capture(folder: str | Path) -> Photographs:
     Raises `FileNotFoundError` or `ValueError` with one line that names the file and what in it is wrong.
     """
     folder = Path(folder)
+    poses = find_poses(folder)
+    if poses not in (None, folder):
+        name = shlex.quote(str(poses))
+        raise FileNotFoundError(f"{folder}: not the folder with the poses, which is {poses}: python check.py {name}, "
+                                f"python distill.py --capture {name}")
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder of photographs")
+        what = "a file, no" if folder.is_file() else "no such"
+        raise FileNotFoundError(f"{folder}: {what} folder of photographs; docs/photographs.md says what it holds")
 
     # Tools that make a transforms.json leave the COLMAP model that they made it from beside it.
     if (folder / "transforms.json").is_file():
@@ -69,6 +77,18 @@ def read_capture(folder: str | Path) -> Photographs:
     llff = "; poses_bounds.npy is not read" if (folder / "poses_bounds.npy").exists() else ""
     raise FileNotFoundError(f"{folder}: no transforms.json, no transforms_train.json and no COLMAP model "
                             f"(sparse/0/images.bin or .txt) there{llff}; docs/photographs.md says how to make one")
+
+
+def find_poses(path: Path) -> Path | None:
+    """The folder with poses that somebody means by a path: itself, or where a photograph, a transforms.json or a folder
+    of photographs lies; `~` is the home. None where there is none.
+    """
+    path = Path(os.path.expanduser(path))
+    for folder in (path, path.parent, path.parent.parent):
+        listed = any(os.path.isfile(folder / f"transforms{part}.json") for part in ("", "_train"))
+        if listed or colmap.find_models(folder):
+            return folder
+    return None
 
 
 def read_path(file: Path) -> Cameras:

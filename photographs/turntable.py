@@ -1,4 +1,7 @@
-"""Cameras of photographs from a turntable: `python -m photographs.turntable DIR --focal 50 --elevation 20`.
+"""Cameras of photographs from a turntable.
+
+    python -m photographs.turntable photographs --focal 50 --elevation 20
+    python -m photographs.turntable photographs --focal 26 --elevation 35 --degrees -180
 
 The camera stands still and looks down on the turntable at one angle; between two photographs the turntable turns by the
 same angle. Then their number, the lens and the angle are all that is needed. Writes `DIR/transforms.json`; `check.py
@@ -77,8 +80,7 @@ def write_transforms(folder: Path, focal: float, elevation: float, degrees: floa
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = cli.Parser(prog="python -m photographs.turntable", description="Cameras of photographs from a turntable.",
-                   epilog="Then `python check.py DIR` says whether the masks agree.")
+    p = cli.Parser(__doc__, prog="python -m photographs.turntable")
     p.add_argument("folder", type=Path, metavar="DIR", help="photographs in it or in its images/, in order of names")
     p.add_argument("--focal", type=float, required=True, metavar="MM",
                    help="of the lens, as on a 35 mm film: EXIF's FocalLengthIn35mmFilm")

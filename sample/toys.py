@@ -1,6 +1,7 @@
 """The sample category: synthetic toys, written to disk as a CO3Dv2 tree. Nothing in it is a photograph of anything.
 
-    python sample/toys.py --root DIR --instances N --seed S [--views V] [--device D]
+    python sample/toys.py --root toys --instances 4 --seed 4000
+    python sample/toys.py --root many --instances 3000 --seed 1 --views 16
 
 Each toy is an animal or robot of about 20 signed-distance primitives with random proportions and colors, painted with
 stripes or spots, a face and a badge in front. Its back carries a backpack, a tail, a shell, a wind-up key or only an
@@ -263,24 +264,31 @@ def _write_json(data, path: Path):
 
 # ---------------------------------------------------------------------------------------------- the command
 
-def main(argv: list[str] | None = None):
+def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = cli.Parser(description="Write synthetic toys as a CO3Dv2 tree.")
-    parser.add_argument("--root", type=Path, required=True, help="folder for the tree; the toys go to ROOT/toys")
-    parser.add_argument("--instances", type=cli.count, required=True, help="number of toys")
-    parser.add_argument("--seed", type=_seed, required=True,
-                        help="1-99 training, 1000 shipped, 2000 reported, 3000 tuning")
-    parser.add_argument("--views", type=cli.count, default=16, help="photographs per toy (default: 16)")
-    cli.add_device(parser)
-    args = parser.parse_args(argv)
+    p = cli.Parser(__doc__)
+    p.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder for the tree; the toys go to "
+                   "DIR/toys")
+    p.add_argument("--instances", type=cli.count, required=True, metavar="N", help="number of toys")
+    p.add_argument("--seed", type=_seed, required=True, metavar="N",
+                   help="1-99 training, 1000 shipped, 2000 reported, 3000 tuning")
+    p.add_argument("--views", type=cli.count, default=16, metavar="N", help="photographs per toy (default: 16)")
+    cli.add_device(p)
+    return p
+
+
+def main(argv: list[str] | None = None):
+    """Entry point."""
+    command_line = parser()
+    args = command_line.parse_args(argv)
 
     # Errors are one line that names the flag.
     if args.instances > TOYS_A_SEED:
-        parser.error(f"--instances is {args.instances}; a seed has at most {TOYS_A_SEED} toys")
+        command_line.error(f"--instances is {args.instances}; a seed has at most {TOYS_A_SEED} toys")
     try:
         write_tree(args.root, args.instances, args.seed, args.views, args.device)
     except OSError as e:
-        parser.error(f"--root {args.root} cannot be written: {e}")
+        command_line.error(f"--root {args.root} cannot be written: {e}")
 
 
 def _seed(text: str) -> int:

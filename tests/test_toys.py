@@ -11,10 +11,13 @@ import torch
 from PIL import Image
 
 from cameras import Cameras, look_at
-from sample import toy_render, toys
+from evaluation import views
+from photographs.reading import read_capture
+from sample import rocket, toy_render, toys
 from sample.toy_design import ATTRIBUTES
 from sample.toy_render import distance, distances, render
 from sample.toy_shapes import Figure, Place, Toy, upright_axes
+from tests.support.helpers import one_line
 
 SHIPPED = Path(__file__).resolve().parents[1] / "sample" / "co3d"
 
@@ -273,3 +276,16 @@ def test_a_root_that_is_a_file(tmp_path, capsys):
         toys.main(["--root", str(tmp_path / "file"), "--instances", "1", "--seed", "1", "--views", "1",
                    "--device", "cpu"])
     assert e.value.code == 2 and "--root" in capsys.readouterr().err.splitlines()[-1]
+
+
+# --- the rocket ---
+
+def test_the_rocket_is_a_capture(tmp_path, capsys):
+    """Its photographs, masks and cameras fit; the same bytes again."""
+    rocket.main([str(tmp_path / "a"), "--views", "6", "--size", "64"])
+    rocket.main([str(tmp_path / "b"), "--views", "6", "--size", "64"])
+    assert files(tmp_path / "a") == files(tmp_path / "b") and len(files(tmp_path / "a")) == 7
+    photographs = read_capture(tmp_path / "a")
+    found = views.examine_views(photographs, list(range(6)))
+    assert not found.mistake and found.lines[-1] == "masks and cameras fit"
+    one_line(capsys, rocket.main, [tmp_path / "c", "--size", "30"], "--size 30", "multiple of 4")

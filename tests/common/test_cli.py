@@ -1,11 +1,20 @@
-"""Settings by name, and errors of one line."""
+"""Settings by name, errors of one line, and what --help shows."""
 import argparse
+import shlex
 from dataclasses import dataclass
 
 import pytest
 import torch
 
+import check
+import distill
+import evaluate
+import render
+import train
+from checkpoints import convert
 from common import cli
+from photographs import turntable
+from sample import rocket, toys
 from tests.support.helpers import one_line
 
 
@@ -70,6 +79,53 @@ def test_flags_are_not_guessed(capsys):
     parser = cli.Parser()
     parser.add_argument("--iterations")
     one_line(capsys, parser.parse_args, ["--iteration", "3"], "--iteration")
+
+
+@pytest.mark.parametrize("command, name", [
+    (distill, "distill.py"), (evaluate, "evaluate.py"), (train, "train.py"), (check, "check.py"),
+    (render, "render.py"), (toys, "sample/toys.py"), (rocket, "sample/rocket.py"),
+    (turntable, "photographs.turntable"), (convert, "checkpoints.convert")])
+def test_examples_of_help_are_valid(command, name):
+    """Each command has two or more, whole, each a line to copy."""
+    text, _, examples = command.parser().format_help().partition("examples:\n")
+    assert command.__doc__.splitlines()[0] in text
+    lines = examples.splitlines()
+    assert len(lines) >= 2
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        assert words[0] in ("python", "torchrun") and name in words
+        parsed = command.parser().parse_args(words[words.index(name) + 1:])
+        assert parsed.given or command in (distill, evaluate, check, rocket), line
+
+
+@pytest.mark.parametrize("command", [distill, evaluate, train, check, render])
+def test_help_is_in_groups(command):
+    """Few flags stand in none of them."""
+    groups = {group.title: len(group._group_actions) for group in command.parser()._action_groups}
+    assert groups.pop("options") <= 3 and groups.pop("positional arguments") <= 1
+    assert len(groups) >= 1 and min(groups.values()) >= 3
+
+
+def test_cuda_where_there_is_none(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for command, argv in ((distill, []), (render, ["output/x"]), (train, ["vae", "--root", "x", "--out", "y"])):
+        assert command.parser().parse_args(argv).device == "cpu"
+        one_line(capsys, command.main, [*argv, "--device", "cuda"], "error: argument --device: ", "sees no NVIDIA GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert distill.parser().parse_args([]).device == "cuda"
+
+
+@pytest.mark.parametrize("command", [distill, evaluate, train, check, render])
+@pytest.mark.parametrize("value", ["", " "])
+def test_empty_values(command, value, capsys):
+    """Of any flag with a value, behind a space or an equals sign, and of a word of its own."""
+    p = command.parser()
+    for action in p._actions:
+        if action.option_strings and action.nargs != 0:
+            flag = action.option_strings[0]
+            one_line(capsys, p.parse_args, [flag, value], f"error: {flag}: an empty value")
+            one_line(capsys, p.parse_args, [f"{flag}={value}"], f"error: {flag}", "an empty value")
+    one_line(capsys, p.parse_args, [value], "an empty value")
 
 
 @pytest.mark.parametrize("text", ["-1", "x", "1.5", "", str(2**31), "9" * 30])

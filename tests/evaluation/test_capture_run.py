@@ -192,6 +192,17 @@ def test_random_inputs_leave_the_others_as_targets(shoot, tmp_path):
     assert len(inputs) == 2 and len(targets) == 8 and not set(inputs) & set(targets)
 
 
+@pytest.mark.parametrize("given", ["transforms.json", "images", "images/001.png", "."])
+def test_photographs_without_their_flag(given, shoot, tmp_path, capsys):
+    """The command that works is told."""
+    folder = write_transforms(tmp_path / "two words", shoot.at([0, 3, 7]))
+    command_line = f"python distill.py --capture '{folder}'"
+    one_line(capsys, distill.main, [folder / given, "--views", 2], "unrecognized arguments: ", command_line)
+    one_line(capsys, distill.main, ["--views", 2, folder / given, folder], "unrecognized arguments: ", command_line)
+    one_line(capsys, distill.main, ["a.jpg", "b.jpg"], "python distill.py --capture DIR", "docs/photographs.md")
+    one_line(capsys, distill.main, ["--no-such-flag"], "error: unrecognized arguments: --no-such-flag")
+
+
 # --- what is taken up ---
 
 def test_settings_tell_a_capture_from_others(shoot, tmp_path, capsys):

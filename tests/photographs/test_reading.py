@@ -109,6 +109,32 @@ def test_folders_without_a_capture(tmp_path):
     refused(tmp_path, "no transforms.json", "COLMAP", kind=FileNotFoundError)
 
 
+@pytest.mark.parametrize("given", ["transforms.json", "images", "images/000.png", "no_such", "images/no_such.png"])
+def test_what_lies_in_a_capture_is_told_its_folder(tmp_path, given):
+    """With the two commands that work, whichever way its poses come."""
+    folder = write_transforms(tmp_path / "one", SHOOT)
+    refused(folder / given, f"{folder / given}: not the folder with the poses, which is {folder}: ",
+            f"python check.py {folder}", f"python distill.py --capture {folder}", kind=FileNotFoundError)
+    if given.startswith("images"):
+        folder = write_colmap(tmp_path / "two", SHOOT)
+        refused(folder / given, f"python distill.py --capture {folder}", kind=FileNotFoundError)
+
+
+def test_a_folder_below_the_home(tmp_path, monkeypatch):
+    """A shell leaves ~ as it is in quotes and behind an equals sign."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = write_transforms(tmp_path / "cup", SHOOT)
+    refused("~/cup", f"distill.py --capture {folder}", kind=FileNotFoundError)
+    refused("~/saucer", "~/saucer: no such folder of photographs", kind=FileNotFoundError)
+    refused("~nobody_of_that_name/cup", "no such folder", kind=FileNotFoundError)
+
+
+def test_a_photograph_alone(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.jpg")
+    refused(tmp_path / "photo.jpg", "photo.jpg: a file, no folder of photographs", "docs/photographs.md",
+            kind=FileNotFoundError)
+
+
 def test_one_photograph_is_no_scene(tmp_path):
     refused(write_transforms(tmp_path, SHOOT.at([0])), "1 photograph", "two or more")
 
