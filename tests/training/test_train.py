@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from tests.support.helpers import one_line, same
 from tests.support.small import TINY, tiny_model
 from training import fit
 from training.packed import load_packed
+from training.ranks import Draws
 
 load = functools.partial(sparsefusion.load, stage="vae")  # a model of either stage
 SAMPLE = Path(__file__).resolve().parents[2] / "sample" / "co3d"
@@ -64,29 +66,42 @@ def test_colors_at_pixel_centers():
 # --- data ---
 
 def test_a_query_view_is_none_of_its_inputs():
-    data = load_packed([SAMPLE], "toys", 5, 32, workers=1)
-    for seed in range(20):
-        batch = train.draw_batch(data, 3, (1, 3), torch.Generator().manual_seed(seed))
+    data = load_packed([SAMPLE], ["toys"], 5, 32, workers=1)
+    for step in range(20):
+        batch = train.draw_views(data, Draws(0, step, 3, range(3)), (1, 3))
         assert 1 <= batch.images.shape[1] <= 3 and len(batch.target) == 3
         for b in range(3):
             assert all(not torch.equal(batch.target[b], x) for x in batch.images[b])
             assert all(not torch.equal(batch.query.R[b], R) for R in batch.cameras.R[b])
 
 
+def test_sequences_of_few_frames_wait_for_steps_with_few_inputs():
+    """They are used with the frames that they have, and no frame that they do not have is drawn."""
+    data = load_packed([SAMPLE], ["toys"], 5, 32, workers=1)
+    pixels = [data.pixels[0][:2], *data.pixels[1:]]
+    data = replace(data, pixels=pixels, counts=torch.tensor([len(x) for x in pixels]))
+    with_inputs = {1: set(), 2: set(), 3: set()}
+    for step in range(60):
+        batch = train.draw_views(data, Draws(0, step, 3, range(3)), (1, 3))
+        with_inputs[batch.images.shape[1]] |= set(batch.scene.tolist())
+    assert 0 in with_inputs[1] and with_inputs[2] == with_inputs[3] == set(range(1, len(data)))
+
+
 # --- trainings ---
 
-@functools.cache
-def packed(root, category, frames, size, split):
-    """What was decoded once serves every training: it is only read."""
-    return load_packed([root], category, frames, size, workers=1, split=split)
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """A cache of this module's own, whose packs serve every training."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        m.setattr(train, "load_packed", functools.partial(load_packed, workers=1))
+        yield
 
 
 @pytest.fixture
 def training(tmp_path, monkeypatch):
     """A function that runs `train.py` on the shipped sample with a tiny preset and returns the weights file."""
     monkeypatch.setitem(presets.MODELS, "nano", TINY)
-    monkeypatch.setattr(train, "load_packed", lambda roots, category, frames, size, split: packed(
-        *roots, category, frames, size, split))
 
     def run(what, out, *flags):
         argv = [what, "--root", SAMPLE, "--frames", 5, "--steps", 3, "--device", "cpu", "--out", tmp_path / out, *flags]
@@ -217,8 +232,9 @@ def test_state_of_another_training(training, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, differs", [
-    (["--seed", 1], "seed"), (["--steps", 4], "fit"), (["--set", "lr=1e-2"], "fit"), (["--set", "batch=1"], "config"),
-    (["--frames", 4], "config")])
+    (["--seed", 1], "seed"), (["--steps", 2], "config.fit.steps is 3 there, 2 here"),
+    (["--set", "lr=1e-2"], "config.fit.lr"), (["--set", "batch=1"], "config.batch"), (["--frames", 4], "data"),
+    (["--set", "image_size=16"], "config.model.image_size")])
 def test_other_numbers_are_another_training(flags, differs, training, tmp_path, capsys):
     training("vae", "vae.pt")
     argv = ["vae", "--root", SAMPLE, "--frames", 5, "--steps", 3, "--set", "batch=2", "--out", tmp_path / "vae.pt"]
@@ -272,7 +288,7 @@ def test_the_learning_rate_warms_up_and_falls():
     (["--preset", "huge"], "--preset"),
     (["--device", "tpu"], "--device"),
     (["--root"], "--root"), (["--set", "widths=8"], "model.vae.widths"),
-    (["--unknown"], "--unknown"), (["--frames", "999"], "toys"), (["--category", "cars"], "cars"),
+    (["--unknown"], "--unknown"), (["--category", "cars"], "cars"),
     (["--root", "nowhere"], "nowhere")])
 def test_bad_values(flags, words, tmp_path, capsys):
     one_line(capsys, train.main, ["vae", "--root", SAMPLE, "--out", tmp_path / "x", *flags], words)
@@ -297,8 +313,7 @@ def test_commands_are_needed(capsys):
         one_line(capsys, train.main, argv, "error:")
 
 
-def test_attributes_are_needed(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "load_packed", functools.partial(load_packed, workers=1))
+def test_attributes_are_needed(tmp_path, capsys):
     shutil.copytree(SAMPLE, tmp_path / "co3d")
     (tmp_path / "co3d" / "toys" / "sequence_annotations.jgz").unlink()
     argv = ["perceptual", "--root", tmp_path / "co3d", "--out", tmp_path / "x", "--frames", 5]
