@@ -248,6 +248,32 @@ def test_another_vae_is_another_training(training, tmp_path, capsys):
     one_line(capsys, train.main, [*argv, "--vae", other], "another training", "vae")
 
 
+def test_a_longer_training_resumes_a_shorter_one(training, tmp_path, capsys):
+    """From there on the learning rate is the longer one's, and one line says so."""
+    training("vae", "vae.pt")
+    training("vae", "vae.pt", "--steps", 5)
+    out = capsys.readouterr().out
+    now = fit.learning_rate(3, fit.FitConfig(steps=5))
+    assert "resuming vae.pt at step 3; it was to be 3 steps: from here the learning rate is that of 5" in out
+    assert f"now {now:.2g} instead of {fit.learning_rate(3, fit.FitConfig(steps=3)):.2g}" in out
+    assert files.read_tensors(tmp_path / "vae.pt.state", "module")["completed"] == 5
+    assert [x["steps"] for x in sparsefusion.read_trained_on(tmp_path / "vae.pt")] == [5]
+
+
+def test_a_fork_starts_from_the_weights_of_another_training(training, tmp_path, capsys):
+    before = load(training("vae", "vae.pt"))
+    capsys.readouterr()
+    training("vae", "vae.pt", "--fork", "--set", "lr=1e-12", "--minutes", 1e-9)
+    assert "starting vae.pt from the weights of another training (config differ: config.fit.lr" in capsys.readouterr().out
+    after = load(training("vae", "vae.pt", "--fork", "--set", "lr=1e-12"))
+    assert "resuming vae.pt at step 1" in capsys.readouterr().out  # its own state by now
+    for a, b in zip(before.vae.parameters(), after.vae.parameters()):
+        assert torch.allclose(a, b, atol=1e-6)
+    assert len(sparsefusion.read_trained_on(tmp_path / "vae.pt")) == 2
+    argv = ["perceptual", "--root", SAMPLE, "--frames", 5, "--fork", "--out", tmp_path / "vae.pt"]
+    one_line(capsys, train.main, argv, "vae.pt.state", "not a whole state of a `train.py perceptual`")
+
+
 def test_numbers_of_a_prior(training, tmp_path, capsys):
     """The diffusion's may be set, the architecture's may not: the --vae file fixes it, the pictures' size included."""
     vae = training("vae", "vae.pt", "--set", "image_size=64")
