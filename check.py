@@ -26,6 +26,7 @@ from photographs.reading import read_capture
 from presets import PRESETS
 
 DECODED_BYTES = 80    # of a pixel of a photograph while it is decoded, resized and cut
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif")  # of a picture
 WORKING_BYTES = 0.8e9  # of torch, networks and a field
 
 
@@ -43,8 +44,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def _command(args: argparse.Namespace) -> None:
     """Read, examine, print, draw."""
+    if args.out.suffix.lower() not in ENDINGS:
+        raise ValueError(f"--out {args.out}: its ending is none of {', '.join(ENDINGS)}")
+
     # An even choice of what is there, or of the names given.
     source = _find_source(args)
+    files.require_writable(args.out)
     views = find_views(source, args.frames, "--frames") if args.frames else list(range(len(source.names)))
     chosen = evenly_spaced(len(views), min(args.views or MOST, MOST))
 

@@ -29,6 +29,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,7 +44,9 @@ import vldm
 import volume
 from cameras import HALF_SIDE, Cameras, Scene, pixel_grid
 from common import files
+from common.machine import stream_seed
 from common.progress import Progress
+from common.settings import check_ranges
 from gpu.update import GraphedAdam, Graphs
 from ngp import Field, FieldConfig
 from sparsefusion import Condition, SparseFusion
@@ -51,9 +54,11 @@ from volume import Occupancy, SampleBuffer
 
 MOST_FURTHER = 20_000  # iterations that many input views may add
 MOST_CELLS = 2048  # per side of the finest grid of many input views
+LONG = 4000  # iterations from which on many input views are learned with a larger network, batch and number of samples
 REFERENCE_SIZE = 256  # pixels a side from which on larger pictures bear a finer field
 SAVE_SECONDS = 60  # between two checkpoints of a running distillation
 UNLIKE = 2  # a photograph so many times as bright or as dark as the median one was exposed differently
+MOST_SAMPLES = 2**26  # of the rays of an update: gigabytes
 LOOK_EVERY = 16  # iterations, at most, between two looks at the losses
 NEVER = 2**62    # an iteration that no run reaches
 
@@ -66,6 +71,11 @@ class Prior(NamedTuple):
     viewpoints: Cameras        # (Q,) in the object frame
     condition: Condition       # what the EFT says about them, computed once
     perceptual_loss: Callable[[Tensor, Tensor], Tensor]  # images (B, 3, S, S) twice -> (B,)
+
+    def eft_images(self) -> Tensor:
+        """The EFT's images of the viewpoints, as large as the model's, (Q, 3, S, S)."""
+        size = self.model.preset.image_size
+        return F.interpolate(self.condition.images, size, mode="bilinear", align_corners=True)
 
 
 class Exposures(nn.Module):
@@ -143,7 +153,7 @@ class Distillation:
         # The field, and where the masks allow it to be.
         device = input_views.images.device
         self.generator = torch.Generator(device)
-        self.field = Field(config.field, torch.Generator().manual_seed(seed)).to(device)
+        self.field = Field(config.field, torch.Generator().manual_seed(stream_seed(seed, "field"))).to(device)
         self.occupancy = Occupancy(config.field).to(device)
         whole = input_views.whole or input_views
         self.occupancy.carve(whole.masks, whole.cameras, whole.valid)
@@ -165,19 +175,17 @@ class Distillation:
         # Targets: of the input views the photographs, of the bootstrap the EFT's images.
         self.colors = blurred(input_views.images, input_views.valid, config.blur)
         self.masks = blurred(input_views.masks, input_views.valid, config.blur)
-        self.eft_images = None
-        if prior is not None:
-            size = prior.model.preset.image_size
-            self.eft_images = F.interpolate(prior.condition.images, size, mode="bilinear", align_corners=True)
+        self.eft_images = None if prior is None else prior.eft_images()
 
-        # Pixels that show anything, of all views, and of these the ones that see cells which the masks allow: no other
-        # teaches the field.
+        # Pixels of all views that show anything and see cells which the masks allow: no others teach the field.
         hull = self.occupancy.silhouettes(input_views.cameras, input_views.images.shape[-1])
         self.valid_pixels = ((input_views.valid > 0.5) & hull[:, None]).flatten().nonzero().squeeze(-1)
 
         self.buffer = self.new_buffer() if device.type == "cuda" else None  # for shapes that never change
         self.targets = {}   # x_hat (1, 3, S, S) of the present and the next iterations
         self.loss = None    # () of the latest update
+        # By its name, a loss in all iterations, (iterations,); -1 where it was not used.
+        self.losses = defaultdict(lambda: torch.full((config.iterations,), -1.0, device=device))
 
     # ------------------------------------------------------------------ the algorithm
 
@@ -206,13 +214,14 @@ class Distillation:
         """All randomness of iteration i follows from the seed and i: a resumed run draws the same numbers. Python's
         generator chooses views and lattices, which a GPU does not have to wait for.
         """
-        self.generator.manual_seed(self.seed * 1_000_003 + i)
+        self.generator.manual_seed(stream_seed(self.seed, f"iteration {i}"))
         self.iteration.fill_(i)
 
     def update(self, loss: Callable[[NamedTuple], Tensor], batch: NamedTuple) -> None:
         """A step of Adam down a loss of a batch; on a GPU all of `descend` is one CUDA graph."""
         self.broken.setdefault(loss.__name__, torch.full_like(self.iteration, NEVER))
         self.loss = self.graphs.run(loss.__name__, partial(self.descend, loss), batch)
+        self.losses[loss.__name__][self.completed] = self.loss
 
     def descend(self, loss: Callable[[NamedTuple], Tensor], batch: NamedTuple) -> Tensor:
         """The loss of a batch, its gradient, a step of Adam. Returns the loss, a scalar."""
@@ -434,6 +443,7 @@ class Distillation:
         return parts | {
             "optimizer": self.adam.state_dict(),
             "targets": {i: x_hat.clone() for i, x_hat in self.targets.items() if i >= self.completed},
+            "losses": dict(self.losses),
             "completed": self.completed,
             "seconds": self.seconds,
         }
@@ -447,6 +457,8 @@ class Distillation:
         self.graphs.forget()
         self.completed = state["completed"]
         self.seconds = float(state["seconds"])
+        for name, losses in state["losses"].items():
+            self.losses[name][:self.completed] = losses[:self.completed]
 
         # What was denoised ahead; a finished run has no prior and needs none of it.
         targets = {} if self.prior is None else state["targets"]
@@ -604,8 +616,9 @@ class DistillConfig:
     reference_views: int = 0
     iterations_per_view: int = 0         # that each input view beyond those adds
     occupancy_every: int = 16            # iterations between two looks at where space is empty
-    mesh_resolution: int = 160           # cells along the longest side of the meshed box
-    turntable_frames: int = 36           # pictures of the turntable
+    mesh_resolution: int = 128           # cells along the longest side of the meshed box, at most
+    mesh_faces: int = 100_000            # triangles of the mesh, at most
+    turntable_frames: int = 24           # azimuths of the turntable and the page; 0: neither
     eft_train_mode: bool = False         # dropout and batch statistics on [released: load_model.py:33-45, 179]
     metrics_on_inputs: bool = False      # measure input views, too [released: distillation.py:395-443]
     sampler: vldm.SamplerConfig = vldm.SamplerConfig()
@@ -613,21 +626,19 @@ class DistillConfig:
 
     def __post_init__(self):
         # Each number for itself.
-        for name, least in _LEAST.items():
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least {least}")
+        check_ranges(self, _RANGES)
         if max(self.betas) >= 1 or min(self.betas) < 0:
             raise ValueError(f"betas {self.betas} must be at least 0 and below 1")
 
-        # Numbers that must fit each other, and those with an upper end.
+        # Numbers that must fit each other.
         if not 0 <= self.bootstrap <= self.iterations:
             raise ValueError(f"bootstrap {self.bootstrap} is not between 0 and the {self.iterations} iterations")
-        if self.blur < 1 or self.blur % 2 == 0:
+        if self.blur % 2 == 0:
             raise ValueError(f"blur {self.blur} is not an odd number of pixels")
-        if not 0 <= self.min_noise_level <= 1:
-            raise ValueError(f"min_noise_level {self.min_noise_level} is not in [0, 1]")
-        if not 0 < self.final_lr_fraction:
-            raise ValueError(f"final_lr_fraction {self.final_lr_fraction} is not above 0")
+        rays = max(self.input_pixels, self.render_size**2)
+        samples = rays * (self.field.samples_per_ray + self.field.importance_samples)
+        if samples > MOST_SAMPLES:
+            raise ValueError(f"{rays} rays of an update have {samples} samples, more than {MOST_SAMPLES}")
 
     def with_iterations(self, iterations: int) -> DistillConfig:
         """The same for another number of iterations: the bootstrap keeps its length, but takes at most two thirds of
@@ -662,32 +673,41 @@ class DistillConfig:
             return replace(self, reference_views=0, iterations_per_view=0)
         larger = max(self.image_size / REFERENCE_SIZE, 1.0)
 
-        # More pixels determine finer cells, and more samples, all of them in occupied ones, find them.
+        # More pixels determine finer cells, and samples find them that are all in occupied ones.
         doubled = min(math.log2(growth), 4)
         field = replace(
             self.field,
             levels=self.field.levels + round(doubled + math.log2(larger)),
             finest_resolution=min(round(self.field.finest_resolution * growth * larger), MOST_CELLS),
             log2_hashmap_size=self.field.log2_hashmap_size + round(doubled / 2 + math.log2(larger)),
-            width=64,
-            samples_per_ray=min(round(self.field.samples_per_ray * larger**0.5), 128),
+            samples_per_ray=self.field.samples_per_ray // 2,
             bins_per_ray=256,
             occupancy_cells=min(round(self.field.occupancy_cells * (growth * larger)**0.5), 192),
         )
 
         # That is more to learn, of colors less blurred.
         further = min(self.iterations_per_view * (views - self.reference_views), MOST_FURTHER) * larger**0.5
+        iterations = self.iterations + round(further)
         blur = max(round(self.blur / growth / 2 - 0.5), 0) * 2 + 1  # odd
-        return replace(self, field=field, iterations=self.iterations + round(further), blur=blur, reference_views=0,
-                       iterations_per_view=0, input_pixels=2 * self.input_pixels)
+        fitted = replace(self, field=field, iterations=iterations, blur=blur, reference_views=0, iterations_per_view=0)
+
+        # Where there is time for it, a wider network, and more of pixels and samples.
+        if iterations < LONG:
+            return fitted
+        samples = min(round(self.field.samples_per_ray * larger**0.5), 128)
+        field = replace(field, width=2 * self.field.width, samples_per_ray=samples)
+        return replace(fitted, field=field, input_pixels=2 * self.input_pixels)
 
 
-_LEAST = {"half_side": 0, "prior_views": 0, "iterations": 1, "viewpoints": 1, "jitter": 0, "image_size": 1,
-          "render_size": 2, "lr_grid": 0, "lr_mlp": 0,
-          "eps": 0, "lr_exposure": 0, "weight_exposure": 0, "weight_background": 0, "weight_opacity": 0,
-          "weight_perceptual": 0, "input_pixels": 0, "picture_side": 1, "reference_views": 0,
-          "iterations_per_view": 0, "denoise_batch": 1, "occupancy_every": 1, "mesh_resolution": 1,
-          "turntable_frames": 1}
+_ANY = (0, math.inf)
+_RANGES = {"half_side": _ANY, "iterations": (1, 10**7), "viewpoints": (1, 2000), "jitter": _ANY,
+           "image_size": (1, 4096), "render_size": (2, 4096), "input_pixels": (0, 2**24),
+           "picture_side": (1, 64), "lr_grid": _ANY, "lr_mlp": _ANY, "final_lr_fraction": (1e-9, 1e9), "eps": _ANY,
+           "lr_exposure": _ANY, "weight_exposure": _ANY, "blur": (1, 255), "weight_background": _ANY,
+           "weight_opacity": _ANY, "prior_views": _ANY, "weight_perceptual": _ANY, "min_noise_level": (0, 1),
+           "denoise_batch": (1, 1024), "reference_views": (0, 10**6), "iterations_per_view": (0, 10**6),
+           "occupancy_every": (1, 10**7), "mesh_resolution": (1, 1024), "mesh_faces": (100, 10**7),
+           "turntable_frames": (0, 3600)}
 
 
 def guess_exposures(images: Tensor, masks: Tensor) -> Tensor:

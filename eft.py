@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from cameras import Cameras, pixel_grid, relative_to
 from common.machine import map_threads
-from common.settings import check_numbers
+from common.settings import check_numbers, check_ranges
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,9 @@ class EFTConfig:
 
     def __post_init__(self):
         check_numbers(self)
-        if max(self.blocks, self.layers) > 64:
-            raise ValueError(f"blocks {self.blocks} and layers {self.layers} must be at most 64")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of {self.heads} heads")
-        if not (0 <= self.dropout < 1 and self.depth_margin > 0):
-            raise ValueError(f"dropout {self.dropout} must be in [0, 1), depth_margin {self.depth_margin} above 0")
+        check_ranges(self, {"blocks": (1, 64), "layers": (1, 64), "dropout": (0, 0.999), "depth_margin": (1e-6, 1e6)})
 
 
 # ---------------------------------------------------------------------------------------------- encoder layers

@@ -10,6 +10,7 @@ cannot be read is named, counted and left out.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from evaluation.instance import (Instance, add_instance_flags, config_from_flags
 from evaluation.tables import markdown, means, paired
 
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # full or not writable, for every other sequence, too
 Job = tuple[Instance, Path]  # one sequence of an evaluation, and the folder of its results
 
 
@@ -46,14 +48,15 @@ def finished(job: Job, overwrite: bool) -> dict | None:
 
 def evaluate_one(job: Job, strict: bool, overwrite: bool) -> str | None:
     """Make the results of one sequence, unless they are there. Returns what was wrong with it, in one line, if
-    anything; raises it if `strict`. `overwrite`: results of other settings may be replaced.
+    anything; raises it if `strict`, and where a disk takes no more. `overwrite`: results of other settings may be
+    replaced.
     """
     instance, out = job
     try:
         if finished(job, overwrite) is None:
             run_instance(instance, out, overwrite)
     except (OSError, ValueError, FloatingPointError) as e:
-        if strict:
+        if strict or getattr(e, "errno", None) in DISK:
             raise
         return f"{instance.source.sequence}: {e}"
     return None
@@ -170,7 +173,8 @@ def parser() -> argparse.ArgumentParser:
                    help="results, a folder per sequence (default: output/evaluation)")
 
     # How.
-    p.add_argument("--workers", type=cli.count, default=1, metavar="N", help="sequences at a time, a process each")
+    p.add_argument("--workers", type=cli.whole_number(1, 256), default=1, metavar="N",
+                   help="sequences at a time, a process each")
     p.add_argument("--strict", action="store_true",
                    help="stop at a sequence that cannot be read, instead of leaving it out")
     return p

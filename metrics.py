@@ -5,23 +5,20 @@ network, scale the feature vector at each position of some layers to unit length
 differences. Three networks fill it:
 
     VGG16, LPIPS' channel weights         this, and only this, is called LPIPS (`VGG16LPIPS`; needs two public files)
-    `AttributeNet`, trained on the toys   the perceptual distance of the evaluation; no loss uses it
+    one trained on the toys               that of the evaluation (`evaluation/attributes.py`); no loss uses it
     the VAE's encoder                     the perceptual term of distillation where the VGG files are not given
 
 SSIM and LPIPS are the released code's [released: common_utils.py:36-63], without the packages that it takes them from.
 
-Shapes: `B` images, `C` channels, `H W` rows and columns of an image, `h w` of a layer, `A` attributes.
+Shapes: `B` images, `C` channels, `H W` rows and columns of an image, `h w` of a layer.
 """
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from common import files
 
 
 # ---------------------------------------------------------------------------------------------- pixels and masks
@@ -101,64 +98,6 @@ def _inverse_length(x: Tensor) -> Tensor:
     no gradient.
     """
     return x.square().sum(1, keepdim=True).clamp(min=1e-20).rsqrt()
-
-
-class AttributeNet(nn.Module):
-    """A small network that reads the attributes of a toy from one masked image; its layers measure, no loss uses them.
-
-    LPIPS uses a network that learned to classify photographs; this one learned the attributes of toys. Batch norm,
-    because a normalization of each image for itself would hide its brightness. Measure in evaluation mode.
-    """
-
-    def __init__(self, attributes: int, widths: tuple[int, ...] = (16, 32, 64, 96, 128)):
-        super().__init__()
-        channels = 3
-        self.stages = nn.ModuleList()
-        for width in widths:
-            self.stages.append(self._stage(channels, width))
-            channels = width
-        self.head = nn.Linear(channels, attributes)
-
-    @staticmethod
-    def _stage(channels_in: int, channels: int) -> nn.Sequential:
-        """(B, C_in, H, W) -> (B, C, H/2, W/2)."""
-        # The first convolution halves the resolution.
-        first = nn.Conv2d(channels_in, channels, 3, stride=2, padding=1)
-        second = nn.Conv2d(channels, channels, 3, padding=1)
-        norms = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
-        return nn.Sequential(first, norms[0], nn.ReLU(), second, norms[1], nn.ReLU())
-
-    def layers(self, images: Tensor) -> list[Tensor]:
-        """The output of every stage for images (B, 3, H, W) in [0, 1]: (B, C, H/2, W/2), (B, C, H/4, W/4), ..."""
-        x = images
-        outputs = []
-        for stage in self.stages:
-            x = stage(x)
-            outputs.append(x)
-        return outputs
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Attributes (B, A) of images (B, 3, H, W) in [0, 1]."""
-        last = self.layers(images)[-1]
-        return self.head(last.mean((2, 3)))
-
-
-def load_attribute_net(path: str | Path) -> AttributeNet:
-    """The trained `AttributeNet` in a file, frozen, on the CPU.
-
-    Raises `FileNotFoundError` or `ValueError` with one line.
-    """
-    weights = files.read_tensors(path)["weights"]
-    try:
-        # The file holds nothing but weights: how many attributes the network reads is the length of its last bias.
-        net = AttributeNet(len(weights["head.bias"]))
-        files.check_weights(weights, net)
-        net.load_state_dict(weights)
-    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as e:
-        reason = " ".join(str(e).split())[:160]
-        raise ValueError(f"{path}: not the weights of a perceptual network, as `train.py perceptual` writes them "
-                         f"({reason})") from e
-    return net.eval().requires_grad_(False)
 
 
 class VGG16LPIPS(nn.Module):

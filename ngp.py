@@ -16,6 +16,7 @@ Shapes: `N` points.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.settings import check_ranges
 from gpu import mlp
 from hashgrid import HashGrid
 
@@ -64,31 +66,26 @@ class FieldConfig:
     forgiven_views: int = 6         # one view of so many may be wrong about a cell, as photographs' masks miss pieces
 
     def __post_init__(self):
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            _require(value >= least, f"{name} must be at least {least}, not {value}")
-        _require(1e-3 <= self.bound <= 1e6, f"bound must be positive, from 0.001 to 1e6, not {self.bound}")
-        _require(self.blob_radius > 0, f"blob_radius must be positive, not {self.blob_radius}")
-        _require(0 < self.occupancy_alpha < 1, f"occupancy_alpha must be between 0 and 1, not {self.occupancy_alpha}")
-        _require(self.occupancy_decay <= 1, f"occupancy_decay must be at most 1, not {self.occupancy_decay}")
-        _require(self.mask_threshold < 1, f"mask_threshold must be below 1, not {self.mask_threshold}")
+        check_ranges(self, _RANGES)
 
         # Numbers that must fit each other.
-        _require(self.view_degree <= 4, f"view_degree must be at most 4, not {self.view_degree}")
         _require(self.view_degree == 0 or self.hidden_layers > 0, "view_degree needs a hidden layer")
         _require(self.base_resolution <= self.finest_resolution,
                  f"base_resolution {self.base_resolution} is above finest_resolution {self.finest_resolution}")
-        _require(self.levels << self.log2_hashmap_size < 2**31,
-                 f"{self.levels} levels of 2^{self.log2_hashmap_size} rows: too many for 32-bit indices")
+        _require(self.levels * self.features_per_level << self.log2_hashmap_size <= 2**28,
+                 f"{self.levels} levels of 2^{self.log2_hashmap_size} rows: over 2^28 numbers")
         _require(self.importance_samples == 0 or self.bins_per_ray == 0,
                  "bins_per_ray already say where samples are needed, so importance_samples must be 0")
         _require(self.importance_samples == 0 or self.samples_per_ray >= 3,
                  f"importance_samples need samples_per_ray of at least 3, not {self.samples_per_ray}")
 
 
-_LEAST = {"levels": 1, "features_per_level": 1, "log2_hashmap_size": 1, "base_resolution": 1, "width": 1,
-          "hidden_layers": 0, "view_degree": 0, "samples_per_ray": 1, "importance_samples": 0, "bins_per_ray": 0, "near": 0,
-          "occupancy_cells": 1, "occupancy_decay": 0, "mask_threshold": 0, "forgiven_views": 1}
+_RANGES = {"levels": (1, 64), "features_per_level": (1, 64), "log2_hashmap_size": (1, 28),
+           "base_resolution": (1, 2**20), "finest_resolution": (1, 2**20), "bound": (1e-3, 1e6), "width": (1, 4096),
+           "hidden_layers": (0, 64), "view_degree": (0, 4), "blob_radius": (1e-6, math.inf),
+           "samples_per_ray": (1, 4096), "importance_samples": (0, 4096), "bins_per_ray": (0, 4096),
+           "near": (0, math.inf), "occupancy_cells": (1, 512), "occupancy_decay": (0, 1),
+           "occupancy_alpha": (1e-9, 0.999), "mask_threshold": (0, 0.999), "forgiven_views": (1, 10**6)}
 
 
 def _require(fits: bool, message: str) -> None:

@@ -13,7 +13,7 @@ Shapes: `V` input views, `Q` query viewpoints, `T` cameras to look from, `B` cam
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -23,21 +23,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import volume
-from cameras import Cameras, Scene, Similarity, circle_path, object_half_side, relative_to
+from cameras import Cameras, Scene, Similarity, circle_path, object_half_side, relative_to, upright_axis
 from common import files
+from common.machine import stream_seed
 from common.processes import Interrupted, uninterruptible
 from common.progress import Progress
 from common.settings import differences
 from distillation import Distillation, DistillConfig, Prior
 from export.mesh import Mesh, extract_mesh, largest_component
+from export.orbit import Orbit, orbit_around
 from export.pictures import Views, add_preview
-from ngp import Field
+from ngp import Field, FieldConfig
 from presets import PRESETS
 from sparsefusion import SparseFusion
+from vldm import SamplerConfig
 from volume import Occupancy
 
-# Fields of the config that change nothing in the field, only what is shown of it and measured.
-OUTPUT_FIELDS = ("mesh_resolution", "picture_side", "turntable_frames", "metrics_on_inputs")
+# Settings that change nothing in the field, only what is shown of it and measured.
+OUTPUT_SETTINGS = ("config.mesh_resolution", "config.mesh_faces", "config.picture_side", "config.turntable_frames",
+                   "config.metrics_on_inputs")
 
 PREVIEW = 96  # pixels a side
 COARSE = 48   # pixels a side of a first look at where the object is
@@ -53,10 +57,42 @@ class Reconstruction(NamedTuple):
     frame: Cameras           # () the camera whose axes the object frame has; the world's origin is its origin, too
     unit: float              # of the field, in the scene's
     world: Similarity | None  # from the scene's world to the user's; None: the same one
+    cameras: Cameras         # (V,) of the whole views, in the user's world
     config: DistillConfig
     seconds: float           # of the optimization, earlier processes included
     earlier_seconds: float   # of them, in earlier processes
     resumed_from: list[int]  # totals of the shorter runs that came before, if any
+
+    @staticmethod
+    def load(folder: str | Path, device: str = "cpu") -> Reconstruction:
+        """The field that a run of `distill.py` left in its folder, or `reconstruct` with a checkpoint `field.pt` there.
+
+        Raises `FileNotFoundError` or `ValueError` with one line.
+        """
+        path = Path(folder) / "field.pt"
+        state = files.read_tensors(path, "field")
+        try:
+            # The numbers that it was made with, and a field and an occupancy of that size.
+            config = state["settings"]["config"]
+            sampler = SamplerConfig(**config["sampler"])
+            config = DistillConfig(**config | {"sampler": sampler, "field": FieldConfig(**config["field"])})
+            parts = {"field": Field(config.field), "occupancy": Occupancy(config.field)}
+            for name, part in parts.items():
+                files.check_weights(state[name], part)
+                part.load_state_dict(state[name])
+                part.to(device).eval()
+
+            # Where it is; a first look shows whether all of that fits together.
+            frame = Cameras(**state["frame"]).to(device)
+            world = state["world"] and Similarity(**state["world"])
+            opened = Reconstruction(parts["field"], parts["occupancy"], frame, float(state["unit"]), world,
+                                    Cameras(**state["cameras"]), config, state["seconds"], state["seconds"],
+                                    state["resumed_from"])
+            opened.render(opened.cameras[:1], 1)
+            return opened
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+            reason = " ".join(str(e).split())[:160]
+            raise ValueError(f"{path}: no field that can be opened ({reason})") from None
 
     @torch.no_grad()
     def render(self, cameras: Cameras, size: int, title: str | None = None, pixel_side: int | None = None) -> Views:
@@ -67,20 +103,23 @@ class Reconstruction(NamedTuple):
         """
         cameras = self.turned(cameras)
         side = pixel_side or self.config.picture_side
+        unit = self.unit * (1.0 if self.world is None else self.world.scale)
         images = []
         silhouettes = []
+        depths = []
         for i in Progress(range(len(cameras)), title):
             # Several rays per pixel are a larger picture, reduced.
             view = volume.render_image(self.field, cameras[i], side * size, side * size, None, self.occupancy)
             images.append(F.avg_pool2d(view.color, side))
             silhouettes.append(F.avg_pool2d(view.opacity, side))
-        return Views(torch.stack(images), torch.stack(silhouettes))
+            depths.append(F.avg_pool2d(view.depth, side) * unit)
+        return Views(torch.stack(images), torch.stack(silhouettes), torch.stack(depths))
 
     def turned(self, cameras: Cameras) -> Cameras:
         """Cameras (T,) of the user's world in the object frame."""
         if self.world is not None:
-            cameras = self.world.normalized(cameras).to(torch.float32)
-        cameras = cameras.to(self.frame.T.device)
+            cameras = self.world.normalized(cameras)
+        cameras = cameras.to(self.frame.T)
         return object_frame(cameras, self.frame, self.unit)
 
     def hull(self, cameras: Cameras, size: int) -> Tensor:
@@ -89,35 +128,41 @@ class Reconstruction(NamedTuple):
         """
         return self.occupancy.silhouettes(self.turned(cameras), size)
 
-    def turntable(self, cameras: Cameras, size: int, title: str | None = None) -> Tensor:
-        """Once around, on the circle that fits the scene's cameras (V,): pictures (frames, 3, size, size).
+    def orbit(self, elevation: float | None = None) -> Orbit:
+        """Where to look from, all round the object: as far away and as high as the scene's cameras, or at another
+        `elevation` (radians).
 
         The middle of the box around the occupied cells is that of the picture, and what is opaque fills it, whatever
         the photographs show beside the object.
         """
-        frames = self.config.turntable_frames
-        path = circle_path(cameras.to("cpu"), frames + 1)[:-1]
-
         # The corners of the box in the world, and how far from its middle a picture shows them at most.
-        corners = self.in_world(torch.cartesian_prod(*self.occupancy.box.T)).to(path.T)
-        middle, _ = path.project(corners.mean(0).expand(frames, 1, 3))
-        xy, _ = path.project(corners.expand(frames, -1, -1))
-        reach = (xy - middle).abs().max().item()
-        path = replace(path, principal=path.principal - middle[:, 0]).zoomed(1 / reach)
+        corners = self.in_world(torch.cartesian_prod(*self.occupancy.box.T).cpu().double())
+        orbit = orbit_around(self.cameras, corners.mean(0))
+        if elevation is not None:
+            orbit = orbit._replace(elevation=torch.tensor(elevation).double())
+        path = orbit.cameras(8, orbit.rows())
+        xy, _ = path.project(corners.expand(len(path), -1, -1))
+        orbit = orbit._replace(focal=1 / xy.abs().max().item())
 
         # Of that box, how much is opaque in a few small pictures.
-        coarse = self.render(path[::max(1, frames // 8)], COARSE, pixel_side=1).silhouettes[:, 0] > 0.5
+        coarse = self.render(orbit.cameras(8, orbit.rows()), COARSE, pixel_side=1).silhouettes[:, 0] > 0.5
         seen = coarse.any(0) | coarse.any(0).T
         pixels = seen.any(0).nonzero() + 0.5
         if len(pixels):
-            path = path.zoomed(TURNTABLE_FILL / ((pixels / COARSE * 2 - 1).abs().max().item() + 1 / COARSE))
-        return self.render(path, size, title, pixel_side=1).images
+            reach = (pixels / COARSE * 2 - 1).abs().max().item() + 1 / COARSE
+            orbit = orbit._replace(focal=orbit.focal * TURNTABLE_FILL / reach)
+        return orbit
 
     def mesh(self) -> Mesh:
         """The largest connected part of the surface, in the user's world."""
-        surface = extract_mesh(self.field, self.config.mesh_resolution, occupancy=self.occupancy)
+        surface = extract_mesh(self.field, self.config.mesh_resolution, occupancy=self.occupancy,
+                               most_faces=self.config.mesh_faces)
         surface = largest_component(surface)
-        return surface._replace(vertices=self.in_world(surface.vertices))
+        normals = surface.normals @ self.frame.R.T
+        if self.world is not None:
+            normals = normals @ self.world.R.T.to(normals)
+        up = upright_axis(self.cameras.to("cpu", torch.float64)).float()
+        return surface._replace(vertices=self.in_world(surface.vertices), normals=normals, up=up)
 
     def in_world(self, points: Tensor) -> Tensor:
         """Points (P, 3) of the object frame in the user's world."""
@@ -145,8 +190,7 @@ def field_unit(cameras: Cameras, config: DistillConfig, model: SparseFusion | No
 def reconstruct(scene: Scene, inputs: list[int], model: SparseFusion | None = None, config: DistillConfig | None = None,
                 seed: int = 0, perceptual_loss: Distance | None = None, title: str | None = None,
                 checkpoint: Checkpoint | None = None) -> Reconstruction:
-    """Fit a field to the views of a scene at the positions `inputs`, with a model's help for what they do not show
-    (Sec. 3.2).
+    """Fit a field to the views of a scene at positions `inputs`, a model helping with what they do not show (Sec. 3.2).
 
     Without a `model` the field fits the input views alone. Of the other views only the cameras are used. `config`: by
     default the preset of the model's name, or `plain`. `perceptual_loss`: by default the distance in the VAE
@@ -177,15 +221,17 @@ def reconstruct(scene: Scene, inputs: list[int], model: SparseFusion | None = No
     if checkpoint is None:
         distillation.run(title)
     else:
-        beside = {"settings": settings, "frame": scene.cameras[0].R, "unit": unit, "world": scene.world_numbers()}
+        world = scene.world and scene.world._asdict()
+        beside = {"settings": settings, "frame": vars(scene.cameras[0]), "unit": unit, "world": world,
+                  "cameras": vars(scene.user_cameras())}
         look = partial(preview, distillation, turned, inputs)
         earlier, resumed_from = checkpoint.run(distillation, state, beside, title, look)
 
     # From here on nothing is rounded, and graphs and their memory are not needed.
     distillation.field.eval()
     distillation.graphs.forget()
-    return Reconstruction(distillation.field, distillation.occupancy, scene.cameras[0], unit, scene.world, config,
-                          distillation.seconds, earlier, resumed_from)
+    return Reconstruction(distillation.field, distillation.occupancy, scene.cameras[0], unit, scene.world,
+                          scene.user_cameras(), config, distillation.seconds, earlier, resumed_from)
 
 
 def default_config(model: SparseFusion | None) -> DistillConfig:
@@ -218,7 +264,7 @@ def query_viewpoints(cameras: Cameras, config: DistillConfig, seed: int) -> Came
     """The query viewpoints: on the circle through a scene's cameras (B,), and at all of them [released:
     distillation.py:73-76]. (Q,)
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(stream_seed(seed, "path"))
     circle = circle_path(cameras.to("cpu"), config.viewpoints, config.jitter, generator)
     return Cameras.cat([circle.to(cameras.T.device), cameras])
 
@@ -242,7 +288,7 @@ class Checkpoint(NamedTuple):
         if not self.path.exists():
             return None
         state = files.read_tensors(self.path, "field")
-        other = differences(state.get("settings", {}), wanted, extend=self.extend)
+        other = differences(state.get("settings", {}), wanted, OUTPUT_SETTINGS, self.extend)
         if other:
             raise ValueError(f"{self.path}: a field of other settings ({other}); choose another --out, or --overwrite")
         completed = state.get("completed")
@@ -329,7 +375,7 @@ def reconstruction_settings(scene: Scene, inputs: list[int], model: SparseFusion
         "weights": weights,
         "perceptual_loss": _identity(perceptual_loss),
         "device": views.images.device.type,
-        "config": {name: x for name, x in asdict(config).items() if name not in OUTPUT_FIELDS},
+        "config": asdict(config),
     }
 
 

@@ -26,7 +26,7 @@ import vae
 import vldm
 from cameras import Cameras, depth_range
 from common import files
-from common.machine import randn
+from common.machine import randn, stream_seed
 from common.progress import Progress
 from common.settings import check_numbers
 from gpu.graphs import HalfFeatures, accelerate, half_copy, half_is_accurate
@@ -58,7 +58,7 @@ class Preset:
     def __post_init__(self):
         check_numbers(self)
         halvings = len(self.vae.widths) - 1
-        if self.image_size < 1 or self.image_size % 2**halvings:
+        if self.image_size % 2**halvings:
             raise ValueError(f"image_size {self.image_size} cannot be halved {halvings} times, once per VAE stage")
         if self.vae.channels != self.unet.channels:
             raise ValueError(f"vae.channels {self.vae.channels} are not the UNet's channels {self.unet.channels}")
@@ -157,7 +157,7 @@ class SparseFusion(nn.Module):
                 # Dropout draws from torch's own generators, which are as they were afterwards.
                 with torch.random.fork_rng(gpus, enabled=train_mode):
                     if train_mode:
-                        torch.manual_seed(dropout_seed * 1_000_003 + first)
+                        torch.manual_seed(stream_seed(dropout_seed, f"EFT dropout {first}"))
                     some = queries[first:first + together]
                     rays_wanted = None if where is None else where[first]
                     views.append(look(some, size, *depth_range, rays, rays_wanted))

@@ -28,8 +28,11 @@ from torch import Tensor, nn
 import sparsefusion
 from cameras import Cameras, pixel_grid
 from common import cli, files
+from common.machine import stream_seed
+from common.processes import is_first
+from common.settings import check_ranges
 from distillation import pseudo_huber
-from metrics import AttributeNet
+from evaluation.attributes import AttributeNet
 from presets import MODELS
 from sparsefusion import Preset, SparseFusion
 from training import ranks
@@ -38,6 +41,8 @@ from training.packed import PackedScenes, load_packed
 from training.ranks import Draws, places
 from vae import VAE
 from vldm import latent_mask
+
+MOST_PARAMETERS = 2**31  # of a model; the paper's has 492 million
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,7 @@ class TrainConfig:
     model: Preset = MODELS["nano"]  # a prior's comes from its --vae file
 
     def __post_init__(self):
-        if min(self.batch, self.frames, self.min_views) < 1:
-            raise ValueError("batch, frames and min_views are at least 1")
+        check_ranges(self, {"batch": (1, 2**14), "frames": (1, 10_000), "min_views": (1, 64), "max_views": (1, 64)})
         if not self.min_views <= self.max_views:
             raise ValueError(f"min_views {self.min_views} is more than max_views {self.max_views}")
 
@@ -165,6 +169,7 @@ class VAETraining:
         """Write a weights file: the averaged autoencoder, whose scale is measured here, and an untrained EFT and
         UNet.
         """
+        torch.manual_seed(stream_seed(self.seed, "untrained weights"))  # the same after an interruption
         model = SparseFusion(self.config.model)
         model.load_state_dict(average, strict=False)
         model.to(self.device).eval()
@@ -368,6 +373,12 @@ def config_from_flags(args: argparse.Namespace) -> TrainConfig:
     settings = [f"{name}={getattr(args, name)}" for name in flags if getattr(args, name)]
     config = cli.apply_settings(TrainConfig(model=preset), settings + args.settings)
 
+    # What no machine holds is told before any of it is reserved.
+    with torch.device("meta"):
+        parameters = sum(x.numel() for x in SparseFusion(config.model).parameters())
+    if parameters > MOST_PARAMETERS:
+        raise ValueError(f"--set: a model of {parameters:,} parameters, more than {MOST_PARAMETERS:,}")
+
     # What a prior's file fixes.
     if args.what == "prior" and replace(config.model, diffusion=preset.diffusion) != preset:
         raise ValueError("--set: a number of the architecture, which the --vae file fixes")
@@ -388,7 +399,7 @@ def read_data(args: argparse.Namespace, config: TrainConfig) -> PackedScenes:
 
 def make_training(args: argparse.Namespace, config: TrainConfig, data: PackedScenes) -> Fit:
     """A network to train, resumed where it has a state."""
-    torch.manual_seed(args.seed)
+    torch.manual_seed(stream_seed(args.seed, "weights"))
     history = []
     if args.what == "vae":
         training = VAETraining(data, config, args.seed, args.device)
@@ -422,6 +433,8 @@ def command(args: argparse.Namespace) -> None:
     with ranks.joined(args.device):
         with ranks.agreed():
             config = config_from_flags(args)
+            if is_first():
+                files.require_writable(args.out)
         data = read_data(args, config)
         with ranks.agreed():
             fit = make_training(args, config, data)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.settings import check_numbers
+from common.settings import check_numbers, check_ranges
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,7 @@ class VAEConfig:
         check_numbers(self)
         if not self.widths or any(width % self.groups for width in self.widths):
             raise ValueError(f"widths {self.widths}: every stage's channels must be a multiple of {self.groups} groups")
-        if not 1 <= self.blocks <= 64:
-            raise ValueError(f"blocks {self.blocks}: a stage needs at least one residual block, and at most 64")
-        if not self.scale > 0:
-            raise ValueError(f"scale {self.scale}: must be above 0")
+        check_ranges(self, {"blocks": (1, 64), "scale": (1e-9, 1e9)})
 
 
 # ---------------------------------------------------------------------------------------------- layers

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.settings import check_numbers
+from common.settings import check_numbers, check_ranges
 from unet import UNet, UNetConfig
 
 
@@ -42,8 +42,7 @@ class DiffusionConfig:
         check_numbers(self)
         if self.prediction not in ("eps", "v"):
             raise ValueError(f"prediction {self.prediction!r}: must be 'eps' or 'v'")
-        if not (0 <= self.drop <= 1 and 0 < self.t_max <= 1):
-            raise ValueError(f"drop {self.drop} and t_max {self.t_max}: must be within [0, 1], t_max above 0")
+        check_ranges(self, {"drop": (0, 1), "t_max": (1e-6, 1)})
 
 
 @dataclass(frozen=True)
@@ -61,12 +60,8 @@ class SamplerConfig:
     def __post_init__(self):
         if self.solver not in ("plms", "ddim", "dpmpp"):
             raise ValueError(f"solver {self.solver!r}: must be 'plms', 'ddim' or 'dpmpp'")
-        if min(self.denoise_steps, self.sample_steps) < 1:
-            raise ValueError(f"denoise_steps {self.denoise_steps}, sample_steps {self.sample_steps}: both at least 1")
-        if not self.clip > 0:
-            raise ValueError(f"clip {self.clip}: must be above 0")
-        if not 0 < self.t_start <= 1:
-            raise ValueError(f"t_start {self.t_start}: must be above 0 and at most 1")
+        check_ranges(self, {"denoise_steps": (1, 10_000), "sample_steps": (1, 10_000), "clip": (1e-6, math.inf),
+                            "t_start": (1e-6, 1)})
 
 
 # ---------------------------------------------------------------------------------------------- the diffusion

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cameras import Cameras, pixel_grid
-from common.machine import rand
+from common.machine import map_threads, rand
 from ngp import Field, FieldConfig, cube, in_chunks
 
 # Rays of a picture that are rendered at once: what fits a CPU's caches; what fills a GPU, but not its memory.
@@ -89,21 +89,25 @@ class Occupancy(nn.Module):
         if not config.carve:
             return
         valid = torch.ones_like(masks) if valid is None else valid
-        corners = self.corners()
 
-        # One vote against a cell is enough where there are few views.
+        # One vote against a cell is enough where there are few views. What has more has no say in further views.
         tolerance = len(masks) // config.forgiven_views
-        votes_against = torch.zeros_like(self.possible, dtype=torch.int32)
-        votes_for = torch.zeros_like(votes_against)
+        centers = self.centers().view(-1, 3)
+        index = torch.arange(len(centers), device=centers.device)
+        votes_against = torch.zeros_like(index)
+        votes_for = torch.zeros_like(index)
         for mask, valid_pixels, camera in zip(masks > config.mask_threshold, valid > 0.5, cameras):
             pixels = possible_pixels(mask, valid_pixels)
-            votes_against += ~_footprint_hits(pixels, corners, camera)
-            votes_for += _footprint_hits(F.pad((mask & valid_pixels)[0], (1, 1, 1, 1)), corners, camera)
-        self.possible &= votes_against <= tolerance
+            cells = _footprints(centers[index], self.cell, camera, *mask.shape[1:])
+            votes_against += ~_footprint_hits(pixels, cells)
+            votes_for += _footprint_hits(F.pad((mask & valid_pixels)[0], (1, 1, 1, 1)), cells)
+            left = votes_against <= tolerance
+            index, votes_against, votes_for = index[left], votes_against[left], votes_for[left]
 
         # What hardly any of many views shows is unknown, and no loss would determine it.
         if tolerance:
-            self.possible &= votes_for > tolerance
+            index = index[votes_for > tolerance]
+        self.possible &= torch.zeros_like(self.possible).flatten().index_fill(0, index, True).view_as(self.possible)
 
         if not self.possible.any():
             raise ValueError(f"masks and cameras: no part of the cube of half side {config.bound:g} round the world "
@@ -119,7 +123,7 @@ class Occupancy(nn.Module):
         """The pixels from which a camera () may see something, (size, size) boolean: the footprints of all possible
         cells.
         """
-        cells = _Footprints(*(x[self.possible] for x in _footprints(self.corners(), camera, size, size)))
+        cells = _footprints(self.centers()[self.possible], self.cell, camera, size, size)
         cells = _Footprints(*(x[cells.front] for x in cells))
 
         # One more rectangle begins, or ends, at each of its corners: sums over rows and columns count them.
@@ -132,10 +136,10 @@ class Occupancy(nn.Module):
         count = changes.view(side, side).cumsum(0).cumsum(1)
         return count[1:size + 1, 1:size + 1] > 0
 
-    def corners(self) -> Tensor:
-        """Of all cells: (G + 1, G + 1, G + 1, 3)."""
-        bound = self.config.bound
-        axis = torch.linspace(-bound, bound, self.config.occupancy_cells + 1, device=self.occupied.device)
+    def centers(self) -> Tensor:
+        """Of all cells: (G, G, G, 3)."""
+        g = self.config.occupancy_cells
+        axis = (torch.arange(g, device=self.occupied.device) + 0.5) * self.cell - self.config.bound
         return torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1)
 
     @torch.no_grad()
@@ -184,7 +188,7 @@ def dilate(mask: Tensor, pixels: int) -> Tensor:
 
 
 class _Footprints(NamedTuple):
-    """The pixels that cells, (G, G, G) or (K,), may cover in a view: rectangles, wrong only by being too large."""
+    """The pixels that cells (K,) may cover in a view: rectangles, wrong only by being too large."""
     left: Tensor    # first column, in an image with one pixel around it that stands for all outside
     top: Tensor
     right: Tensor   # the column behind the last
@@ -192,17 +196,19 @@ class _Footprints(NamedTuple):
     front: Tensor   # whether any of the cell is in front of the camera
 
 
-def _footprints(corners: Tensor, camera: Cameras, height: int, width: int) -> _Footprints:
-    """Of cells (G, G, G) with these corners, (G + 1, G + 1, G + 1, 3), in an image of so many pixels."""
-    # Bounds of X, Y, Z over each cell, in view coordinates, (3, G, G, G) each.
-    view = camera.to_view(corners.reshape(-1, 3)).reshape(corners.shape)
-    low, high = cell_bounds(view.movedim(-1, 0))
+def _footprints(centers: Tensor, cell: float, camera: Cameras, height: int, width: int) -> _Footprints:
+    """Of cells with these centers, (K, 3), and a side length, in an image of so many pixels."""
+    # Bounds of X, Y, Z over each cell, in view coordinates, (3, K) each.
+    view = camera.to_view(centers).T
+    reach = cell / 2 * camera.R.abs().sum(0)[:, None]
+    low = view - reach
+    high = view + reach
 
-    # Bounds of the projection, NDC (2, G, G, G): the extremes of X / Z and Y / Z over these intervals.
+    # Bounds of the projection, NDC (2, K): the extremes of X / Z and Y / Z over these intervals.
     near = low[2].clamp(min=1e-6)
     far = high[2].clamp(min=1e-6)
-    focal = camera.focal[:, None, None, None]
-    principal = camera.principal[:, None, None, None]
+    focal = camera.focal[:, None]
+    principal = camera.principal[:, None]
     xy_low = focal * torch.minimum(low[:2] / near, low[:2] / far) + principal
     xy_high = focal * torch.maximum(high[:2] / near, high[:2] / far) + principal
 
@@ -212,13 +218,12 @@ def _footprints(corners: Tensor, camera: Cameras, height: int, width: int) -> _F
     return _Footprints(left, top, right, bottom, high[2] > 0)
 
 
-def _footprint_hits(pixels: Tensor, corners: Tensor, camera: Cameras) -> Tensor:
-    """Does the projection of each cell touch one of the given pixels? (G, G, G) boolean, wrong only by saying yes.
+def _footprint_hits(pixels: Tensor, cells: _Footprints) -> Tensor:
+    """Do these rectangles have any of the given pixels in them? (K,) boolean.
 
-    pixels (H + 2, W + 2) as `possible_pixels` returns them; corners (G + 1, G + 1, G + 1, 3) of the cells.
+    pixels (H + 2, W + 2) as `possible_pixels` returns them.
     """
-    # How many of the pixels lie in the cell's rectangle, by a summed area table.
-    cells = _footprints(corners, camera, pixels.shape[0] - 2, pixels.shape[1] - 2)
+    # How many there are in each, by a summed area table.
     total = F.pad(pixels.long().cumsum(0).cumsum(1), (1, 0, 1, 0))
     above = total[cells.top, cells.right] - total[cells.top, cells.left]
     count = total[cells.bottom, cells.right] - total[cells.bottom, cells.left] - above
@@ -229,17 +234,10 @@ def _footprint_hits(pixels: Tensor, corners: Tensor, camera: Cameras) -> Tensor:
 
 
 def _padded_pixel(xy: Tensor, height: int, width: int) -> Tensor:
-    """Columns and rows (2, ...) of NDC (2, ...) in an image with one pixel around it; 0 is before the image."""
-    size = torch.tensor([width, height], device=xy.device)[:, None, None, None]
+    """Columns and rows (2, K) of NDC (2, K) in an image with one pixel around it; 0 is before the image."""
+    size = torch.tensor([width, height], device=xy.device)[:, None]
     pixel = ((1 - xy) / 2 * size).floor().clamp(min=-1).minimum(size)
     return pixel.long() + 1
-
-
-def cell_bounds(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Least and greatest value at the eight corners of each cell: (C, X + 1, Y + 1, Z + 1) -> (C, X, Y, Z) each."""
-    low = -F.max_pool3d(-values[None], 2, stride=1)[0]
-    high = F.max_pool3d(values[None], 2, stride=1)[0]
-    return low, high
 
 
 # ---------------------------------------------------------------------------------------------- rays and samples
@@ -255,6 +253,7 @@ class Image(NamedTuple):
     """A view before a black background."""
     color: Tensor    # (3, H, W) in [0, 1], premultiplied
     opacity: Tensor  # (1, H, W) in [0, 1]
+    depth: Tensor    # (1, H, W) the mean depth times the opacity
 
 
 class SampleBuffer:
@@ -486,10 +485,19 @@ def render_image(field: Field, camera: Cameras, size: int, full: int, generator:
     chunk = chunk or CHUNK[camera.T.device.type]
     xy = pixel_grid(size, size, full, device=camera.T.device)
     rays_o, rays_d = camera.rays(xy)
-    parts = []
-    for o, d in zip(rays_o.split(chunk), rays_d.split(chunk)):
-        parts.append(render(field, o, d, generator, occupancy))
+
+    def part(rays: tuple[Tensor, Tensor]) -> Rendering:
+        """What some of the rays see."""
+        return render(field, *rays, generator, occupancy)
+
+    # Draws of one generator have an order.
+    rays = list(zip(rays_o.split(chunk), rays_d.split(chunk)))
+    if generator is not None or xy.is_cuda:
+        parts = [part(some) for some in rays]
+    else:
+        parts = map_threads(part, rays)
     color = torch.cat([part.color for part in parts])  # (size * size, 3)
     opacity = torch.cat([part.opacity for part in parts])
+    depth = torch.cat([part.depth for part in parts])
     color = color.t().reshape(3, size, size)
-    return Image(color, opacity.reshape(1, size, size))
+    return Image(color, opacity.reshape(1, size, size), depth.reshape(1, size, size))

@@ -86,8 +86,9 @@ def fill(module: nn.Module, state: dict, part: Part, path: str | Path) -> dict[s
 
 # ---------------------------------------------------------------------------------------------- files to networks
 
-def load_part(module: nn.Module, part: str, path: str | Path) -> None:
-    """Fill the `part` ("eft", "vldm" or "vae") of a model from its released file; prints what the file has.
+def read_part(part: str, path: str | Path) -> tuple[dict, Part, list[str]]:
+    """What the released file of a `part` ("eft", "vldm" or "vae") has of it, how it is named there, and what stands
+    beside it.
 
     The VAE is in a Stable Diffusion checkpoint, or alone in a file, in the names of Stable Diffusion or of Diffusers.
     Raises `FileNotFoundError` or `ValueError`.
@@ -105,6 +106,12 @@ def load_part(module: nn.Module, part: str, path: str | Path) -> None:
         state = own
         if not any(".mid.block_1." in key for key in state):
             source = PARTS["diffusers"]
+    return state, source, beside
+
+
+def load_part(module: nn.Module, part: str, path: str | Path) -> None:
+    """Fill a part of a model from its released file; prints what the file has. Raises as `read_part` and `fill`."""
+    state, source, beside = read_part(part, path)
     unused = fill(module, state, source, path)
 
     # Say what was used, and what was not.

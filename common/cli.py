@@ -103,19 +103,19 @@ def positive(text: str) -> float:
     return float(text)
 
 
-def whole_number(least: int) -> Callable[[str], int]:
-    """A whole number of at least `least` and below 2^31, for argparse."""
+def whole_number(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """A whole number from `least` to `most`, for argparse."""
     def parse(text: str) -> int:
         """What stands behind a flag."""
-        if not text.isdecimal() or not least <= int(text) < 2**31:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {2**31 - 1}")
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
         return int(text)
     return parse
 
 
 count = whole_number(1)
 views = whole_number(0)  # 0 for all
-seed = whole_number(0)   # small enough that numbers of iterations can be mixed in
+seed = whole_number(0)
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,9 @@ from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor, nn
+
+MACHINE = re.sub(r"\W", "_", platform.node())[:32]
+TEMPORARY = re.compile(rf"\..*\.{MACHINE}-(\d{{1,9}})\.part(\..*)?", re.DOTALL)  # names of `write_atomically`
 
 
 @contextmanager
@@ -33,10 +37,11 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
     if path.exists() and not path.is_file():
         raise FileExistsError(errno.EEXIST, "no regular file, so it is not replaced", str(path))
 
-    # The process is in the name, so that two runs do not write into one another's file.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    # Machine and process are in the name, so that two runs do not write into one another's file.
+    temporary = path.with_name(f".{path.stem}.{MACHINE}-{os.getpid()}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path.parent)
         yield temporary
         os.replace(temporary, path)
     except OSError as e:
@@ -44,6 +49,26 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def require_writable(path: str | Path) -> None:
+    """Raises `OSError` where a file cannot be written, before the work whose outcome it will be."""
+    with suppress(EOFError), write_atomically(path) as temporary:
+        temporary.touch()
+        raise EOFError  # so it is removed again
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files in a folder whose processes, on this machine, were killed."""
+    for file in folder.iterdir():
+        found = TEMPORARY.fullmatch(file.name)
+        if not found or os.name == "nt":  # where to ask for a process is to stop it
+            continue
+        with suppress(OSError):
+            try:
+                os.kill(int(found[1]), 0)
+            except ProcessLookupError:
+                file.unlink()
 
 
 def save_tensors(data: dict, path: str | Path) -> None:
@@ -69,7 +94,7 @@ def save_json(data, path: str | Path) -> None:
 def read_json(path: str | Path) -> dict:
     """The object in a JSON file. Raises `ValueError` with one line for anything else."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else None
     except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):

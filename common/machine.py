@@ -6,6 +6,7 @@ import ctypes
 import functools
 import platform
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,6 +21,14 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3): freed bytes to kee
 
 
 # ---------------------------------------------------------------------------------------------- random numbers
+
+def stream_seed(seed: int, stream: str) -> int:
+    """The seed of a stream of random numbers, in [0, 2^32): a generator on the CPU looks at no further bits.
+
+    Everything random of a run has a name of its own here, so that no two draw the same numbers.
+    """
+    return zlib.crc32(f"{seed} {stream}".encode(errors="surrogatepass"))
+
 
 def rand(*shape: int, generator: torch.Generator | None, device) -> Tensor:
     """Uniform numbers in [0, 1) of a shape, drawn where the generator lives and moved to `device`.

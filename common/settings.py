@@ -11,6 +11,7 @@ from typing import get_args, get_origin, get_type_hints
 
 # How long a run is, and what follows from it, in one that resumes a shorter one.
 LENGTH = ("config.iterations", "config.fit.steps", "config.bootstrap")
+MOST_THINGS = 2**14  # channels, layers or pixels of a network
 MOST = 3  # differences that are told with their values
 RENAMED = {"config.sampler.plms_steps": "config.sampler.denoise_steps"}  # in files from before
 
@@ -54,9 +55,16 @@ def _flat(settings, path: str = "") -> dict:
     return flat
 
 
+def check_ranges(config, ranges: dict[str, tuple[float, float]]) -> None:
+    """Raises `ValueError` for the first number of a config, by name, that is less or more than its range."""
+    for name, (least, most) in ranges.items():
+        if not least <= getattr(config, name) <= most:
+            raise ValueError(f"{name} {getattr(config, name)} is not from {least} to {most}")
+
+
 def check_numbers(config) -> None:
     """Raises `ValueError` for a field of a network's config that is not of its type, not finite, or a number of things
-    below 1. Nested configs check themselves.
+    below 1 or above `MOST_THINGS`. Nested configs check themselves.
     """
     for name, kind in get_type_hints(type(config)).items():
         value = getattr(config, name)
@@ -68,7 +76,8 @@ def check_numbers(config) -> None:
         fits = isinstance(value, tuple) == several and (kinds[-1] is Ellipsis or len(values) == len(kinds))
         for x in values:
             fits &= isinstance(x, kinds[0]) or kinds[0] is float and type(x) is int
-            fits &= type(x) is not int or x >= 1 or kinds[0] is float
+            fits &= type(x) is not int or 1 <= x <= MOST_THINGS or kinds[0] is float
             fits &= not isinstance(x, float) or math.isfinite(x)
         if not fits:
-            raise ValueError(f"{name} {value!r:.40}: not {getattr(kind, '__name__', kind)}, finite, whole ones from 1")
+            kind = getattr(kind, "__name__", kind)
+            raise ValueError(f"{name} {value!r:.40}: not {kind}, finite, whole ones from 1 to {MOST_THINGS}")

@@ -204,7 +204,8 @@ def _read_set_lists(set_lists: list[Path]) -> dict[str, list[str]]:
         # set_lists_fewview_dev.json has the splits "fewview_dev/train", "fewview_dev/val", "fewview_dev/test".
         subset = file.stem.removeprefix("set_lists_")
         try:
-            for stage, members in json.loads(file.read_text()).items():
+            text = file.read_text() if file.is_file() else ""  # a pipe would be waited for
+            for stage, members in json.loads(text).items():
                 for _, _, image in members:
                     splits[image].append(f"{subset}/{stage}")
         except (AttributeError, TypeError, ValueError, RecursionError):

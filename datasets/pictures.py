@@ -64,10 +64,10 @@ def open_picture(path: Path) -> Image.Image:
     Raises `FileNotFoundError`, or `ValueError` for anything that is not one of `FORMATS`. Decoding what is broken may
     raise nearly anything.
     """
+    if not path.is_file():  # a pipe would be waited for
+        raise FileNotFoundError(f"{path}: no such file")
     try:
         return Image.open(path, formats=FORMATS)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
     except Exception as e:
         kinds = ", ".join(FORMATS)
         raise ValueError(f"{path}: not a readable picture of one of the formats {kinds} ({type(e).__name__})") from None

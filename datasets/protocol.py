@@ -124,7 +124,9 @@ def read_list(path: str | Path, root: str | Path) -> list[CO3DSequence]:
     """The list in a file of `save_list`, of sequences below `root`. Raises `ValueError` with one line for anything
     else.
     """
-    # Entries may be written by hand.
+    # Entries may be written by hand; a pipe would be waited for.
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
         entries = [_entry(row, Path(root)) for row in rows]

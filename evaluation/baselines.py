@@ -8,13 +8,12 @@ Shapes: `T` target views, `S` side of an image in pixels.
 """
 from __future__ import annotations
 
-import zlib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cameras import Cameras, Scene, pixel_grid
+from common.machine import stream_seed
 from common.progress import Progress
 from distillation import DistillConfig
 from export.pictures import Views
@@ -57,8 +56,7 @@ def vldm_samples(scene: Scene, inputs: list[int], targets: list[int], model: Spa
     device = scene.images.device
     generators = []
     for target in targets:
-        name = f"{seed} {scene.names[target]}"
-        generators.append(torch.Generator(device).manual_seed(zlib.crc32(name.encode())))
+        generators.append(torch.Generator(device).manual_seed(stream_seed(seed, scene.names[target])))
 
     # A few views at a time: the decoder takes much memory at full size.
     images = []

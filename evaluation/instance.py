@@ -25,8 +25,10 @@ from common.machine import peak_gb, versions
 from datasets.protocol import PROTOCOLS
 from distillation import DistillConfig
 from evaluation import baselines, results
+from evaluation.attributes import load_attribute_net
 from evaluation.views import Source, choose_targets, find_views, possible_inputs, random_views
-from export.mesh import write_ply
+from export.mesh import write_glb, write_ply
+from export.page import TURNTABLE, page_data, write_page
 from export.pictures import Views, comparison, save_animation, save_picture, save_views
 from presets import PRESETS, RELEASED
 from reconstruction import Checkpoint, Distance, Reconstruction, reconstruct
@@ -84,7 +86,7 @@ class Instance:
         count = len(self.source.names)
         config = self.config
         targets = self.targets or count
-        seconds = 5 + 0.03 * count + 0.2 * targets + 0.06 * config.turntable_frames
+        seconds = 5 + 0.03 * count + 0.2 * targets + 0.3 * config.turntable_frames
 
         # The field alone; or the EFT's views, two fields, and the EFT and the VLDM to compare with.
         if self.weights is None:
@@ -205,7 +207,7 @@ def load_distances(instance: Instance) -> tuple[Distance | None, Distance, str]:
         return lpips, lpips, "LPIPS (VGG16, v0.1)"
     if instance.weights:
         print("perceptual term: the VAE encoder's features (no --lpips files given; this is not LPIPS)")
-    network = metrics.load_attribute_net(instance.feature_net).to(instance.device)
+    network = load_attribute_net(instance.feature_net).to(instance.device)
     return None, partial(metrics.perceptual_distance, network.layers), "attribute network (not LPIPS)"
 
 
@@ -279,15 +281,29 @@ def measure_all(scene: Scene, targets: list[int], pictures: dict[str, Views], di
 
 
 def write_outputs(scene: Scene, inputs: list[int], targets: list[int], pictures: dict[str, Views],
-                  ours: Reconstruction, out: Path) -> None:
-    """Something to look at: the sheet that compares methods, every picture in it, the turntable, the mesh."""
+                  ours: Reconstruction, out: Path) -> dict | None:
+    """Something to look at: the sheet that compares methods, every picture in it, the mesh, the turntable. Returns what
+    the page shows, None where it is not asked for.
+    """
     shown = scene.whole or scene
     names = [scene.names[i] for i in targets]
     save_picture(comparison(shown, inputs, targets, pictures), out / "comparison.png")
     save_views(pictures, shown.images[targets], names, out / "views")
-    turntable = ours.turntable(scene.user_cameras(), scene.images.shape[-1], "last step, turntable")
-    save_animation(turntable, out / "turntable.gif")
-    write_ply(out / "mesh.ply", ours.mesh())
+    mesh = ours.mesh()
+    write_ply(out / "mesh.ply", mesh)
+    write_glb(out / "mesh.glb", mesh)
+
+    # From all sides, once: the middle row of these pictures is the turntable.
+    for name in results.TURNING:
+        (out / name).unlink(missing_ok=True)
+    frames = ours.config.turntable_frames
+    if not frames:
+        return None
+    orbit = ours.orbit()
+    views = ours.render(orbit.cameras(frames, orbit.rows()), TURNTABLE, "last step, turntable", pixel_side=1)
+    save_animation(views.images[frames:2 * frames], out / "turntable.gif")
+    losses = files.read_tensors(out / "field.pt", "losses")["losses"]
+    return page_data(scene, inputs, targets, pictures, orbit, views, mesh, losses)
 
 
 def run_instance(instance: Instance, out: Path, overwrite: bool = False, extend: bool = False) -> dict:
@@ -314,7 +330,7 @@ def run_instance(instance: Instance, out: Path, overwrite: bool = False, extend:
     checkpoint = Checkpoint(out / "field.pt", extend, out / "previews.png")
     ours = reconstruct(scene, inputs, model, instance.config, instance.seed, loss_distance, title, checkpoint)
     pictures = show_all(scene, inputs, targets, model, instance, ours, out)
-    write_outputs(scene, inputs, targets, pictures, ours, out)
+    shown = write_outputs(scene, inputs, targets, pictures, ours, out)
 
     # The numbers.
     result = measure_all(scene, targets, pictures, distance) | {
@@ -329,6 +345,8 @@ def run_instance(instance: Instance, out: Path, overwrite: bool = False, extend:
         "distillation_seconds": round(ours.seconds, 1),
         "peak_gb": peak_gb(instance.device),
     }
+    if shown is not None:
+        write_page(out / "index.html", shown, result)
     files.save_json(result, out / "metrics.json")
     (out / "field_alone.pt").unlink(missing_ok=True)
     return result

@@ -13,14 +13,15 @@ from pathlib import Path
 from common import files
 from common.settings import differences
 from export.pictures import LABELS
-from reconstruction import OUTPUT_FIELDS
+from reconstruction import OUTPUT_SETTINGS
 
 # What is shown, and what else a run leaves.
-PICTURES = ("comparison.png", "turntable.gif", "mesh.ply")
+PICTURES = ("comparison.png", "mesh.ply", "mesh.glb")
+TURNING = ("turntable.gif", "index.html")  # with `turntable_frames`
 LEFT_BESIDE = ("settings.json", "metrics.json", "field.pt", "field_alone.pt", "previews.png")
 
 # Settings that change no field, only what is shown of it and measured.
-MEASURED = ("targets", "feature_net") + tuple(f"config.{name}" for name in OUTPUT_FIELDS)
+MEASURED = ("targets", "feature_net", *OUTPUT_SETTINGS)
 
 
 def conflict(folder: Path, settings: dict, extend: bool) -> str:
@@ -51,7 +52,7 @@ def claim(folder: Path, settings: dict, extend: bool = False) -> None:
     else.
     """
     if conflict(folder, settings, extend):
-        for name in LEFT_BESIDE + PICTURES:
+        for name in LEFT_BESIDE + PICTURES + TURNING:
             (folder / name).unlink(missing_ok=True)
     files.save_json(settings, folder / "settings.json")
 
@@ -60,7 +61,8 @@ def finished(folder: Path, settings: dict) -> dict | None:
     """What `metrics.json` of a folder holds, if it was made from these settings, has all that tables read, and
     everything else is there, too.
     """
-    if not all((folder / name).exists() for name in ("metrics.json", "field.pt", *PICTURES)):
+    turning = TURNING if settings["config"]["turntable_frames"] else ()
+    if not all((folder / name).exists() for name in ("metrics.json", "field.pt", *PICTURES, *turning)):
         return None
     result = files.read_json(folder / "metrics.json")
     return None if differences(result.get("settings"), settings) or not _is_whole(result) else result

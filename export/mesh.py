@@ -1,14 +1,15 @@
-"""The surface of a field as a triangle mesh: marching tetrahedra, colors, the largest part, PLY.
+"""The surface of a field as a triangle mesh: surface nets, normals, colors, the largest part, PLY and glTF.
 
-The field is evaluated on a grid of points. Every cube between eight of them is divided into six tetrahedra, and in each
-the surface where density passes a threshold is one triangle or two (Doi and Koide 1991). Unlike marching cubes, this
-has no ambiguous cases, so the mesh is always closed.
+The field is evaluated on a grid of points. Every cube between eight of them that the surface crosses gets one vertex,
+and around every edge of a cube that it crosses four vertices make a quadrilateral (Gibson 1998). Cubes in which two
+sheets of the surface would share a vertex are filled first, so the mesh is always closed and never touches itself.
 
 Shapes: `N` vertices, `M` faces.
 """
 from __future__ import annotations
 
-import itertools
+import json
+import struct
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,46 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.files import write_atomically
-from ngp import Field, in_chunks
-from volume import Occupancy, cell_bounds, compositing_weights, evaluate_samples, sampled_box
+from ngp import CHUNK, Field, in_chunks
+from volume import Occupancy, evaluate_samples, sampled_box, weights_of_lengths
 
-# Kuhn's six tetrahedra of a cube, whose corner 4 i + 2 j + k lies at (x, y, z) = (i, j, k). All have the diagonal from
-# corner 0 to corner 7 as an edge. Along it the cube looks like a hexagon (right), and they are its six slices. Each is
-# right-handed. Cubes are cut alike, so the tetrahedra match across the face between two of them.
-#
-#         3-------7                  5-------4
-#        /|      /|                 / \     / \
-#       1-------5 |      z         /   \   /   \
-#       | |     | |      |  y     1-----0,7-----6
-#       | 2-----|-6      | /       \   /   \   /
-#       |/      |/       |/         \ /     \ /
-#       0-------4        +---x       3-------2
-TETRAHEDRA = torch.tensor([[0, 4, 6, 7], [0, 5, 4, 7], [0, 6, 2, 7], [0, 2, 3, 7], [0, 1, 5, 7], [0, 3, 1, 7]])
+# What a cube's eight corners are multiplied by, so that their sum tells which of them are inside. Corner 4 i + 2 j + k
+# lies at (x, y, z) = (i, j, k).
+BITS = 2 ** torch.arange(8.0).reshape(1, 1, 2, 2, 2)
 
-# The triangles in a tetrahedron with corners 0 to 3, for every set of corners that are inside. Their own corners lie on
-# edges of the tetrahedron: 02 is the edge from corner 0, inside, to corner 2, outside. They turn counter-clockwise as
-# seen from outside the surface.
-CASES = (
-    "",                    # none inside
-    "01 02 03",            # 0
-    "10 13 12",            # 1
-    "02 03 13  02 13 12",  # 0 1
-    "20 21 23",            # 2
-    "03 01 21  03 21 23",  # 0 2
-    "10 13 23  10 23 20",  # 1 2
-    "03 13 23",            # 0 1 2
-    "30 32 31",            # 3
-    "01 02 32  01 32 31",  # 0 3
-    "12 10 30  12 30 32",  # 1 3
-    "12 02 32",            # 0 1 3
-    "20 21 31  20 31 30",  # 2 3
-    "01 21 31",            # 0 2 3
-    "20 10 30",            # 1 2 3
-    "",                    # all inside
-)
-
-# Points evaluated at once: what fits a CPU's caches, what fills a GPU.
-POINTS = {"cpu": 2**13, "cuda": 2**18}
+LIMIT = 5.0        # of log density above and below the surface's
+SMOOTHINGS = 3     # means over 3 x 3 x 3 points of a grid of `FINE`; fewer of a coarser one, or thin parts vanish
+FINE = 128         # points a side
+BARELY_INSIDE = 0.1  # log density of a point that is filled
+SHORTEST = 0.02    # nearest that the surface comes to a point of the grid, in steps: no face is degenerate
 
 PLY_HEADER = """\
 ply
@@ -66,6 +39,9 @@ element vertex {vertices}
 property float x
 property float y
 property float z
+property float nx
+property float ny
+property float nz
 property uchar red
 property uchar green
 property uchar blue
@@ -74,32 +50,37 @@ property list uchar int vertex_indices
 end_header
 """
 
+# Numbers of glTF 2.0 for kinds of components and of buffers.
+UNSIGNED_SHORT, UNSIGNED_INT, FLOAT = 5123, 5125, 5126
+ARRAY_BUFFER, ELEMENT_ARRAY_BUFFER = 34962, 34963
+ATTRIBUTES = {"POSITION": 0, "NORMAL": 1, "COLOR_0": 2}
+
 
 class Mesh(NamedTuple):
     """A triangle mesh."""
     vertices: Tensor  # (N, 3) in the field's coordinates
     faces: Tensor     # (M, 3) int64, counter-clockwise seen from outside
-    colors: Tensor    # (N, 3) in [0, 1]
+    normals: Tensor   # (N, 3) unit vectors that point outwards
+    colors: Tensor    # (N, 3) in [0, 1], as pictures have them (sRGB)
+    up: Tensor = torch.tensor([0.0, 1, 0])  # (3,) unit vector: what is above in the vertices' coordinates
 
-
-def triangle_table() -> Tensor:
-    """`CASES` as numbers of corners, (16 cases, 2 triangles, 3 edges, 2 ends); -1 where there is no triangle."""
-    table = torch.full((16, 2, 3, 2), -1)
-    for case, edges in enumerate(CASES):
-        ends = [int(corner) for corner in edges if corner != " "]
-        triangles = torch.tensor(ends, dtype=torch.int64).reshape(-1, 3, 2)
-        table[case, :len(triangles)] = triangles
-    return table
+    def linear_colors(self) -> Tensor:
+        """Colors in proportion to light, (N, 3) in [0, 1]: what glTF and WebGL calculate with (IEC 61966-2-1)."""
+        c = self.colors.clamp(0, 1)
+        return torch.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
 
 
 @torch.no_grad()
 def extract_mesh(field: Field, resolution: int = 128, threshold: float | None = None,
-                 occupancy: Occupancy | None = None) -> Mesh:
-    """The surface where density passes the threshold, by marching tetrahedra: always closed.
+                 occupancy: Occupancy | None = None, most_faces: int = 100_000,
+                 smoothings: int | None = None) -> Mesh:
+    """The surface where density passes the threshold, by surface nets: always closed, every edge between two faces.
 
     The field is sampled `resolution` times along the longest side of its cube, or of the occupancy's box, outside whose
-    occupied cells it counts as empty. `threshold` is a density; by default one that absorbs all but e^-5 along that
-    side, whatever the units. A field that never reaches it gives an empty mesh.
+    occupied cells it counts as empty; more coarsely where the surface would have more than `most_faces`. Log density is
+    averaged over 3 x 3 x 3 points `smoothings` times (default: up to three), or the surface would have a field's noise.
+    `threshold` is a density; by default one that absorbs all but e^-5 along that side, whatever the units. A field that
+    never reaches it gives an empty mesh.
     """
     # A grid that fills the box, with an empty ring around it; z runs fastest.
     box = sampled_box(field, occupancy)
@@ -110,22 +91,21 @@ def extract_mesh(field: Field, resolution: int = 128, threshold: float | None = 
     axes = [box[0, i] + torch.arange(-1, counts[i] - 1, device=box.device) * step for i in range(3)]
     x = torch.cartesian_prod(*axes)  # (points, 3)
 
-    # The field on it, and the triangles between what is inside and what is outside.
+    # The field on it, smooth.
     surface_density = 5 / longest if threshold is None else threshold
-    values = _log_ratio(field, x, box, step, surface_density, occupancy)
-    edges = _triangles(values > 0, counts)
+    values = _log_ratio(field, x, box, step, surface_density, occupancy).reshape(1, 1, *counts)
+    usual = round(SMOOTHINGS * min(1, resolution / FINE) ** 2)
+    for _ in range(usual if smoothings is None else smoothings):
+        values = F.avg_pool3d(F.pad(values, [1] * 6, value=-LIMIT), 3, stride=1)
 
-    # One vertex an edge, however many triangles meet there.
-    edges = edges.sort(-1).values
-    keys = edges[..., 0] * len(x) + edges[..., 1]  # (M, 3) one number from the points at both ends
-    keys, faces = keys.unique(return_inverse=True)
-    start = keys // len(x)
-    end = keys % len(x)
-
-    # The vertex is where the log density, taken as linear, passes the threshold.
-    fraction = values[start] / (values[start] - values[end])
-    vertices = x[start] + fraction[:, None] * (x[end] - x[start])
-    return Mesh(vertices, faces, _colors_below(field, vertices, faces, step, occupancy))
+    # The surface, in steps from the grid's first point.
+    points, faces = surface_net(values[0, 0])
+    if len(faces) > most_faces and resolution > 1:
+        coarser = max(1, min(resolution - 1, int(resolution * (most_faces / len(faces)) ** 0.5)))
+        return extract_mesh(field, coarser, threshold, occupancy, most_faces, smoothings)
+    vertices = x[0] + points * step
+    normals = _normals(vertices, faces)
+    return Mesh(vertices, faces, normals, _colors_below(field, vertices, normals, step, occupancy))
 
 
 def _log_ratio(field: Field, x: Tensor, box: Tensor, step: Tensor, surface_density: float | Tensor,
@@ -139,62 +119,113 @@ def _log_ratio(field: Field, x: Tensor, box: Tensor, step: Tensor, surface_densi
     if occupancy is not None:
         inside &= occupancy(x)
     inside = inside.nonzero().squeeze(-1)
-    found = in_chunks(field.density, x[inside], POINTS[x.device.type])
+    found = in_chunks(field.density, x[inside])
     density = x.new_zeros(len(x)).index_copy(0, inside, found)
-    return (density / surface_density).log().clamp(-5, 5)
+    return (density / surface_density).log().clamp(-LIMIT, LIMIT)
 
 
-def _triangles(inside: Tensor, counts: list[int]) -> Tensor:
-    """The triangles between inside and outside, by the edges that their corners lie on: (M, 3, 2) points of the grid.
+# ---------------------------------------------------------------------------------------------- surface nets
 
-    inside: (points,) boolean, of a grid with `counts` points along the axes.
+def surface_net(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The surface between positive and other values of a grid (X, Y, Z), whose outermost ones are not positive.
+
+    Returns vertices (N, 3) in steps of the grid, and faces (M, 3), counter-clockwise seen from where values are not
+    positive.
     """
-    # Cubes that the surface crosses, by their lowest corner.
-    low, high = cell_bounds(inside.reshape(1, *counts).float())
-    crossed = (low != high)[0]
-    cubes = crossed.nonzero()  # (cubes, 3)
+    # One vertex for each cube that the surface crosses.
+    values, case = _unambiguous(values)
+    crossed = (case > 0) & (case < 255)
+    number = crossed.flatten().cumsum(0).reshape(crossed.shape) - 1
+    total = values.new_zeros(int(crossed.sum()), 4)
 
-    # All eight corners, by the numbers of the points.
-    offsets = torch.tensor(list(itertools.product((0, 1), repeat=3)), device=inside.device)
-    strides = torch.tensor([counts[1] * counts[2], counts[2], 1], device=inside.device)
-    corners = cubes[:, None] + offsets  # (cubes, 8, 3)
-    corners = (corners * strides).sum(-1)  # (cubes, 8)
+    quads = []
+    for axis in range(3):
+        # The edges along this axis that the surface crosses, by their lower ends, and where it crosses them.
+        below, above = values[:-1, :-1, :-1], values.roll(-1, axis)[:-1, :-1, :-1]
+        edges = ((below > 0) != (above > 0)).nonzero()  # (E, 3)
+        below, above = below[edges.unbind(1)], above[edges.unbind(1)]
+        crossing = edges.to(values)
+        crossing[:, axis] += (below / (below - above)).clamp(SHORTEST, 1 - SHORTEST)
 
-    # The case of each of their tetrahedra: bit n says that corner n is inside.
-    tetrahedra = corners[:, TETRAHEDRA.to(inside.device)].reshape(-1, 4)
-    bits = torch.tensor([1, 2, 4, 8], device=inside.device)
-    case = (inside[tetrahedra] * bits).sum(-1)
+        # The four cubes around each, counter-clockwise seen from above or, where outside is below, from below.
+        u, v = F.one_hot(torch.tensor([axis + 1, axis + 2]) % 3, 3).to(edges.device)
+        cubes = edges[:, None] - torch.stack([u + v, v, 0 * u, u])  # (E, 4, 3)
+        quad = number[cubes.unbind(2)]
+        quads.append(torch.where(below[:, None] > 0, quad, quad.flip(1)))
 
-    # The triangles that the table has for it: as corners of the tetrahedron, then as points of the grid.
-    triangles = triangle_table().to(inside.device)[case]  # (tetrahedra, 2, 3, 2)
-    exists = triangles[..., 0, 0] >= 0
-    which, _ = exists.nonzero().unbind(-1)
-    return tetrahedra[which[:, None, None], triangles[exists]]
+        # A vertex is the mean of where the surface crosses its cube's edges.
+        crossing = F.pad(crossing, (0, 1), value=1.0).repeat_interleave(4, 0)
+        total.index_add_(0, quad.flatten(), crossing)
+    vertices = total[:, :3] / total[:, 3:]
+
+    # Every quadrilateral is cut along its shorter diagonal.
+    quads = torch.cat(quads)
+    a, b, c, d = vertices[quads].unbind(1)
+    shorter = ((a - c).norm(dim=-1) <= (b - d).norm(dim=-1))[:, None]
+    quads = torch.where(shorter, quads, quads.roll(-1, 1))
+    return vertices, torch.cat([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]]])
 
 
-def _colors_below(field: Field, vertices: Tensor, faces: Tensor, step: Tensor, occupancy: Occupancy | None,
-                  samples: int = 8) -> Tensor:
-    """What rays see that enter a surface against its normals, within `samples` steps: colors (N, 3) in [0, 1].
+def _unambiguous(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (X, Y, Z) without the cubes in which a surface would touch itself, and each cube's set of positive
+    corners (X - 1, Y - 1, Z - 1), a sum of `BITS`.
 
-    vertices (N, 3), faces (M, 3). The outermost layer of a field is so faint that no picture ever taught it its color.
+    Where a cube's corners inside, or those outside, are not connected along its edges, all become inside, but for the
+    grid's outermost; that repeats until there is no such cube: the grid is well-composed (Latecki 1997).
     """
-    # Normals of vertices: means of their faces', by area.
+    values = values.clone()
+    inner = values[1:-1, 1:-1, 1:-1]
+    ambiguous = ambiguous_cases().to(values)
+    while True:
+        case = F.conv3d((values > 0).to(values)[None, None], BITS.to(values))[0, 0].long()
+        touched = F.max_pool3d(ambiguous[case][None], 2, stride=1)[0] > 0
+        if not touched.any():
+            return values, case
+        inner[touched] = inner[touched].clamp(min=BARELY_INSIDE)
+
+
+def ambiguous_cases() -> Tensor:
+    """For every set of a cube's corners, a sum of `BITS`, whether these or the others are not connected: (256,)."""
+    # A graph of 256 cubes, in which neighbors of one kind are connected.
+    case = torch.arange(256)[:, None]
+    corner = torch.arange(8)
+    vertex = 8 * case + corner  # (256, 8)
+    edges = []
+    for bit in (1, 2, 4):
+        alike = (case >> corner & 1) == (case >> (corner ^ bit) & 1)
+        edges.append(torch.stack([vertex[alike], (vertex ^ bit)[alike]], 1))
+    label = connected_parts(torch.cat(edges), vertex.numel())
+    return (label.reshape(256, 8) == vertex).sum(1) > 2
+
+
+# ---------------------------------------------------------------------------------------------- of a mesh
+
+def _normals(vertices: Tensor, faces: Tensor) -> Tensor:
+    """Normals of vertices (N, 3): means of those of their faces (M, 3), by area. (N, 3)"""
     a, b, c = vertices[faces].unbind(1)  # (M, 3) each
     normal = torch.linalg.cross(b - a, c - a)
     normals = torch.zeros_like(vertices).index_add(0, faces.flatten(), normal.repeat_interleave(3, 0))
-    normals = F.normalize(normals, dim=-1)
+    return F.normalize(normals, dim=-1)
+
+
+def _colors_below(field: Field, vertices: Tensor, normals: Tensor, step: Tensor, occupancy: Occupancy | None,
+                  samples: int = 8) -> Tensor:
+    """What rays see that enter a surface against its normals, within `samples` steps: colors (N, 3) in [0, 1].
+
+    vertices (N, 3), normals (N, 3). The outermost layer of a field is so faint that no picture ever taught it its
+    color.
+    """
     depths = (torch.arange(samples, device=vertices.device) + 0.5) * step
 
     def mean_color(rays: Tensor) -> Tensor:
         """What rays (N, 6), origins and directions, see in the thickness of the surface: (N, 3) in [0, 1]."""
         t = depths.expand(len(rays), -1)
         density, color = evaluate_samples(field, rays[:, :3], rays[:, 3:], t, occupancy)
-        weights = compositing_weights(density, t, step.expand(len(rays), 1))
-        weights = weights[..., None] + 1e-6  # never all zero
+        weights = weights_of_lengths(density, step)[..., None] + 1e-6  # never all zero
         return (weights * color).sum(1) / weights.sum(1)
 
     rays = torch.cat([vertices, -normals], 1)
-    return in_chunks(mean_color, rays, POINTS[rays.device.type] // samples)
+    return in_chunks(mean_color, rays, CHUNK[rays.device.type] // samples)
 
 
 def largest_component(mesh: Mesh) -> Mesh:
@@ -211,7 +242,7 @@ def largest_component(mesh: Mesh) -> Mesh:
     largest = component.mode().values
     faces = mesh.faces[component == largest]
     used, faces = faces.unique(return_inverse=True)
-    return Mesh(mesh.vertices[used], faces, mesh.colors[used])
+    return Mesh(mesh.vertices[used], faces, mesh.normals[used], mesh.colors[used], mesh.up)
 
 
 def connected_parts(edges: Tensor, count: int) -> Tensor:
@@ -240,11 +271,12 @@ def connected_parts(edges: Tensor, count: int) -> Tensor:
 
 
 def write_ply(path: str | Path, mesh: Mesh) -> None:
-    """Write a mesh as binary little-endian PLY with vertex colors."""
+    """Write a mesh as binary little-endian PLY with normals and colors."""
     # Two arrays of records, which the header describes.
-    vertices = np.empty(len(mesh.vertices), dtype=[("position", "<f4", 3), ("color", "u1", 3)])
+    vertices = np.empty(len(mesh.vertices), dtype=[("position", "<f4", 3), ("normal", "<f4", 3), ("color", "u1", 3)])
     colors = (mesh.colors.clamp(0, 1) * 255).round()
     vertices["position"] = mesh.vertices.cpu().numpy()
+    vertices["normal"] = mesh.normals.cpu().numpy()
     vertices["color"] = colors.byte().cpu().numpy()
     faces = np.empty(len(mesh.faces), dtype=[("count", "u1"), ("vertex", "<i4", 3)])
     faces["count"] = 3
@@ -253,3 +285,51 @@ def write_ply(path: str | Path, mesh: Mesh) -> None:
     header = PLY_HEADER.format(vertices=len(vertices), faces=len(faces))
     with write_atomically(path) as temporary:
         temporary.write_bytes(header.encode() + vertices.tobytes() + faces.tobytes())
+
+
+def write_glb(path: str | Path, mesh: Mesh) -> None:
+    """Write a mesh as binary glTF 2.0 with normals and colors, under a node that turns `up` to +Y, glTF's upwards."""
+    # Four arrays: attributes of vertices, and the corners of faces. Colors get an opacity to be eight bytes.
+    colors = F.pad(mesh.linear_colors(), (0, 1), value=1.0) * 65535
+    parts = [
+        ("VEC3", FLOAT, ARRAY_BUFFER, mesh.vertices.cpu().numpy().astype("<f4")),
+        ("VEC3", FLOAT, ARRAY_BUFFER, mesh.normals.cpu().numpy().astype("<f4")),
+        ("VEC4", UNSIGNED_SHORT, ARRAY_BUFFER, colors.round().cpu().numpy().astype("<u2")),
+        ("SCALAR", UNSIGNED_INT, ELEMENT_ARRAY_BUFFER, mesh.faces.flatten().cpu().numpy().astype("<u4")),
+    ]
+
+    # The same as glTF describes them: where they lie, and what their numbers are.
+    data = b""
+    views = []
+    accessors = []
+    for shape, component, target, array in parts:
+        accessors.append({"bufferView": len(views), "componentType": component, "count": len(array), "type": shape})
+        views.append({"buffer": 0, "byteOffset": len(data), "byteLength": array.nbytes, "target": target})
+        data += array.tobytes()
+
+    # The shortest turn from `up` to +Y; from straight below it is half a turn about x.
+    x, y, z = mesh.up.tolist()
+    turn = torch.tensor([-z, 0, x, 1 + y] if y > -1 + 1e-6 else [1.0, 0, 0, 0])
+
+    # A scene of one node, unless there is nothing to see.
+    document = {"asset": {"version": "2.0"}}
+    if len(mesh.faces):
+        accessors[2]["normalized"] = True
+        accessors[0] |= {"min": mesh.vertices.amin(0).tolist(), "max": mesh.vertices.amax(0).tolist()}
+        document |= {
+            "scene": 0,
+            "scenes": [{"nodes": [0]}],
+            "nodes": [{"mesh": 0, "rotation": F.normalize(turn, dim=0).tolist()}],
+            "meshes": [{"primitives": [{"attributes": ATTRIBUTES, "indices": 3, "material": 0}]}],
+            "materials": [{"pbrMetallicRoughness": {"metallicFactor": 0.0, "roughnessFactor": 1.0}}],
+            "buffers": [{"byteLength": len(data)}],
+            "bufferViews": views,
+            "accessors": accessors,
+        }
+
+    # Two chunks, each of whole words, behind a header.
+    text = json.dumps(document).encode()
+    text += b" " * (-len(text) % 4)
+    chunks = struct.pack("<I4s", len(text), b"JSON") + text + struct.pack("<I4s", len(data), b"BIN\0") + data
+    with write_atomically(path) as temporary:
+        temporary.write_bytes(struct.pack("<4sII", b"glTF", 2, 12 + len(chunks)) + chunks)

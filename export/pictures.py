@@ -36,6 +36,7 @@ class Views(NamedTuple):
     """What a method shows from some cameras."""
     images: Tensor               # (T, 3, S, S) in [0, 1]
     silhouettes: Tensor | None   # (T, 1, S, S) in [0, 1]; None of a method that shows pictures only
+    depths: Tensor | None = None  # (T, 1, S, S) the mean depth times the silhouette, in the unit of the cameras
 
 
 def to_image(x: Tensor) -> Image.Image:

@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cameras import Cameras
 from common import files
 from datasets.pictures import find_file
 from photographs import colmap, transforms
 from photographs.capture import Photographs
-from photographs.shots import CONVENTIONS, Frame, Shot, open_shot
+from photographs.shots import CONVENTIONS, Frame, Shot, open_shot, world_to_view
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")  # of pictures whose names lack one
 PICTURE_FOLDERS = ("images", "input", ".")  # where the pictures of a COLMAP model lie
@@ -68,6 +69,26 @@ def read_capture(folder: str | Path) -> Photographs:
     llff = "; poses_bounds.npy is not read" if (folder / "poses_bounds.npy").exists() else ""
     raise FileNotFoundError(f"{folder}: no transforms.json, no transforms_train.json and no COLMAP model "
                             f"(sparse/0/images.bin or .txt) there{llff}; docs/photographs.md says how to make one")
+
+
+def read_path(file: Path) -> Cameras:
+    """The cameras (T,), float64, in NDC of squares, of a file like transforms.json, whose pictures need not exist; lens
+    distortion is left out. Raises as `transforms.read_frames` does, and `ValueError` for a lens that is none.
+    """
+    frames = transforms.read_frames(file)
+    lenses = []
+    for frame in frames:
+        # An angle needs no size of the picture, so any will do.
+        width = frame.number("w", None if "fl_x" in frame.numbers else 1000.0)
+        height = frame.number("h", width)
+        focal, principal = frame.pinhole(width, height)
+
+        # NDC point left and up, pixels right and down.
+        half = max(width, height) / 2
+        middle = torch.tensor([width, height], dtype=torch.float64) / 2
+        lenses.append(torch.stack([focal, middle - principal]) / half)
+    R, T = world_to_view(torch.stack([frame.matrix for frame in frames]), CONVENTIONS["opengl"])
+    return Cameras(R, T, *torch.stack(lenses, 1))
 
 
 def _photographs(folder: Path, kind: str, frames: list[Frame], targets: list[Frame] | None = None,

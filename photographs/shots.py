@@ -120,6 +120,20 @@ class Frame(NamedTuple):
             raise ValueError(f"{self.where}: {key}: {angle:g} is no angle between 0 and pi (radians)")
         return side / 2 / math.tan(angle / 2)
 
+    def pinhole(self, width: float, height: float) -> tuple[Tensor, Tensor]:
+        """Focal lengths (x, y) and principal point (column, row) in pixels of a picture of this size: (2,) each,
+        float64. Raises `ValueError` where they are missing or those of no camera.
+        """
+        # The vertical focal length is often left out; so is the middle.
+        focal_x = self.focal_length("x", width)
+        if focal_x is None:
+            raise ValueError(f"{self.where}: neither fl_x nor camera_angle_x, there or for all frames")
+        focal_y = self.focal_length("y", height) or focal_x
+        center = [self.number("cx", width / 2), self.number("cy", height / 2)]
+        check_lens([focal_x, focal_y], center, (width, height), f"{self.where}: fl_x, fl_y, cx, cy")
+        focal = torch.tensor([focal_x, focal_y], dtype=torch.float64)
+        return focal, torch.tensor(center, dtype=torch.float64)
+
     def check_lens(self) -> None:
         """Raises `ValueError` for a distortion that cannot be undone."""
         # nerfstudio's names are COLMAP's; instant-ngp has flags.
@@ -179,22 +193,14 @@ def open_shot(frame: Frame, name: str, file: Path, mask: Path | None) -> Shot:
         raise ValueError(f"{frame.where}: its camera is of {listed_width:g} x {listed_height:g} pixels, the picture "
                          f"{file} has {width} x {height} (turned by its EXIF tag, or cropped?)")
 
-    # The vertical focal length is often left out; so are the middle, and distortion where there is none.
-    frame.check_lens()
-    focal_x = frame.focal_length("x", listed_width)
-    if focal_x is None:
-        raise ValueError(f"{frame.where}: neither fl_x nor camera_angle_x, there or for all frames")
-    focal_y = frame.focal_length("y", listed_height) or focal_x
-    center = [frame.number("cx", listed_width / 2), frame.number("cy", listed_height / 2)]
-    check_lens([focal_x, focal_y], center, (listed_width, listed_height), f"{frame.where}: fl_x, fl_y, cx, cy")
-
     # Pixels of the picture; distortion is about directions and stays.
+    frame.check_lens()
+    focal, principal = frame.pinhole(listed_width, listed_height)
     scale = torch.tensor([width / listed_width, height / listed_height], dtype=torch.float64)
-    focal = torch.tensor([focal_x, focal_y], dtype=torch.float64) * scale
-    principal = torch.tensor(center, dtype=torch.float64) * scale
     distortion = torch.tensor([frame.number(key, 0.0) for key in ("k1", "k2", "p1", "p2")], dtype=torch.float64)
     resized = (width, height) != (listed_width, listed_height)
-    return Shot(name, file, mask, width, height, focal, principal, distortion, frame.matrix, resized, turned)
+    return Shot(name, file, mask, width, height, focal * scale, principal * scale, distortion, frame.matrix, resized,
+                turned)
 
 
 def _turned(frame: Frame, file: Path, sizes: list[tuple], tags: list[int]) -> tuple[list[tuple], bool]:

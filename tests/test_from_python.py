@@ -107,22 +107,23 @@ def test_presets_by_the_models_name(monkeypatch):
     assert reconstruct(scene, [0]).config.iterations == 2
 
 
-def test_the_turntable_has_the_object_in_the_middle(monkeypatch):
+def test_an_orbit_has_the_object_in_the_middle(monkeypatch):
     """However far beside it the crops' optical axes pass, and whatever the object frame."""
     eyes = torch.tensor([[0.0, 1.0, -9.0], [9.0, 1.0, 0.0], [0.0, 1.0, 9.0]])
     R, T = look_at(eyes, torch.zeros(3, 3), torch.tensor([[0.0, 1.0, 0.0]] * 3))
     cameras = Cameras(R, T, torch.full((3, 2), 2.0), torch.full((3, 2), 0.3))
     scene = replace(ball(3, 32), cameras=cameras, masks=torch.ones(3, 1, 32, 32))
-    config = replace(SHORT, iterations=1, bootstrap=0, turntable_frames=5)
-    result = reconstruct(scene, [1], config=config)
+    result = reconstruct(scene, [1], config=replace(SHORT, iterations=1, bootstrap=0))
     result.occupancy.box.copy_(torch.tensor([[0.5, 1.0, 0.0], [1.5, 2.0, 1.0]]))
     seen = []
     monkeypatch.setattr(reconstruction.Reconstruction, "render", lambda self, path, size, *rest, **how: (
         seen.append(path), Views(torch.zeros(len(path), 3, size, size), torch.ones(len(path), 1, size, size)))[1])
-    assert result.turntable(cameras, 8).shape == (5, 3, 8, 8)
+    orbit = result.orbit()
     middle = result.unit * torch.tensor([1.0, 1.5, 0.5]) @ cameras.R[0].T
-    xy, depth = seen[-1].project(middle.expand(5, 1, 3))
-    assert xy.abs().max() < 1e-5 and (depth > 0).all()
+    path = orbit.cameras(5, orbit.rows())
+    xy, depth = path.project(middle.double().expand(15, 1, 3))
+    assert len(seen) == 1 and xy.abs().max() < 1e-5 and (depth > 0).all()
+    assert orbit.local(path.centers()).norm(dim=-1).sub(1).abs().max() < 1e-9  # one distance, the unit
 
 
 def test_the_lines_of_the_readme(monkeypatch, tmp_path):
@@ -138,3 +139,17 @@ def test_the_lines_of_the_readme(monkeypatch, tmp_path):
     exec(compile(lines, "README.md", "exec"), {})
     written = [p for p in tmp_path.rglob("*") if p.is_file() and "sample" not in p.parts]
     assert {p.suffix for p in written} == {".png", ".ply"}
+
+
+def test_a_resumed_run_has_all_losses(tmp_path):
+    """Those of the shorter run that it goes on from, and its own; -1 where a loss was not used."""
+    scene, file = ball(4, 32), tmp_path / "field.pt"
+    seen = []
+    for iterations in (6, 9):
+        checkpoint = Checkpoint(file, extend=True)
+        reconstruct(scene, [0, 2], tiny_model(), replace(SHORT, iterations=iterations), checkpoint=checkpoint)
+        seen.append(torch.load(file, weights_only=True)["losses"])
+    for name, used in (("input_loss", range(9)), ("bootstrap_loss", range(3)), ("distillation_loss", range(3, 9))):
+        first, second = (losses[name] for losses in seen)
+        assert torch.equal(first, second[:6]) and len(second) == 9
+        assert (second > 0).nonzero().squeeze(-1).tolist() == list(used) and (second[second <= 0] == -1).all()

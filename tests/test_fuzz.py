@@ -39,13 +39,16 @@ import check
 import distill
 import evaluate
 import metrics
+import render
 import sparsefusion
 import train
 from cameras import Scene
 from checkpoints import convert
 from common import cli
+from common.progress import Progress
 from datasets import annotations, co3d, protocol
 from distillation import DistillConfig
+from evaluation.attributes import load_attribute_net
 from photographs.arrays import scene_from_arrays
 from photographs.reading import read_capture
 from presets import PRESETS
@@ -64,19 +67,24 @@ DISTILL = ["--root", "tree", "--category", "things", "--protocol", "all", "--wei
            "--feature-net", "net.pt", "--targets", "1", "--out", "out", *QUICK]
 TRAIN = ["vae", "--root", "tree", "--category", "things", "--out", "out/vae.pt", "--steps", "1", "--frames", "2",
          "--device", "cpu", "--set", "batch=1", "image_size=16", "vae.widths=8,8", "vae.groups=4", "vae.blocks=1"]
+RENDER = ["out", "--size", "8", "--frames", "1", "--show", "depth", "--out", "out/render"]
 LITTLE = replace(PRESETS["plain"], iterations=1, bootstrap=0, image_size=16, input_pixels=16,
                  turntable_frames=2,
                  field=replace(small.FIELD, levels=1, log2_hashmap_size=8, samples_per_ray=8, occupancy_cells=16))
+FLAGS = sorted({flag for command in (render, distill, evaluate, train, convert)
+                for flag in command.parser()._option_string_actions} - {"--help", "-h"})
 COMMANDS = {"distill": distill.main, "evaluate": evaluate.main, "train": train.main, "check": check.main,
-            "convert": convert.main}
+            "convert": convert.main, "render": render.main}
 
 # What stands for itself in JSON that Python cannot write: placeholders, and the text that replaces them.
 TEXTS = {"@deep": "[" * 200_000 + "]" * 200_000, "@nested": "[" * 900 + "]" * 900,
          "@objects": '{"a":' * 200_000 + "1" + "}" * 200_000,
          "@digits": "9" * 5000, "@huge": "9" * 400, "@exponent": "1e999"}
 ODD = [None, True, False, 0, 1, -1, 0.5, 1e308, -1e30, 1e-320, 2**31, 2**63, -(2**70), math.nan, math.inf, "", "x",
-       "..", "../../up", "/absolute", "a\nb", "nul\0", "\u00e9" * 400, "\ud800", [], {}, [[]], [[1], [2, 3]], {"a": {}},
-       [1, 2, 3], ["a", "b"], [None], "9" * 5000, *TEXTS]
+       "..", "../../up", "/absolute", "a\nb", "nul\0", "\u00e9" * 400, "\ud800", " ", "e\u0301", "\u200b",
+       "images/\u00e91.png", [], {}, [[]], [[1], [2, 3]], {"a": {}}, [1, 2, 3], ["a", "b"], [None], "9" * 5000, *TEXTS]
+NUMBERS = ["3", "7", "1e-30", "1e30", "1,1", "0.9,0.9", "8,16,16", "1000000", "16777217", "999999999", "-5", "0x10",
+           "1e5", "4096", "9" * 30, "99999999,99999999", "1.", "+1", "Infinity", "none", "0,0"]
 WORDS = ["", " ", "-1", "0", "1", "2", "0.5", "1e400", "nan", "-inf", "9" * 5000, "x", "a\nb", "..", "/dev/null", "a=b",
          "true", "1,2", ",", "1,,2", "\u00e9", "--", "\ud800", "x" * 5000, "1_0", "\u0661"]
 
@@ -276,6 +284,12 @@ def mutate_tensors(rng: random.Random, file: Path) -> str:
                 here[key] = odd_tensor(here[key])
             words = [f"tensor {'.'.join(path)}"]
             break
+        if isinstance(here[key], torch.Tensor) and rng.random() < 0.5:
+            names = here if isinstance(here, dict) else range(len(here))
+            other = rng.choice([name for name in names if isinstance(here[name], torch.Tensor)])
+            here[key], here[other] = here[other], here[key]
+            words = [f"{key} and {other} swapped"]
+            break
         here = here[key]
     if not words:
         data, what = mutate_data(rng, data, [x for x in ODD if not str(x).startswith("@")] + [10**400, (1, "a")])
@@ -284,17 +298,35 @@ def mutate_tensors(rng: random.Random, file: Path) -> str:
     return words[0]
 
 
+def replace_file(rng: random.Random, file: Path) -> str:
+    """Something else at a file's place, or the file under another name."""
+    rule = rng.choice(["gone", "folder", "folder", "link", "loop", "pipe", "device", "renamed", "twice", "forbidden"])
+    other = file.with_name(rng.choice([f" {file.name}", f"{file.name} ", file.name.upper(), f"e\u0301{file.name}",
+                                       f"{file.stem}.x{file.suffix}", f"a\nb{file.suffix}", f".{file.name}",
+                                       f"{file.name}.bak", file.stem, f"\u3000{file.name}"]))
+    if rule == "twice":
+        shutil.copy(file, other)
+    elif rule == "forbidden":
+        file.chmod(0)
+    elif rule == "renamed":
+        file.rename(other)
+    else:
+        file.unlink()
+    if rule == "folder":
+        file.mkdir()
+    elif rule == "pipe":
+        os.mkfifo(file)
+    elif rule in ("link", "loop", "device"):
+        file.symlink_to({"link": "nowhere", "loop": file.name, "device": "/dev/null"}[rule])
+    return f"{rule}, {other.name!r}" if rule in ("twice", "renamed") else rule
+
+
 def mutate_file(rng: random.Random, file: Path) -> str:
     """A file of any kind, in place; what was done to it."""
-    # Any file may be broken, gone, or no file.
+    # Any file may be gone, no file, elsewhere, or broken.
     rule = rng.random()
-    if rule < 0.03:
-        file.unlink()
-        return f"{file.name}: gone"
-    if rule < 0.06:
-        file.unlink()
-        file.mkdir()
-        return f"{file.name}: a folder"
+    if rule < 0.08:
+        return f"{file.name}: {replace_file(rng, file)}"
     if rule < 0.25:
         content, what = mutate_bytes(rng, file.read_bytes())
         file.write_bytes(content)
@@ -330,12 +362,16 @@ def some_file(rng: random.Random, folder: Path) -> Path:
     return rng.choice(kinds[rng.choice(sorted(kinds))])
 
 
-def mutate_flags(rng: random.Random, argv: list[str], config: type) -> tuple[list[str], str]:
+def mutate_flags(rng: random.Random, argv: list[str], config: type | None) -> tuple[list[str], str]:
     """A command line with one word changed, or with a setting more."""
     argv = list(argv)
     i = rng.randrange(len(argv))
-    rule = rng.choice(["word", "word", "delete", "insert", "twice", "set", "set", "set"])
-    if rule == "word":
+    rule = rng.choice(["word", "word", "delete", "insert", "twice", "flag", "flag", "set", "set", "set"])
+    if config is None and rule == "set":
+        rule = "flag"
+    if rule == "flag":
+        argv[i:i] = [rng.choice(FLAGS), rng.choice(WORDS + NUMBERS)][:rng.choice([1, 2, 2, 2])]
+    elif rule == "word":
         argv[i] = rng.choice(WORDS)
     elif rule == "delete":
         del argv[i]
@@ -345,7 +381,7 @@ def mutate_flags(rng: random.Random, argv: list[str], config: type) -> tuple[lis
         argv.insert(i, argv[i])
     else:
         name = rng.choice(sorted(cli.field_types(config)))
-        argv += ["--set", f"{name}={rng.choice(WORDS + ['3', '7', '1e-30', '1e30', '1,1', '0.9,0.9', '8,16,16'])}"]
+        argv += ["--set", f"{name}={rng.choice(WORDS + NUMBERS)}"]
     return argv, f"{rule}: {argv[min(i, len(argv) - 1)]!r:.40}, last {argv[-1]!r:.60}"
 
 
@@ -357,7 +393,7 @@ def look(scene: Scene) -> None:
     assert all(x.isfinite().all() for x in numbers), "a scene has numbers that are not finite"
     with contextlib.suppress(ValueError, FloatingPointError):
         ours = reconstruct(scene, [0, 1], None, LITTLE)
-        ours.turntable(scene.user_cameras(), 8)
+        ours.render(ours.orbit().cameras(2, ours.orbit().rows()), 8)
         ours.render(scene.user_cameras()[:1], 8)
 
 
@@ -421,7 +457,7 @@ def read_perceptual(rng, home):
     what = mutate_file(rng, home / "net.pt")
 
     def call():
-        network = metrics.load_attribute_net(home / "net.pt")
+        network = load_attribute_net(home / "net.pt")
         metrics.perceptual_distance(network.layers, torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32))
     return what, call
 
@@ -476,6 +512,11 @@ def run_distill(rng, home):
     return what, command("distill", DISTILL)
 
 
+def run_render(rng, home):
+    what = mutate_file(rng, home / "out" / "field.pt")
+    return what, command("render", RENDER)
+
+
 def run_train(rng, home):
     what = mutate_file(rng, home / "out" / "vae.pt.state")
     return what, command("train", TRAIN)
@@ -501,11 +542,30 @@ def flags_train(rng, home):
     return what, command("train", argv)
 
 
+def flags_render(rng, home):
+    argv, what = mutate_flags(rng, RENDER, None)
+    return what, command("render", argv)
+
+
+def flags_check(rng, home):
+    argv = ["tree", "--category", "things", "--sequence", "a", "--views", "2", "--out", "out/check.png"]
+    argv, what = mutate_flags(rng, argv, None)
+    return what, command("check", argv)
+
+
+def flags_convert(rng, home):
+    argv = ["--eft", "eft.pt", "--vldm", "vldm.pt", "--vae", "vae.pt", "--out", "out/w.pt"]
+    argv, what = mutate_flags(rng, argv, None)
+    return what, command("convert", argv)
+
+
 # Entry point: the folder that it needs, and how often it is called.
 ENTRIES = {read_co3d: ("co3d", 16), read_cache: ("co3d", 3), read_list: ("list", 6), read_arrays: ("toy", 6),
            read_weights: ("weights", 10), read_perceptual: ("perceptual", 4), run_convert: ("released", 4),
            run_distill: ("run", 4), run_train: ("run", 4), run_check: ("transforms", 3), flags_distill: ("flags", 8),
-           flags_evaluate: ("flags", 4), flags_train: ("flags", 5)}
+           flags_evaluate: ("flags", 4), flags_train: ("flags", 5), flags_check: ("co3d", 3),
+           run_render: ("run", 4), flags_render: ("flags", 3),
+           flags_convert: ("released", 1)}
 CHOICES = [(entry, place, often) for entry, (place, often) in ENTRIES.items()]
 CHOICES += [(read_co3d, "toy", 5)]
 CHOICES += [(read_photographs, place, 6) for place in ("transforms", "synthetic", "text", "binary")]
@@ -529,7 +589,7 @@ def judge_message(text: str, home: Path, kind: str, what: str, flagged: bool = F
         return f"{len(text.splitlines())} lines: {text[:600]!r}"
     if len(short) > LONGEST[kind]:
         return f"{len(short)} characters: {text[:200]!r}"
-    names = [path.name for path in home.rglob("*")] + [what.partition(":")[0], "--"]
+    names = [path.name for path in home.rglob("*")] + [what.partition(":")[0], f"{home}:", "--"]
     return "" if flagged or any(name in text for name in names) else f"names no file: {text!r}"
 
 
@@ -553,13 +613,14 @@ def run_case(originals: Path, seed: int, case: int) -> tuple[str, str, str]:
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
                 warnings.simplefilter("always")
+                warnings.filterwarnings("ignore", module="PIL")  # as datasets/pictures.py does
                 warnings.showwarning = lambda message, kind, *_, **__: print(f"{kind.__name__}: {message}", file=err)
                 call()
             if err.getvalue():
                 wrong = f"on stderr: {err.getvalue()[:500]!r}"
         except SystemExit as e:
             text = err.getvalue()
-            if entry is run_check and e.code == 1:
+            if entry in (run_check, flags_check) and e.code == 1:
                 wrong = ""
             elif e.code != 2 or not text.startswith("error:"):
                 wrong = f"exit code {e.code}, {text[:500]!r}"
@@ -583,8 +644,9 @@ def run_case(originals: Path, seed: int, case: int) -> tuple[str, str, str]:
         after = seen(Path(folder))
         strange = []
         for path, stamp in after.items():
-            inside = path.relative_to(home).parts[0] in ("out", "cache", "output")
-            if path.name.startswith(".") or (before.get(path) != stamp and not inside and place != "flags"):
+            inside = any(home / name in path.parents for name in ("out", "cache", "output"))
+            new = before.get(path) != stamp
+            if new and (path.name.startswith(".") or not inside and not entry.__name__.startswith("flags")):
                 strange.append(path.name)
         gone = [path.name for path in before.keys() - after.keys() if path.parent.name != "out"]
         if not wrong and (strange or gone):
@@ -625,7 +687,7 @@ def main() -> None:
     cases = range(args.cases) if args.case is None else [args.case]
     counts, seconds, failures = Counter(), Counter(), 0
     with prepared() as originals:
-        for case in cases:
+        for case in Progress(cases, "fuzz"):
             began = time.monotonic()
             entry, what, wrong = run_case(originals, args.seed, case)
             counts[entry] += 1

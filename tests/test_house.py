@@ -1,5 +1,6 @@
 """The house: which folder may import which, no import inside a function, and nothing that the project does not have."""
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = ["cameras", "metrics", "eft", "vae", "unet", "vldm", "sparsefusion", "hashgrid", "ngp", "volume",
             "distillation", "presets"]
-COMMANDS = ["distill", "evaluate", "train", "check"]
+COMMANDS = ["distill", "evaluate", "train", "check", "render"]
 # What stands left imports nothing from its right; a set is one place, whose members do not know each other.
 ORDER = ["common", "gpu", *CHAPTERS, "datasets", "photographs", "checkpoints", "export", {"reconstruction", "training"},
          "evaluation", {*COMMANDS}, {"experiments", "sample"}]
@@ -46,6 +47,19 @@ def test_imports_go_one_way(path):
     for node in ast.walk(TREES[path]):
         if isinstance(node, (ast.FunctionDef, ast.Lambda)):
             assert not imports(node), f"{path}, line {node.lineno}: an import inside a function"
+
+
+def test_streams_of_random_numbers_have_names_of_their_own():
+    """Every seed is a `stream_seed`, but the permutation of frames, which is the released one, and the bench's."""
+    names = []
+    for path in FILES:
+        if path.relative_to(ROOT).parts[0] in ("sample", "experiments") or path.name == "protocol.py":
+            continue
+        for line in path.read_text().splitlines():
+            if "manual_seed(" in line:
+                assert "manual_seed(stream_seed(" in line, f"{path}: {line}"
+                names.append(re.sub(r".*stream_seed\([\w.]+, (.*?)\)+(\.to.*)?$", r"\1", line))
+    assert len(names) == len(set(names)) >= 9, names
 
 
 def test_the_root_is_the_paper():

@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from common import files
-from metrics import VGG16LPIPS, AttributeNet, iou, load_attribute_net, perceptual_distance, psnr, ssim
+from evaluation.attributes import AttributeNet, load_attribute_net
+from metrics import VGG16LPIPS, iou, perceptual_distance, psnr, ssim
 from tests.support.helpers import Evil, same
 from tests.support.parity import assert_close
 from tests.support.released_files import CONVS, lpips_states

@@ -17,17 +17,17 @@ from volume import Occupancy
 # ---------------------------------------------------------------------------------------------- configurations
 
 @pytest.mark.parametrize("change, words", [
-    ({"levels": 0}, "levels must be at least 1, not 0"),
-    ({"hidden_layers": -1}, "hidden_layers must be at least 0"),
-    ({"bound": 0.0}, "bound must be positive"),
-    ({"bound": float("nan")}, "bound must be positive"),
-    ({"near": float("nan")}, "near must be at least 0"),
-    ({"occupancy_alpha": 1.0}, "occupancy_alpha must be between 0 and 1"),
-    ({"occupancy_decay": 1.5}, "occupancy_decay must be at most 1"),
-    ({"mask_threshold": 1.0}, "mask_threshold must be below 1"),
-    ({"forgiven_views": 0}, "forgiven_views must be at least 1"),
+    ({"levels": 0}, "levels 0 is not from 1 to 64"),
+    ({"hidden_layers": -1}, "hidden_layers -1 is not from 0"),
+    ({"bound": 0.0}, "bound 0.0 is not from 0.001"),
+    ({"bound": float("nan")}, "bound nan is not from 0.001"),
+    ({"near": float("nan")}, "near nan is not from 0 to inf"),
+    ({"occupancy_alpha": 1.0}, "occupancy_alpha 1.0 is not from"),
+    ({"occupancy_decay": 1.5}, "occupancy_decay 1.5 is not from 0 to 1"),
+    ({"mask_threshold": 1.0}, "mask_threshold 1.0 is not from 0 to 0.999"),
+    ({"forgiven_views": 0}, "forgiven_views 0 is not from 1"),
     ({"base_resolution": 200}, "base_resolution 200 is above finest_resolution 160"),
-    ({"log2_hashmap_size": 29}, "5 levels of 2\\^29 rows"),
+    ({"log2_hashmap_size": 27}, "5 levels of 2\\^27 rows"),
     ({"samples_per_ray": 2, "importance_samples": 4}, "samples_per_ray of at least 3, not 2"),
 ])
 def test_numbers_that_do_not_fit_are_refused_in_one_line(change, words):

@@ -6,6 +6,7 @@ import pytest
 import distillation
 import ngp
 import presets
+import train
 import vldm
 from common import cli
 from distillation import DistillConfig
@@ -14,14 +15,27 @@ from tests.support.small import SHORT
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"iterations": 0}, "at least 1"), ({"bootstrap": 7}, "bootstrap 7"), ({"blur": 2}, "blur 2"),
+    ({"iterations": 0}, "iterations 0 is not from 1"), ({"bootstrap": 7}, "bootstrap 7"), ({"blur": 2}, "blur 2"),
     ({"min_noise_level": 1.5}, "min_noise_level"), ({"final_lr_fraction": 0.0}, "final_lr_fraction"),
     ({"render_size": 1}, "render_size"), ({"betas": (0.9, 1.0)}, "betas"), ({"lr_grid": -1.0}, "lr_grid"),
     ({"weight_opacity": -1.0}, "weight_opacity"), ({"denoise_batch": 0}, "denoise_batch"),
-    ({"turntable_frames": 0}, "turntable_frames")])
+    ({"turntable_frames": -1}, "turntable_frames"),
+    ({"input_pixels": 2**23}, "8388608 rays of an update have 134217728 samples")])
 def test_numbers_that_do_not_fit(change, words):
     with pytest.raises(ValueError, match=words):
         replace(SHORT, **change)
+
+
+@pytest.mark.parametrize("config", [SHORT, train.TrainConfig()])
+@pytest.mark.parametrize("most", [10**8 + 1, 10**4000], ids=["9 digits", "4001 digits"])
+def test_every_number_of_things_has_an_upper_end(config, most):
+    """Told before memory is reserved for it, and before it has taken years."""
+    names = [name for name, kind in cli.field_types(type(config)).items() if kind is int]
+    assert len(names) > 20
+    for name in names:
+        with pytest.raises(ValueError, match=f"^--set {name}=10") as e:
+            cli.apply_settings(config, [f"{name}={most}"])
+        assert name.split(".")[-1] in str(e.value).partition(": ")[2], e.value
 
 
 def test_fewer_iterations_shorten_the_bootstrap_only_where_they_must():
@@ -77,7 +91,8 @@ def test_more_and_larger_photographs_bear_a_finer_field():
     large = replace(plain, image_size=1024).fitted(100)
     assert (large.field.finest_resolution, large.field.samples_per_ray, large.iterations) == (2048, 128, 12440)
     assert large.field.log2_hashmap_size == many.field.log2_hashmap_size + 2
-    short = plain.with_iterations(800).fitted(100)  # what is asked for stays
-    assert (short.iterations, short.field, short.input_pixels) == (800, many.field, many.input_pixels)
+    short = plain.with_iterations(800).fitted(100)  # what is asked for stays, and costs little
+    assert (short.iterations, short.input_pixels) == (800, plain.input_pixels)
+    assert short.field == replace(many.field, width=32, samples_per_ray=32) and many.field.width == 64
     nano = presets.PRESETS["nano"]
     assert nano.fitted(100) == nano

@@ -297,15 +297,16 @@ def test_a_scene_in_any_unit_is_the_same_scene(scale, with_model):
         assert reconstruct(scene, [0, 1], model, SHORT).unit == 1
 
 
-def test_the_turntable_shows_the_whole_box():
+def test_an_orbit_shows_the_whole_box():
     """It reaches as far as it may in the picture that shows the most of it."""
     scene = ball(3, 32)
-    result = reconstruct(scene, [0, 1], config=replace(SHORT, turntable_frames=5))
+    result = reconstruct(scene, [0, 1], config=SHORT)
     opaque = Analytic(lambda x: x.new_full(x.shape[:-1], 50.0), torch.ones_like)
     result = result._replace(field=opaque)
     for factor in (1.0, 3.0):
         cameras = replace(scene.cameras, focal=factor * scene.cameras.focal)
-        seen = result.turntable(cameras, 64).mean(1) > 0.5
+        orbit = result._replace(cameras=cameras).orbit()
+        seen = result.render(orbit.cameras(8, orbit.rows()), 64).images.mean(1) > 0.5
         rows, columns = seen.any(0).any(1).nonzero(), seen.any(0).any(0).nonzero()
         reach = max(63 - min(rows[0], columns[0]), rows[-1], columns[-1]).item()
         assert seen.any((1, 2)).all() and 0.85 < (reach - 31.5) / 32 < 0.95

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from common import files
+from common.machine import stream_seed
 from common.processes import Interrupted, is_first, uninterruptible
 from common.progress import Progress
-from common.settings import differences
+from common.settings import check_ranges, differences
 from gpu.update import check_moments
 from training import ranks
 
-NEVER = 2**62    # a step that no training reaches
-DROPOUT = 2**40  # between the seeds of dropout and of all else
+NEVER = 2**62  # a step that no training reaches
 Losses = dict[str, Tensor]  # name -> scalar
 UNIMPORTANT = ("config.fit.save_seconds",)  # settings that do not decide the result
 
@@ -42,12 +42,8 @@ class FitConfig:
     save_seconds: float = 120.0       # between two saves of a running training
 
     def __post_init__(self):
-        if self.steps < 1 or self.warmup < 1:
-            raise ValueError("steps and warmup are at least 1")
-        if not (self.lr > 0 and self.clip_norm > 0):
-            raise ValueError("lr and clip_norm are above 0")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema {self.ema} is not at least 0 and below 1")
+        check_ranges(self, {"steps": (1, 10**8), "warmup": (1, 10**8), "save_seconds": (0, math.inf),
+                            "ema": (0, 0.9999999), "lr": (1e-12, 1e6), "clip_norm": (1e-12, math.inf)})
 
 
 class Fit:
@@ -161,7 +157,7 @@ class Fit:
         # Everything random in a step follows from the seed and its number; the global generator is dropout's, and has
         # numbers of its own in every process.
         draws = ranks.Draws(self.seed, step, self.training.config.batch, self.places)
-        torch.manual_seed(self.seed * 10_000_019 + step + DROPOUT * (1 + int(draws.places[0])))
+        torch.manual_seed(stream_seed(self.seed, f"dropout {step} {self.places[0]}"))
         batch = self.training.batch(draws)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
             losses = self.losses(batch)

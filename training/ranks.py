@@ -10,7 +10,6 @@ Shapes: `B` samples of a step, `b` of these in this process, `C H W` channels, r
 """
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import time
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import processes
+from common.machine import stream_seed
 
 LOST = ("gloo", "NCCL", "Connection", "peer")  # words of torch's errors where another process has ended
 
@@ -134,8 +134,9 @@ class Draws:
     def __init__(self, seed: int, step: int, batch: int, places: range):
         self.batch = batch                           # B
         self.places = torch.tensor(places)           # (b,) of the samples in the whole batch
-        self.common = _generator(seed, step, batch)  # the same in all processes, for what all samples share
-        self.generators = [_generator(seed, step, place) for place in self.places.tolist()]
+        # For what all samples share, the same in all processes; then one for every sample.
+        self.common, *self.generators = (torch.Generator().manual_seed(stream_seed(seed, f"step {step} {name}"))
+                                         for name in ("common", *places))
 
     def rand(self, *shape: int) -> Tensor:
         """Uniform numbers in [0, 1): (b, *shape)."""
@@ -148,12 +149,6 @@ class Draws:
     def choose(self, count: int) -> Tensor:
         """One of `count` things for every sample: (b,) whole numbers below `count`."""
         return (self.rand() * count).long()
-
-
-def _generator(*numbers: int) -> torch.Generator:
-    """A generator of its own for every tuple of numbers."""
-    digest = hashlib.sha256(repr(numbers).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
 def mean(x: Tensor) -> Tensor:

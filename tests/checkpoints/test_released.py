@@ -95,6 +95,34 @@ def test_every_key_goes_where_the_table_says(small, capsys):
     assert not model.training and not any(p.requires_grad for p in model.parameters())
 
 
+def test_what_files_hold_is_listed(small, capsys, tmp_path):
+    """Every key with its shape and use; the same numbers of the same weights in another format, others of others."""
+    files, states = small
+    write_safetensors(tmp_path / "vae.safetensors", diffusers_state(states["vae"], True, True))
+    numbers = {}
+    for part, file in [*files.items(), ("other", tmp_path / "vae.safetensors")]:
+        main([f"--{'vae' if part == 'other' else part}", str(file)])
+        *listed, summary, numbers[part] = capsys.readouterr().out.replace(str(file), "FILE").splitlines()
+        state = states["vae" if part == "other" else part]
+        assert len(listed) == len(state) and summary.startswith("FILE: ")
+        assert re.fullmatch(r"FILE: weights \w{16}; a forward pass: mean \S+, deviation \S+", numbers[part])
+        if part != "other":
+            for line, (key, x) in zip(listed, state.items()):
+                assert line.startswith(f"{key}  {released.describe(x)}  ")
+            used = sum(f"  -> {part}." in line for line in listed)
+            assert used == sum(not line.endswith("  not used") for line in listed) > len(listed) / 2
+    assert numbers["other"] == numbers["vae"] and len(set(numbers.values())) == 3 and "nan" not in str(numbers)
+
+    # A file that does not fit is listed, too, before the line that says so.
+    less = {key: x for key, x in states["eft"].items() if key != "color_layer.0.bias"}
+    torch.save({"model_state_dict": less}, tmp_path / "eft.pt")
+    with pytest.raises(SystemExit):
+        main(["--eft", str(tmp_path / "eft.pt")])
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == len(less) and len(printed.err.splitlines()) == 1
+    one_line(capsys, main, ["--out", tmp_path / "out.pt"], "--eft, --vldm, --vae and --out are needed")
+
+
 def test_foreign_classes(small, tmp_path):
     files, states = small
     expected = released_model(files)

@@ -26,6 +26,29 @@ def test_a_file_appears_when_it_is_complete(tmp_path):
     assert path.read_text() == "whole" and names(path.parent) == ["picture.png"]
 
 
+def test_what_a_killed_process_left_goes_with_the_next_file(tmp_path):
+    """In the same folder, from this machine; not what somebody is writing, nor what has another name."""
+    killed = os.fork()
+    if not killed:
+        os._exit(0)
+    os.waitpid(killed, 0)
+    kept = [f".x.{files.MACHINE}-{os.getppid()}.part.png", f".x.elsewhere-{killed}.part.png", f".{killed}.png"]
+    for name in [f".x.{files.MACHINE}-{killed}.part.png", f".a.b.{files.MACHINE}-{killed}.part", *kept]:
+        (tmp_path / name).touch()
+    files.save_json({}, tmp_path / "y.json")
+    assert names(tmp_path) == sorted([*kept, "y.json"])
+
+
+def test_whether_a_file_can_be_written_is_known_before(tmp_path):
+    (tmp_path / "file").write_text("old")
+    files.require_writable(tmp_path / "file")
+    files.require_writable(tmp_path / "deep" / "x.pt")
+    assert names(tmp_path) == ["deep", "file"] and not names(tmp_path / "deep")
+    for path in (tmp_path, tmp_path / "file" / "x"):
+        with pytest.raises(OSError, match=str(path)):
+            files.require_writable(path)
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_what_fails_leaves_the_old_file_alone(error, tmp_path):
     path = tmp_path / "x"

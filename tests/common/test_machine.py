@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common import machine
-from common.machine import device_name, map_threads, peak_gb, rand, randn, spare_the_cpu
+from common.machine import device_name, map_threads, peak_gb, rand, randn, spare_the_cpu, stream_seed
 
 
 @pytest.mark.parametrize("draw,reference", [(rand, torch.rand), (randn, torch.randn)])
@@ -25,6 +25,18 @@ def test_without_a_generator_draws_are_torchs_own():
     expected = torch.rand(4)
     torch.manual_seed(3)
     assert torch.equal(rand(4, generator=None, device="cpu"), expected)
+
+
+def test_streams_are_independent():
+    streams = ["field", "path", "weights", "\ud800", *(f"{kind} {i}" for kind in ("iteration", "dropout")
+                                                       for i in range(3000))]
+    seeds = [stream_seed(seed, stream) for seed in (0, 1, 2**31 - 1) for stream in streams]
+    assert max(seeds) < 2**32 and len(set(seeds)) == len(seeds)
+    assert stream_seed(0, "field") == stream_seed(0, "field")
+
+    # What a generator on the CPU makes of further bits.
+    first, second = (rand(4, generator=torch.Generator().manual_seed(x), device="cpu") for x in (5, 5 + 2**40))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

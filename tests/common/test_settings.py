@@ -27,7 +27,7 @@ def test_some_may_differ():
 
 
 def test_more_iterations_resume_fewer():
-    longer = changed(iterations=9, bootstrap=6, input_pixels=4)
+    longer = changed(iterations=9, bootstrap=6)
     assert differences(SHORT, longer, extend=True) == "" and differences(SHORT, longer)
     assert differences(longer, SHORT, extend=True) and differences(SHORT, changed(bootstrap=1), extend=True)
     assert differences(SHORT, longer | {"seed": 2}, extend=True)

@@ -1,4 +1,5 @@
 """Evaluation: the protocol whatever the workers and the order, what is taken up, what is left out, tables."""
+import errno
 import itertools
 import json
 import os
@@ -24,7 +25,7 @@ from tests.support.small import SHORT, tiny_model
 SAMPLE = Path(__file__).resolve().parents[2] / "sample" / "co3d"
 METHODS = ["nearest", "ngp", "eft", "vldm", "sparsefusion"]
 QUICK = ["--set", "iterations=2", "bootstrap=1", "viewpoints=1", "render_size=16", "mesh_resolution=8",
-         "turntable_frames=1", "denoise_steps=1", "sample_steps=1", "field.levels=2", "samples_per_ray=8",
+         "turntable_frames=0", "denoise_steps=1", "sample_steps=1", "field.levels=2", "samples_per_ray=8",
          "occupancy_cells=8", "log2_hashmap_size=8"]
 
 
@@ -130,6 +131,23 @@ def test_strict_stops_at_a_bad_sequence(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(*QUICK, "--strict", "--targets", 1, root=tree, category="things")
     assert "1.png" in capsys.readouterr().err and not (tmp_path / "out" / "things" / "b").exists()
+
+
+def test_a_full_disk_stops_it(run, monkeypatch, capsys):
+    """It would be full for the other sequences, too; what a sequence lacks leaves out that one alone."""
+    calls = []
+
+    def fail(instance, *args):
+        calls.append(instance)
+        raise OSError(number, "too bad", "field.pt")
+
+    monkeypatch.setattr(evaluate, "run_instance", fail)
+    for number, count in ((errno.ENOSPC, 1), (errno.EACCES, 2)):
+        calls.clear()
+        with pytest.raises(SystemExit) as e:
+            run(*QUICK)
+        error = capsys.readouterr().err
+        assert e.value.code == 2 and len(calls) == count and "field.pt" in error and len(error.splitlines()) == 1
 
 
 def test_a_samples_noise_is_the_views_own(run, tmp_path):

@@ -15,6 +15,7 @@ import reconstruction
 import sparsefusion
 from evaluation.instance import (SAMPLE, SHIPPED_FEATURE_NET, baselines, config_from_flags, instance_from_flags,
                                  note_new_categories)
+from export.page import TURNTABLE
 from export.pictures import LABELS, WIDEST
 from presets import PRESETS
 from reconstruction import Checkpoint, reconstruct
@@ -96,16 +97,18 @@ def check_outputs(out, result, methods, size, frames):
     with Image.open(out / "comparison.png") as sheet:
         sheet.load()
         assert sheet.width == size * max(min(len(result["input_frames"]), WIDEST), 1 + len(methods))
-    with Image.open(out / "turntable.gif") as gif:
-        assert gif.n_frames == frames and gif.size == (size, size)
+    turning = ["index.html", "turntable.gif"] if frames else []
+    if frames:
+        with Image.open(out / "turntable.gif") as gif:
+            assert gif.n_frames == frames and gif.size == (TURNTABLE, TURNTABLE)
     lines = (out / "mesh.ply").read_bytes().split(b"end_header\n")[0].decode().splitlines()
     assert lines[:2] == ["ply", "format binary_little_endian 1.0"]
     assert {f"property uchar {name}" for name in ("red", "green", "blue")} <= set(lines)
     state = torch.load(out / "field.pt", weights_only=True)
     assert {"field", "settings", "completed"} <= set(state)
-    names = ["comparison.png", "field.pt", "mesh.ply", "metrics.json", "previews.png", "settings.json",
-             "turntable.gif", "views"]
-    assert sorted(p.name for p in out.iterdir()) == names
+    names = ["comparison.png", "field.pt", "mesh.glb", "mesh.ply", "metrics.json", "previews.png", "settings.json",
+             "views"]
+    assert sorted(p.name for p in out.iterdir()) == sorted(names + turning)
     shown = {f"{frame}_{method}.png" for frame in result["target_frames"] for method in ["truth", *methods]}
     assert {p.name for p in (out / "views").iterdir()} == shown
 
@@ -152,7 +155,7 @@ def test_the_eft_is_asked_where_its_view_sees_the_hull(fast, tiny_weights, tmp_p
     (["--set", "metrics_on_inputs=true", "--targets", 24], 2, 24)])
 def test_any_number_of_views(flags, inputs, targets, fast, tiny_weights, tmp_path):
     result = command(tmp_path, "--weights", tiny_weights, "--targets", 2, *flags)
-    check_outputs(tmp_path, result, METHODS, 32, 2)
+    check_outputs(tmp_path, result, METHODS, 32, 0)
     assert result["input_frames"] == inputs if isinstance(inputs, list) else len(result["input_frames"]) == inputs
     assert len(result["target_frames"]) == targets
     shared = set(result["input_frames"]) & set(result["target_frames"])
@@ -193,18 +196,18 @@ def test_metrics_of_input_views_are_json(fast, tiny_weights, tmp_path):
 
 def test_no_prior_on_the_sample(fast, tmp_path):
     result = command(tmp_path, "--no-prior", "--views", 3, "--weights", tmp_path / "not_needed.pt")
-    check_outputs(tmp_path, result, ["nearest", "ngp"], 32, 2)
+    check_outputs(tmp_path, result, ["nearest", "ngp"], 32, 0)
 
 
 def test_no_prior_on_real_photographs(monkeypatch, tmp_path):
     if not REAL.is_dir():
         pytest.skip(f"the real sequence is not in {REAL}")
     field = replace(PRESETS["plain"].field, levels=4, finest_resolution=64, log2_hashmap_size=14, samples_per_ray=32)
-    short = replace(PRESETS["plain"], iterations=12, picture_side=1, image_size=128, bootstrap=0, turntable_frames=2,
+    short = replace(PRESETS["plain"], iterations=12, picture_side=1, image_size=128, bootstrap=0, turntable_frames=0,
                     mesh_resolution=48, field=field)
     monkeypatch.setitem(PRESETS, "plain", short)
     result = command(tmp_path, "--root", REAL, "--category", "apple", "--views", 12, "--no-prior")
-    check_outputs(tmp_path, result, ["nearest", "ngp"], 128, 2)
+    check_outputs(tmp_path, result, ["nearest", "ngp"], 128, 0)
     assert len(result["input_frames"]) == 12 and len(result["target_frames"]) == 2
     assert result["methods"]["ngp"]["psnr"] > 12
 
@@ -366,7 +369,7 @@ def test_broken_image(tmp_path, tiny_weights, capsys):
 def test_only_lattices_must_divide_a_picture(tmp_path):
     """A prior's renderings lie on lattices; random pixels of the inputs do not."""
     command = ["--root", str(SAMPLE), "--no-prior", "--iterations", "2", "--targets", "1", "--out",
-               str(tmp_path / "a"), "--set", "mesh_resolution=8", "turntable_frames=1", "image_size=40",
+               str(tmp_path / "a"), "--set", "mesh_resolution=8", "turntable_frames=0", "image_size=40",
                "render_size=32"]
     distill.main([*command, "input_pixels=50"])
     assert (tmp_path / "a" / "metrics.json").exists()

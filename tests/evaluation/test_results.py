@@ -8,7 +8,7 @@ from evaluation import results
 
 SETTINGS = {"seed": 0, "targets": 8, "feature_net": "a", "entry": {"sequence": "s", "frames": [1, 2]},
             "config": {"iterations": 6, "bootstrap": 3, "input_pixels": 0, "mesh_resolution": 8,
-                       "field": {"levels": 3}}}
+                       "turntable_frames": 2, "field": {"levels": 3}}}
 
 
 def changed(**values):
@@ -64,7 +64,7 @@ def test_settings_that_cannot_be_read(text, tmp_path):
 
 
 def test_only_a_runs_own_files_go(folder):
-    for name in (*results.LEFT_BESIDE, *results.PICTURES, "mine.txt"):
+    for name in (*results.LEFT_BESIDE, *results.PICTURES, *results.TURNING, "mine.txt"):
         (folder / name).write_text("")
     files.save_json(SETTINGS, folder / "settings.json")
     results.claim(folder, {"seed": 7})
@@ -87,7 +87,7 @@ RESULT = {"settings": SETTINGS, "methods": {"ngp": {"psnr": 20.0}}, "sequence": 
     {"target_frames": "2"}, {"seconds": None}, {"seconds": "3"}, {"perceptual_name": 1}, {"sequence": None},
 ], ids=str)
 def test_numbers_that_were_edited_are_not_finished(change, folder):
-    for name in ("field.pt", *results.PICTURES):
+    for name in ("field.pt", *results.PICTURES, *results.TURNING):
         (folder / name).write_text("")
     files.save_json(RESULT | change, folder / "metrics.json")
     assert results.finished(folder, SETTINGS) is None
@@ -96,11 +96,16 @@ def test_numbers_that_were_edited_are_not_finished(change, folder):
 def test_finished_is_whole_and_of_the_same_settings(folder):
     result = RESULT
     files.save_json(result, folder / "metrics.json")
-    for name in ("field.pt", *results.PICTURES):
+    for name in ("field.pt", *results.PICTURES, *results.TURNING):
         assert results.finished(folder, SETTINGS) is None
         (folder / name).write_text("")
     assert results.finished(folder, SETTINGS) == result
     assert results.finished(folder, changed(targets=1)) is None
+    still = changed(turntable_frames=0)
+    files.save_json(result | {"settings": still}, folder / "metrics.json")
+    for name in results.TURNING:
+        (folder / name).unlink()
+    assert results.finished(folder, still) and results.finished(folder, SETTINGS) is None
     assert results.finished(folder, json.loads(json.dumps(changed(seed=1)))) is None
 
 

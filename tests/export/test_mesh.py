@@ -1,6 +1,9 @@
-"""The surface of a field: the tables, closed meshes of analytic fields, colors, floaters, PLY; one scene overfitted."""
+"""The surface of a field: ambiguous cubes, closed meshes of analytic fields, colors, floaters, PLY and glTF; one scene
+overfitted."""
 import dataclasses
 import itertools
+import json
+import struct
 
 import numpy as np
 import pytest
@@ -10,7 +13,8 @@ import cameras
 import ngp
 import presets
 import volume
-from export.mesh import TETRAHEDRA, Mesh, connected_parts, extract_mesh, largest_component, triangle_table, write_ply
+from export.mesh import (Mesh, ambiguous_cases, connected_parts, extract_mesh, largest_component, surface_net, write_glb,
+                         write_ply)
 from tests.support import parity
 from tests.support.fields import Analytic, around, ball, centers, images, seeded
 from volume import Occupancy
@@ -34,41 +38,56 @@ def volume_and_area(mesh: Mesh) -> tuple[float, float]:
     return (a * normal).sum().item() / 6, normal.norm(dim=-1).sum().item() / 2
 
 
-# ---------------------------------------------------------------------------------------------- the tables
-
-CUBE = torch.tensor(list(itertools.product((0, 1), repeat=3))).double()  # its corners: 4 i + 2 j + k
-
-
-def test_the_tetrahedra_fill_the_cube_and_match_across_its_faces():
-    edges = CUBE[TETRAHEDRA[:, 1:]] - CUBE[TETRAHEDRA[:, :1]]
-    parity.assert_close(torch.linalg.det(edges), torch.full((6,), 1.0), atol=1e-12)  # right-handed; a sixth each
-    points = torch.rand(1000, 3, generator=seeded(), dtype=torch.float64)
-    inside = torch.linalg.solve(edges[:, None].mT, points[..., None])[..., 0]  # along the three edges of corner 0
-    inside = (inside >= 0).all(-1) & (inside.sum(-1) <= 1)
-    assert (inside.sum(0) == 1).all()
-    pairs = {frozenset(pair) for row in TETRAHEDRA.tolist() for pair in itertools.combinations(row, 2)}
-    for axis in (4, 2, 1):  # the diagonals of two opposite faces are the same
-        low = {pair for pair in pairs if not any(corner & axis for corner in pair)}
-        high = {frozenset(corner - axis for corner in pair) for pair in pairs if all(corner & axis for corner in pair)}
-        assert low == high and len(low) == 5
+def areas(mesh: Mesh) -> torch.Tensor:
+    a, b, c = mesh.vertices.double()[mesh.faces].unbind(1)
+    return torch.linalg.cross(b - a, c - a).norm(dim=-1) / 2
 
 
-@pytest.mark.parametrize("case", range(16))
-def test_the_triangles_of_a_case_part_inside_from_outside(case):
-    """They lie on exactly the edges between the two, face outside, and are as many as the edges need."""
-    corners = CUBE[TETRAHEDRA[0]]
-    triangles = triangle_table()[case]
-    triangles = triangles[triangles[:, 0, 0] >= 0]  # (0, 1 or 2; 3, 2)
-    is_inside = [bool(case >> n & 1) for n in range(4)]
-    crossed = {(a, b) for a in range(4) for b in range(4) if is_inside[a] and not is_inside[b]}
-    assert {tuple(edge) for triangle in triangles.tolist() for edge in triangle} == crossed
-    assert len(triangles) == (0 if not crossed else len(crossed) - 2)
-    for triangle in triangles:
-        a, b, c = corners[triangle].mean(1)
-        normal = torch.linalg.cross(b - a, c - a)
-        for n in range(4):
-            side = normal @ (corners[n] - a)
-            assert side < -1e-9 if is_inside[n] else side > 1e-9
+# ---------------------------------------------------------------------------------------------- ambiguous cubes
+
+CORNERS = list(itertools.product((0, 1), repeat=3))  # of a cube: 4 i + 2 j + k
+
+
+def parts(corners: set) -> int:
+    """How many parts a set of a cube's corners has whose neighbors are connected."""
+    count = 0
+    left = set(corners)
+    while left:
+        reached = [left.pop()]
+        while reached:
+            at = reached.pop()
+            near = {c for c in left if sum(abs(x - y) for x, y in zip(at, c)) == 1}
+            left -= near
+            reached += near
+        count += 1
+    return count
+
+
+def test_ambiguous_cubes_are_those_whose_corners_fall_apart():
+    found = ambiguous_cases()
+    for case in range(256):
+        inside = {c for n, c in enumerate(CORNERS) if case >> n & 1}
+        assert found[case] == (parts(inside) > 1 or parts(set(CORNERS) - inside) > 1)
+
+
+def test_any_grid_has_a_closed_surface_that_does_not_touch_itself():
+    """Around any vertex, faces are one fan: no edge has four of them, no vertex two fans."""
+    values = torch.full((14, 15, 16), -1.0)
+    values[1:-1, 1:-1, 1:-1] = torch.randn(12, 13, 14, generator=seeded())
+    vertices, faces = surface_net(values)
+    mesh = Mesh(vertices, faces, vertices, vertices)
+    assert_closed_and_oriented(mesh)
+    assert volume_and_area(mesh)[0] > 0 and areas(mesh).min() > 1e-5
+    following = {}
+    for a, b, c in faces.tolist():
+        for at, start, end in ((a, b, c), (b, c, a), (c, a, b)):
+            following.setdefault(at, {})[start] = end
+    for fan in following.values():
+        start, seen = next(iter(fan)), set()
+        while start not in seen:
+            seen.add(start)
+            start = fan[start]
+        assert seen == set(fan)
 
 
 # ---------------------------------------------------------------------------------------------- surfaces
@@ -79,15 +98,62 @@ def test_surface_of_a_ball(with_occupancy):
     if with_occupancy:
         occupancy = Occupancy(field.config)
         occupancy.set_occupied(centers(field.config).norm(dim=-1) < 1.1)
-    mesh = extract_mesh(field, 40, 10.0, occupancy=occupancy)
+    mesh = extract_mesh(field, 40, 10.0, occupancy=occupancy, smoothings=0)
     assert_closed_and_oriented(mesh)
     filled, area = volume_and_area(mesh)  # positive: the faces look outwards
     assert abs(filled / (4 / 3 * np.pi * 0.8**3) - 1) < 0.02 and abs(area / (4 * np.pi * 0.8**2) - 1) < 0.02
     assert len(mesh.vertices) - len(edges_of(mesh)) / 2 + len(mesh.faces) == 2  # Euler: a sphere
     assert (mesh.vertices.norm(dim=-1) - 0.8).abs().max() < 0.01
+    assert (mesh.normals * mesh.vertices / 0.8).sum(-1).min() > 0.99
     # A color is a position: the vertex's own, moved straight inwards by some steps.
     below = ((mesh.colors - 0.5) * 3 / mesh.vertices)[mesh.vertices.abs() > 0.2]
     parity.assert_close(below, torch.full_like(below, 0.92), atol=0.07)
+
+
+def euler(mesh: Mesh) -> int:
+    return len(mesh.vertices) - len(edges_of(mesh)) // 2 + len(mesh.faces)
+
+
+def torus_distance(x: torch.Tensor) -> torch.Tensor:
+    """From points (N, 3) to a torus round z, whose tube is 0.3 thick at 0.8 from the axis: negative inside."""
+    return torch.stack([x[:, :2].norm(dim=-1) - 0.8, x[:, 2]], -1).norm(dim=-1) - 0.3
+
+
+@pytest.mark.parametrize("distance, number", [(lambda x: x.norm(dim=-1) - 0.8, 2), (torus_distance, 0)])
+def test_a_smoothed_surface_stays_where_it_was(distance, number):
+    """Half a cell is allowed; rough density becomes a surface as smooth as the shape, without handles or holes."""
+    noise = torch.randn(1, 1, 60, 60, 60, generator=seeded())
+
+    def density(x):
+        rough = torch.nn.functional.grid_sample(noise, x[None, None, None] / 1.5, align_corners=True).flatten()
+        return 10 * torch.exp(-60 * distance(x).clamp(-0.5, 0.5) + 2 * rough)
+    rough, smooth = (extract_mesh(Analytic(density), 64, 10.0, smoothings=n) for n in (0, 3))
+    assert_closed_and_oriented(smooth)
+    assert euler(smooth) == number and volume_and_area(smooth)[0] > 0
+    assert distance(smooth.vertices).abs().max() < 0.5 * 3 / 64
+    x = smooth.vertices.double().requires_grad_()
+    outwards, = torch.autograd.grad(distance(x).sum(), x)
+    assert (outwards * smooth.normals).sum(-1).min() > 0.9
+    assert areas(smooth).min() > 1e-3 * (3 / 64) ** 2
+    assert roughness(smooth) < 0.6 * roughness(rough)
+
+
+def roughness(mesh: Mesh) -> float:
+    """The mean angle between the normals of neighboring faces, in degrees."""
+    a, b, c = mesh.vertices.double()[mesh.faces].unbind(1)
+    normal = torch.nn.functional.normalize(torch.linalg.cross(b - a, c - a), dim=-1)
+    edges = mesh.faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2).sort(-1).values
+    order = (edges[:, 0] * len(mesh.vertices) + edges[:, 1]).argsort().reshape(-1, 2) // 3
+    return normal[order].prod(1).sum(-1).clamp(-1, 1).acos().rad2deg().mean().item()
+
+
+def test_a_mesh_has_at_most_so_many_faces():
+    fine, coarse = (extract_mesh(ball(), 64, 10.0, most_faces=most) for most in (100_000, 2_000))
+    assert len(fine.faces) > 8_000 and 1_500 < len(coarse.faces) <= 2_000
+    assert_closed_and_oriented(coarse)
+    assert abs(volume_and_area(coarse)[0] / volume_and_area(fine)[0] - 1) < 0.15
+    full = Analytic(lambda x: torch.full_like(x[:, 0], 1e4))
+    assert len(extract_mesh(full, 16, most_faces=1).faces) == 48  # of one cell, the coarsest grid that there is
 
 
 def test_colors_of_a_surface_are_those_below_a_faint_skin():
@@ -106,7 +172,8 @@ def test_surface_is_closed_at_the_cube_and_for_any_field():
     def density(x):  # random blobs that cross the sides of the cube
         blobs = torch.nn.functional.grid_sample(noise, x[None, None, None] / 1.5, align_corners=True)
         return 10 * torch.exp(3 * blobs.flatten())
-    mesh = extract_mesh(Analytic(density), 32, 10.0)
+    assert_closed_and_oriented(extract_mesh(Analytic(density), 48, 10.0, smoothings=1))
+    mesh = extract_mesh(Analytic(density), 48, 10.0, smoothings=0)
     assert_closed_and_oriented(mesh)
     inside = (density(torch.rand(100_000, 3, generator=seeded(1)) * 3 - 1.5) > 10).float().mean().item()
     assert abs(volume_and_area(mesh)[0] / 3**3 / inside - 1) < 0.05
@@ -121,6 +188,8 @@ def test_empty_field_has_an_empty_surface(tmp_path):
     assert len(largest_component(mesh).faces) == 0
     write_ply(tmp_path / "empty.ply", mesh)
     assert b"element vertex 0" in (tmp_path / "empty.ply").read_bytes()
+    write_glb(tmp_path / "empty.glb", mesh)
+    assert b'{"asset": {"version": "2.0"}}' in (tmp_path / "empty.glb").read_bytes()
 
 
 def test_connected_parts_are_those_of_a_search():
@@ -163,13 +232,79 @@ def test_ply_reads_back(tmp_path):
     header, body = (tmp_path / "ball.ply").read_bytes().split(b"end_header\n", 1)
     first = ["ply", "format binary_little_endian 1.0", f"element vertex {len(mesh.vertices)}"]
     assert header.decode().split("\n")[:3] == first
-    vertices = np.frombuffer(body, dtype="<f4,<f4,<f4,u1,u1,u1", count=len(mesh.vertices))
+    vertices = np.frombuffer(body, dtype="<f4,<f4,<f4,<f4,<f4,<f4,u1,u1,u1", count=len(mesh.vertices))
     faces = np.frombuffer(body, dtype="u1,<i4,<i4,<i4", offset=vertices.nbytes)
     assert len(faces) == len(mesh.faces) and (faces["f0"] == 3).all()
     columns = [torch.from_numpy(np.stack([array[f"f{i}"] for i in axes], 1).copy()) for array, axes in
-               ((vertices, (0, 1, 2)), (faces, (1, 2, 3)), (vertices, (3, 4, 5)))]
-    assert torch.equal(columns[0], mesh.vertices) and torch.equal(columns[1], mesh.faces.int())
-    parity.assert_close(columns[2] / 255, mesh.colors, atol=0.5 / 255 + 1e-6)
+               ((vertices, (0, 1, 2)), (vertices, (3, 4, 5)), (faces, (1, 2, 3)), (vertices, (6, 7, 8)))]
+    assert torch.equal(columns[0], mesh.vertices) and torch.equal(columns[1], mesh.normals)
+    assert torch.equal(columns[2], mesh.faces.int())
+    parity.assert_close(columns[3] / 255, mesh.colors, atol=0.5 / 255 + 1e-6)
+
+
+def read_glb(data: bytes) -> tuple[dict, dict[str, np.ndarray]]:
+    """The document of a binary glTF, and the arrays of its only primitive, by the specification of glTF 2.0: sections
+    4.4 (GLB), 3.6 (buffers and accessors), 3.7 (geometry).
+    """
+    # The header: magic, version, length in all.
+    magic, version, length = struct.unpack_from("<III", data)
+    assert (magic, version, length) == (0x46546C67, 2, len(data)) and length % 4 == 0
+
+    # Chunks of whole words: JSON padded with spaces, then the binary buffer.
+    chunks = []
+    at = 12
+    while at < length:
+        size, kind = struct.unpack_from("<II", data, at)
+        chunks.append((kind, data[at + 8:at + 8 + size]))
+        assert size % 4 == 0
+        at += 8 + size
+    assert [kind for kind, _ in chunks] == [0x4E4F534A, 0x004E4942]
+    document, binary = json.loads(chunks[0][1]), chunks[1][1]
+    assert document["asset"]["version"] == "2.0" and "uri" not in document["buffers"][0]
+    assert document["buffers"][0]["byteLength"] <= len(binary) <= document["buffers"][0]["byteLength"] + 3
+
+    # What an accessor says of its numbers, and where its view of the buffer has them.
+    types = {5120: "i1", 5121: "u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
+    sizes = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4}
+    primitive = document["meshes"][0]["primitives"][0]
+    assert primitive.get("mode", 4) == 4  # triangles
+    arrays = {}
+    for name, index in (primitive["attributes"] | {"indices": primitive["indices"]}).items():
+        accessor = document["accessors"][index]
+        view = document["bufferViews"][accessor["bufferView"]]
+        kind, width = np.dtype(types[accessor["componentType"]]), sizes[accessor["type"]]
+        start = view["byteOffset"] + accessor.get("byteOffset", 0)
+        assert start % 4 == 0 and kind.itemsize * width % 4 == 0 and "byteStride" not in view
+        assert accessor["count"] * width * kind.itemsize <= view["byteLength"]
+        assert view["target"] == (34963 if name == "indices" else 34962)
+        array = np.frombuffer(binary, kind, accessor["count"] * width, start).reshape(-1, width)
+        arrays[name] = array / np.iinfo(kind).max if accessor.get("normalized") else array
+    assert document["accessors"][primitive["attributes"]["POSITION"]]["min"] == arrays["POSITION"].min(0).tolist()
+    assert document["accessors"][primitive["attributes"]["POSITION"]]["max"] == arrays["POSITION"].max(0).tolist()
+    return document, arrays
+
+
+@pytest.mark.parametrize("up", [(0.0, 1, 0), (0, -1, 0), (0, 0, 1), (0.36, -0.48, 0.8)])
+def test_glb_reads_back(tmp_path, up):
+    mesh = extract_mesh(ball(), 12)._replace(up=torch.tensor(up, dtype=torch.float32))
+    write_glb(tmp_path / "ball.glb", mesh)
+    document, arrays = read_glb((tmp_path / "ball.glb").read_bytes())
+    assert np.array_equal(arrays["POSITION"], mesh.vertices) and np.array_equal(arrays["NORMAL"], mesh.normals)
+    assert np.array_equal(arrays["indices"].reshape(-1, 3), mesh.faces)
+
+    # Light, not what a screen is told: the standard's curve backwards gives the colors.
+    linear = torch.tensor(arrays["COLOR_0"])
+    assert (linear[:, 3] == 1).all()
+    curve = torch.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    parity.assert_close(curve[:, :3].float(), mesh.colors, atol=2e-4)
+
+    # The node's quaternion (x, y, z, w) turns `up` to +Y.
+    node = document["nodes"][document["scenes"][document["scene"]]["nodes"][0]]
+    x, y, z, w = node["rotation"]
+    axis, vector = torch.tensor([x, y, z]), torch.tensor(up, dtype=torch.float32)
+    turned = vector + 2 * torch.linalg.cross(axis, torch.linalg.cross(axis, vector) + w * vector)
+    parity.assert_close(turned, torch.tensor([0.0, 1, 0]), atol=1e-6)
+    assert abs(x * x + y * y + z * z + w * w - 1) < 1e-6 and node["mesh"] == 0
 
 
 # ---------------------------------------------------------------------------------------------- a scene

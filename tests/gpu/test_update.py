@@ -1,4 +1,5 @@
 """Updates: Adam by hand, rates, losses that break; on a GPU the CUDA graph of an update against the update itself."""
+from collections import defaultdict
 from typing import NamedTuple
 
 import pytest
@@ -35,6 +36,7 @@ class Work:
         self.graphs = Graphs(torch.device(device))
         self.adam = GraphedAdam([([self.a], rates[0]), ([self.b], rates[1])], betas, 1e-8, torch.device(device))
         self.iteration, self.broken = torch.zeros((), dtype=torch.long, device=device), {}
+        self.losses, self.completed = defaultdict(lambda: torch.zeros(1, device=device)), 0
 
     def down(self, loss, batch):
         """An update; the loss before it."""

@@ -251,8 +251,13 @@ def test_the_command_on_the_shipped_toys(tmp_path, capsys):
     assert "3 photographs compared" in capsys.readouterr().out
 
 
-def test_bad_input_ends_in_one_line(scene, tmp_path, capsys):
+def test_bad_input_ends_in_one_line(scene, tmp_path, capsys, monkeypatch):
     write_capture(tmp_path, scene, camera_mistakes.written(scene.cameras, OPENGL))
     one_line(capsys, check.main, [tmp_path / "none"], tmp_path / "none")
     one_line(capsys, check.main, [tmp_path, "--frames", "p9.png,p1.png"], "--frames p9.png", "p0.png")
     one_line(capsys, check.main, [tmp_path, "--frames", "p1.png"], "two or more")
+
+    # Before anything is computed.
+    monkeypatch.setattr(check, "examine_views", None)
+    one_line(capsys, check.main, [tmp_path, "--out", "look"], "--out look: its ending is none of .png, .jpg")
+    one_line(capsys, check.main, [tmp_path, "--out", tmp_path / "p0.png" / "x.png"], "p0.png")

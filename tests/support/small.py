@@ -23,7 +23,7 @@ TINY = sparsefusion.Preset(
 FIELD = replace(presets.NANO_FIELD, levels=3, log2_hashmap_size=12, finest_resolution=32, width=16, samples_per_ray=32,
                 occupancy_cells=32)
 SHORT = replace(PRESETS["nano"], iterations=6, bootstrap=3, viewpoints=2, image_size=32, render_size=16,
-                occupancy_every=2, turntable_frames=2, mesh_resolution=16,
+                occupancy_every=2, turntable_frames=0, mesh_resolution=16,
                 sampler=replace(presets.NANO_SAMPLER, denoise_steps=2, sample_steps=3),
                 field=replace(FIELD, bound=4.0, samples_per_ray=16, occupancy_cells=16))
 

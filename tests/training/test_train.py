@@ -213,6 +213,13 @@ def test_converted_weights_know_their_category(tmp_path, monkeypatch):
     assert sparsefusion.read_trained_on(tmp_path / "out.pt") == [{"what": "prior", "category": "hydrant"}]
 
 
+def test_a_weights_file_that_is_lost_is_written_again(training):
+    """To the bit, untrained networks included, from the state of the finished training."""
+    first = load(training("vae", "a.pt"))
+    (training("vae", "b.pt")).unlink()
+    assert same(load(training("vae", "b.pt")), first)
+
+
 def test_another_seed_trains_another_model(training):
     assert not same(load(training("vae", "a.pt")), load(training("vae", "b.pt", "--seed", 1)))
 
@@ -315,8 +322,11 @@ def test_the_learning_rate_warms_up_and_falls():
     (["--device", "tpu"], "--device"),
     (["--root"], "--root"), (["--set", "widths=8"], "model.vae.widths"),
     (["--unknown"], "--unknown"), (["--category", "cars"], "cars"),
-    (["--root", "nowhere"], "nowhere")])
-def test_bad_values(flags, words, tmp_path, capsys):
+    (["--root", "nowhere"], "nowhere"), (["--out", "."], "no regular file"),
+    (["--set", "vae.widths=16384,16384,16384,16384"], "parameters, more than 2,147,483,648")])
+def test_bad_values(flags, words, tmp_path, capsys, monkeypatch):
+    """Told before the work, and before memory is reserved."""
+    monkeypatch.setattr(train, "VAETraining", None)
     one_line(capsys, train.main, ["vae", "--root", SAMPLE, "--out", tmp_path / "x", *flags], words)
 
 
@@ -350,7 +360,7 @@ def test_attributes_are_needed(tmp_path, capsys):
 
 def test_a_training_that_breaks_stops_and_writes_nothing(training, tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
-        training("perceptual", "p.pt", "--steps", 8, "--set", "lr=1e30")
+        training("perceptual", "p.pt", "--steps", 8, "--set", "lr=1e6", "warmup=1", "clip_norm=1e30")
     line, = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert e.value.code == 2 and "broke in step" in line and str(tmp_path / "p.pt") in line
     assert not list(tmp_path.iterdir())
