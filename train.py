@@ -120,12 +120,6 @@ def colors_at(images: Tensor, xy: Tensor, aligned: bool = False) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------- the autoencoder
 
-class VAEBatch(NamedTuple):
-    """What the losses of the autoencoder take."""
-    images: Tensor  # (b, 3, S, S) in [0, 1]
-    noise: Tensor   # (b, 4, h, h) standard normal, for the draw from the posterior
-
-
 class VAELosses(nn.Module):
     """Reconstruction (L1, L2, L1 of image gradients) through a posterior sample, and 1e-6 KL."""
 
@@ -133,12 +127,15 @@ class VAELosses(nn.Module):
         super().__init__()
         self.vae = vae
 
-    def forward(self, batch: VAEBatch) -> Losses:
-        """One scalar, the mean over the pictures."""
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Losses:
+        """Of images (b, 3, S, S) in [0, 1], and of the noise (b, 4, h, h) of the posterior samples: one scalar, the
+        mean over the pictures.
+        """
         # Encode to a posterior, draw from it, decode.
-        mean, log_var = self.vae.moments(batch.images)
-        latent = mean + (log_var / 2).exp() * batch.noise
-        error = self.vae.decode(latent * self.vae.config.scale).float() - batch.images
+        images, noise = batch
+        mean, log_var = self.vae.moments(images)
+        latent = mean + (log_var / 2).exp() * noise
+        error = self.vae.decode(latent * self.vae.config.scale).float() - images
 
         # The picture, its edges, and a posterior near the standard normal distribution.
         gradients = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
@@ -157,12 +154,12 @@ class VAETraining:
         vae = VAE(config.model.vae).to(device, memory_format=torch.channels_last)
         self.module = VAELosses(vae)
 
-    def batch(self, draws: Draws) -> VAEBatch:
+    def batch(self, draws: Draws) -> tuple[Tensor, Tensor]:
         """The batch of a step."""
         model = self.config.model
         images, _ = draw_images(self.data, draws)
         noise = draws.randn(model.vae.channels, model.latent_size, model.latent_size)
-        return VAEBatch(images.to(self.device, memory_format=torch.channels_last), noise.to(self.device))
+        return images.to(self.device, memory_format=torch.channels_last), noise.to(self.device)
 
     @torch.no_grad()
     def finish(self, average: dict[str, Tensor], out: Path, trained_on: list[dict]) -> None:
@@ -271,9 +268,11 @@ class PriorTraining:
         """The batch of a step."""
         views = draw_views(self.data, draws, (self.config.min_views, self.config.max_views))
         scale = self.scale[views.scene]
-        views = views._replace(query=views.query.scaled(scale[:, None]), cameras=views.cameras.scaled(
-            scale[:, None, None]))
-        views = Views(*(x.to(self.device) for x in views))
+        near = self.near[views.scene].to(self.device)
+        far = self.far[views.scene].to(self.device)
+        query = views.query.scaled(scale[:, None])
+        cameras = views.cameras.scaled(scale[:, None, None])
+        views = Views(*(x.to(self.device) for x in views._replace(query=query, cameras=cameras)))
 
         # Noise levels: stratified over (0, t_max), those of all sequences between one another. (Released: independent
         # draws [released: train.py:381-393].)
@@ -284,11 +283,8 @@ class PriorTraining:
         keep = (draws.rand(n) >= diffusion.drop).float()
 
         latent = self.model.vae.encode(views.target).float()
-        noise = draws.randn(n, *latent.shape[1:])
-        scene = views.scene.cpu()
-        others = [x.to(self.device) for x in (self.near[scene], self.far[scene], times, keep, noise)]
-        near, far, times, keep, noise = others
-        return PriorBatch(views, near, far, latent, times, keep, noise)
+        noise = draws.randn(n, *latent.shape[1:]).to(self.device)
+        return PriorBatch(views, near, far, latent, times.to(self.device), keep.to(self.device), noise)
 
     def finish(self, average: dict[str, Tensor], out: Path, trained_on: list[dict]) -> None:
         """Write a weights file: the averaged EFT and UNet, and the autoencoder as it was."""
@@ -300,12 +296,6 @@ class PriorTraining:
 
 # ---------------------------------------------------------------------------------------------- the perceptual network
 
-class PerceptualBatch(NamedTuple):
-    """What the loss of the attribute network takes."""
-    images: Tensor  # (b, 3, S, S) in [0, 1]
-    truth: Tensor   # (b, A) the toys' attributes, in [0, 1]
-
-
 class PerceptualLosses(nn.Module):
     """How well a network reads the attributes."""
 
@@ -313,9 +303,10 @@ class PerceptualLosses(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, batch: PerceptualBatch) -> Losses:
-        """One scalar, the mean over the pictures."""
-        return {"mse": F.mse_loss(self.net(batch.images).float(), batch.truth)}
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Losses:
+        """Of images (b, 3, S, S) in [0, 1] and the toys' attributes (b, A): one scalar, the mean over the pictures."""
+        images, truth = batch
+        return {"mse": F.mse_loss(self.net(images).float(), truth)}
 
 
 class PerceptualTraining:
@@ -330,10 +321,10 @@ class PerceptualTraining:
         net = AttributeNet(truth.shape[1]).to(device, memory_format=torch.channels_last)
         self.module = PerceptualLosses(net)
 
-    def batch(self, draws: Draws) -> PerceptualBatch:
+    def batch(self, draws: Draws) -> tuple[Tensor, Tensor]:
         """The batch of a step."""
         images, scene = draw_images(self.data, draws)
-        return PerceptualBatch(images.to(self.device), self.truth[scene].to(self.device))
+        return images.to(self.device), self.truth[scene].to(self.device)
 
     def finish(self, average: dict[str, Tensor], out: Path, trained_on: list[dict]) -> None:
         """Write the averaged weights, floating point ones in half precision."""
@@ -390,7 +381,7 @@ def read_data(args: argparse.Namespace, config: TrainConfig) -> PackedScenes:
     least = 2 if args.what == "prior" else 1
     load = partial(load_packed, args.root, args.category, config.frames, config.model.image_size, least)
     with ranks.agreed():
-        data = load() if ranks.is_first_here() else None
+        data = load() if is_first("LOCAL_RANK") else None
     with ranks.agreed():
         data = data or load()
     print(f"{len(data)} sequences of {data.counts.min()} to {data.counts.max()} pictures")
@@ -411,18 +402,10 @@ def make_training(args: argparse.Namespace, config: TrainConfig, data: PackedSce
         training = PerceptualTraining(data, config, attributes(data), args.device)
 
     # Its file will tell what it has seen.
-    trained = []
-    for category in args.category:
-        count = sum(category == one for _, one, _ in data.sequences)
-        trained.append({"what": args.what, "category": category, "sequences": count, "frames": config.frames,
-                        "steps": config.fit.steps})
-    settings = {
-        "what": args.what,
-        "category": args.category,
-        "data": data.fingerprint,
-        "vae": files.fingerprint(args.vae) if args.what == "prior" else None,
-        "config": asdict(config),
-    }
+    seen = {"what": args.what, "sequences": len(data), "frames": config.frames, "steps": config.fit.steps}
+    trained = [seen | {"category": category} for category in args.category]
+    vae = files.fingerprint(args.vae) if args.what == "prior" else None
+    settings = {"what": args.what, "data": data.fingerprint, "vae": vae, "config": asdict(config)}
     fit = Fit(training, config.fit, args.out, args.seed, args.device, settings, history, trained)
     fit.resume(args.fork)
     return fit

@@ -92,9 +92,11 @@ def uninterruptible() -> Iterator[None]:
 
 # ---------------------------------------------------------------------------------------------- processes
 
-def is_first() -> bool:
-    """Whether this is the process that speaks for all that `torchrun` has started for one command, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+def is_first(rank: str = "RANK") -> bool:
+    """Whether this is the process that speaks for all that `torchrun` has started for one command, or the only one;
+    by "LOCAL_RANK" of those on this machine.
+    """
+    return os.environ.get(rank, "0") == "0"
 
 
 def map_processes(function: Callable, jobs: list, workers: int) -> Iterator:

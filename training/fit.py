@@ -122,9 +122,8 @@ class Fit:
         if steps == self.config.steps:
             return line
         before = learning_rate(self.completed, replace(self.config, steps=steps))
-        now = learning_rate(self.completed, self.config)
         return (f"{line}; it was to be {steps} steps: from here the learning rate is that of {self.config.steps}, now "
-                f"{now:.2g} instead of {before:.2g}")
+                f"{learning_rate(self.completed, self.config):.2g} instead of {before:.2g}")
 
     def check(self) -> None:
         """Raises `FloatingPointError` where a loss or gradient so far, and with it all weights, was not finite."""

@@ -92,29 +92,22 @@ def check_interrupt() -> None:
         raise processes.Interrupted(int(number))
 
 
-def is_first_here() -> bool:
-    """Whether this is the first of the processes on its machine, or the only one."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
 @contextmanager
 def agreed() -> Iterator[None]:
     """Bad input that any process finds within is an error of all, which the first one reports."""
-    error = None
+    if not dist.is_initialized():
+        yield
+        return
+
+    errors = [""] * dist.get_world_size()
+    error = ""
     try:
         yield
     except (OSError, ValueError) as e:
-        if not dist.is_initialized():
-            raise
         error = str(e)
-
-    # The first of all errors.
-    if dist.is_initialized():
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-        errors = [e for e in errors if e]
-        if errors:
-            fail(ValueError(errors[0]))
+    dist.all_gather_object(errors, error)
+    if any(errors):
+        fail(ValueError(max(errors, key=bool)))  # the first one
 
 
 def fail(error: BaseException, code: int = 2) -> None:
