@@ -90,8 +90,7 @@ def draw_views(data: PackedScenes, draws: Draws, views: tuple[int, int]) -> View
     (In the released code a query view may be among its own inputs [released: camera_utils.py:159-161].)
     """
     # The number of input views is the same for all; sequences that have fewer frames wait for another step.
-    fewest, most = views
-    inputs = int(torch.randint(fewest, most + 1, (), generator=draws.common))
+    inputs = int(torch.randint(views[0], views[1] + 1, (), generator=draws.common))
     enough = (data.counts > inputs).nonzero()[:, 0]
     scene = enough[draws.choose(len(enough))]
 
@@ -100,8 +99,8 @@ def draw_views(data: PackedScenes, draws: Draws, views: tuple[int, int]) -> View
     absent = torch.arange(order.shape[1]) >= data.counts[scene][:, None]
     order = order.masked_fill(absent, 1).argsort(1)[:, :1 + inputs]
     chosen = list(zip(scene.tolist(), order))
-    pixels = torch.stack([data.pixels[n][views] for n, views in chosen])
-    cameras = Cameras.stack([data.cameras[n][views] for n, views in chosen])
+    pixels = torch.stack([data.pixels[n][frames] for n, frames in chosen])
+    cameras = Cameras.stack([data.cameras[n][frames] for n, frames in chosen])
 
     images = pixels[:, :, :3].float() / 255
     return Views(images[:, 0], pixels[:, 0, 4:].float(), cameras[:, 0], images[:, 1:], cameras[:, 1:], scene)

@@ -138,6 +138,5 @@ def _pack(job: _Job) -> None:
         frame[4:] = scene.valid[0]
     cameras = {part: torch.cat([getattr(scene.cameras, part) for scene in scenes] or [torch.zeros(0)])
                for part in PARTS}
-    digest = files.digest(pixels, *cameras.values())
-    files.save_tensors({"pixels": pixels, "cameras": cameras, "skipped": skipped, "stamp": job.stamp,
-                        "digest": digest}, job.file)
+    files.save_tensors({"pixels": pixels, "cameras": cameras, "digest": files.digest(pixels, *cameras.values()),
+                        "skipped": skipped, "stamp": job.stamp}, job.file)

@@ -49,9 +49,8 @@ def joined(device: str) -> Iterator[None]:
         torch.cuda.set_device(gpu)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
 
-    out = sys.stdout if processes.is_first() else open(os.devnull, "w")
     try:
-        with redirect_stdout(out):
+        with redirect_stdout(sys.stdout if processes.is_first() else open(os.devnull, "w")):
             yield
     except RuntimeError as e:
         if not any(word in str(e) for word in LOST):
