@@ -440,7 +440,7 @@ def parser() -> argparse.ArgumentParser:
                    help="prior: the weights file that `train.py vae` wrote, or a prior to start from")
 
     # How long and how.
-    p.add_argument("--frames", type=cli.count, metavar="N", help="frames of each sequence to use, if it has them (default: 16)")
+    p.add_argument("--frames", type=cli.count, metavar="N", help="most frames of a sequence to use (default: 16)")
     p.add_argument("--min-views", type=cli.count, metavar="N", help="prior: fewest input views (default: 1)")
     p.add_argument("--max-views", type=cli.count, metavar="N", help="prior: most input views (default: 4)")
     p.add_argument("--steps", type=cli.count, metavar="N", help="updates in all (default: 10000)")

@@ -50,8 +50,9 @@ class Fit:
     """A training in progress: of `training.module`, in one process or in several (`training/ranks.py`).
 
     `training.module(batch)` gives the losses, `Losses`, of which a step minimizes the sum; `training.batch(draws)` is
-    the batch of a step, of `training.config.batch` samples in all processes; `training.finish(average, out, trained_on)`
-    writes the weights file from the averaged weights of the module, by name, and what they were trained on.
+    the batch of a step, of `training.config.batch` samples in all processes;
+    `training.finish(average, out, trained_on)` writes the weights file from the averaged weights of the module, by
+    name, and what they were trained on.
 
     What is random follows from the seed, the step and a sample's place, so an interrupted run resumes as if it had not
     been. Every two minutes and at the end the state goes to `<out>.state`, and the training writes `out`. `settings` is

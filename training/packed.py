@@ -84,8 +84,8 @@ def load_packed(roots: list[Path], categories: list[str], views: int, size: int,
         print(f"frames skipped: {len(skipped)} ({'; '.join(skipped[:TOLD])}{'; ...' if skipped[TOLD:] else ''})")
     kept = [i for i, pack in enumerate(packs) if len(pack["pixels"]) >= least]
     if not kept:
-        raise ValueError(f"{', '.join(map(str, roots))}: no sequence of {', '.join(categories)} has {least} frames that "
-                         f"can be read{': ' + skipped[0] if skipped else ''}")
+        raise ValueError(f"{', '.join(map(str, roots))}: no sequence of {', '.join(categories)} has {least} frames "
+                         f"that can be read{': ' + skipped[0] if skipped else ''}")
     if len(kept) < len(jobs):
         print(f"sequences skipped, with fewer than {least} frames: {len(jobs) - len(kept)}")
 

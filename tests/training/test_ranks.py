@@ -78,7 +78,7 @@ def test_a_training_that_is_killed_again_and_again_is_the_same(tmp_path):
     """At random moments, by SIGKILL, SIGTERM or SIGINT. (Ten times: `python -m tests.support.trainings kills`.)"""
     lines = run(tmp_path, "kills", 3, 0)
     expected = {"SIGKILL": str(-signal.SIGKILL), "SIGTERM": "143", "SIGINT": "130"}
-    assert [line.split() for line in lines[:-1]] == [[line.split()[0], expected[line.split()[0]]] for line in lines[:-1]]
+    assert all(code == expected[name] for name, code in map(str.split, lines[:-1]))
     assert len(lines) == 4 and lines[-1] == "whole 0"
     log = (tmp_path / "killed.log").read_text()
     assert "resuming killed.pt at step" in log and "Traceback" not in log

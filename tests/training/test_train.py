@@ -271,7 +271,8 @@ def test_a_fork_starts_from_the_weights_of_another_training(training, tmp_path, 
     before = load(training("vae", "vae.pt"))
     capsys.readouterr()
     training("vae", "vae.pt", "--fork", "--set", "lr=1e-12", "--minutes", 1e-9)
-    assert "starting vae.pt from the weights of another training (config differ: config.fit.lr" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "starting vae.pt from the weights of another training (config differ: config.fit.lr" in out
     after = load(training("vae", "vae.pt", "--fork", "--set", "lr=1e-12"))
     assert "resuming vae.pt at step 1" in capsys.readouterr().out  # its own state by now
     for a, b in zip(before.vae.parameters(), after.vae.parameters()):
