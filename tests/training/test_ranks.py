@@ -1,4 +1,5 @@
 """Several processes of one training: the same numbers as one, one end for all; and trainings that are killed."""
+import os
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(folder, *args):
     """What `tests.support.trainings` prints: of every training its processes' exit codes."""
     command = [sys.executable, "-m", "tests.support.trainings", args[0], folder, *args[1:]]
-    done = subprocess.run([str(x) for x in command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([str(x) for x in command], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"XDG_CACHE_HOME": str(folder)})
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
