@@ -5,19 +5,19 @@
     python train.py perceptual --root toys --out perceptual.pt    # the network of the evaluation's perceptual distance
 
 The step is the paper's: one random query view, random input views, 12 noisings of the query latent, the diffusion
-loss and the EFT's color loss together. The schedule is `training/fit.py`'s.
+loss and the EFT's color loss together. The schedule is `training/fit.py`'s. `torchrun --nproc_per_node=G train.py ...`
+trains the same on G GPUs (`training/ranks.py`).
 
-Shapes: `N` sequences in memory, `V` input views, `B` sequences or pictures per step, `S` image side, `s` rays a side
-of the EFT's map.
+Shapes: `N` sequences, `V` input views, `B` sequences or pictures per step, `b` of these in this process, `S` image
+side, `h` that of the latent, `R` rays.
 """
 from __future__ import annotations
 
 import argparse
 import gzip
 import json
-import random
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,15 +28,17 @@ from torch import Tensor, nn
 import sparsefusion
 from cameras import Cameras, pixel_grid
 from common import cli, files
-from common.machine import rand, randn, stream_seed
+from common.machine import stream_seed
+from common.processes import is_first
 from common.settings import check_ranges
-from datasets.protocol import TRAINING, available
 from distillation import pseudo_huber
 from evaluation.attributes import AttributeNet
 from presets import MODELS
 from sparsefusion import Preset, SparseFusion
-from training.fit import Fit, FitConfig, Numbers
+from training import ranks
+from training.fit import Fit, FitConfig, Losses
 from training.packed import PackedScenes, load_packed
+from training.ranks import Draws, places
 from vae import VAE
 from vldm import latent_mask
 
@@ -47,7 +49,7 @@ MOST_PARAMETERS = 2**31  # of a model; the paper's has 492 million
 class TrainConfig:
     """The numbers of one training."""
     batch: int = 32     # B: pictures per step; for the prior sequences per step
-    frames: int = 16    # evenly spaced frames of each sequence that are kept in memory
+    frames: int = 16    # evenly spaced frames of each sequence that are used, if it has as many
     min_views: int = 1  # fewest input views of the prior [released: 2, train.py:594]
     max_views: int = 4  # most input views of the prior [released: 5, train.py:594]
     fit: FitConfig = FitConfig()
@@ -61,44 +63,47 @@ class TrainConfig:
 
 # ---------------------------------------------------------------------------------------------- data of a step
 
-def draw_images(data: PackedScenes, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`count` random pictures (B, 3, S, S) in [0, 1] on black, and the indices (B,) of their sequences."""
-    n, views = data.rgba.shape[:2]
-    device = data.rgba.device
-    scene = torch.randint(n, (count,), generator=generator, device=generator.device).to(device)
-    view = torch.randint(views, (count,), generator=generator, device=generator.device).to(device)
-    return data.rgba[scene, view, :3].float() / 255, scene
+def draw_images(data: PackedScenes, draws: Draws) -> tuple[Tensor, Tensor]:
+    """Random pictures (b, 3, S, S) in [0, 1] on black, and the indices (b,) of their sequences, of which every one is
+    as likely.
+    """
+    scene = draws.choose(len(data))
+    view = (draws.rand() * data.counts[scene]).long()
+    images = [data.pixels[n][v, :3] for n, v in zip(scene.tolist(), view.tolist())]
+    return torch.stack(images).float() / 255, scene
 
 
-class Batch(NamedTuple):
-    """From each of B sequences a query view and V input views."""
-    target: Tensor    # (B, 3, S, S) the query's picture
-    valid: Tensor     # (B, 1, S, S) where it shows anything
-    query: Cameras    # (B,)
-    images: Tensor    # (B, V, 3, S, S) the inputs
-    cameras: Cameras  # (B, V)
-    scene: Tensor     # (B,) indices of the sequences
+class Views(NamedTuple):
+    """From each of b sequences a query view and V input views."""
+    target: Tensor    # (b, 3, S, S) the query's picture
+    valid: Tensor     # (b, 1, S, S) where it shows anything
+    query: Cameras    # (b,)
+    images: Tensor    # (b, V, 3, S, S) the inputs
+    cameras: Cameras  # (b, V)
+    scene: Tensor     # (b,) indices of the sequences
 
 
-def draw_batch(data: PackedScenes, batch: int, views: tuple[int, int], generator: torch.Generator) -> Batch:
+def draw_views(data: PackedScenes, draws: Draws, views: tuple[int, int]) -> Views:
     """Random sequences, and of each a random query view and random others as inputs, between `views` = (fewest, most)
     of them.
 
     (In the released code a query view may be among its own inputs [released: camera_utils.py:159-161].)
     """
-    device = data.rgba.device
-    scene = (rand(batch, generator=generator, device=device) * len(data)).long()
-
-    # The number of input views is the same for all, and does not come from the GPU, which would have to be waited for.
-    inputs = random.Random(generator.initial_seed()).randint(*views)
+    # The number of input views is the same for all; sequences that have fewer frames wait for another step.
+    inputs = int(torch.randint(views[0], views[1] + 1, (), generator=draws.common))
+    enough = (data.counts > inputs).nonzero()[:, 0]
+    scene = enough[draws.choose(len(enough))]
 
     # A random order of each sequence's views: the query comes first, then its inputs.
-    order = rand(batch, data.rgba.shape[1], generator=generator, device=device).argsort(1)
-    order = order[:, :1 + inputs]
-    images = data.rgba[scene[:, None], order][:, :, :3].float() / 255
-    cameras = data.cameras[scene[:, None], order]
-    valid = data.valid[scene, order[:, 0]].float()
-    return Batch(images[:, 0], valid, cameras[:, 0], images[:, 1:], cameras[:, 1:], scene)
+    order = draws.rand(int(data.counts.max()))
+    absent = torch.arange(order.shape[1]) >= data.counts[scene][:, None]
+    order = order.masked_fill(absent, 1).argsort(1)[:, :1 + inputs]
+    chosen = list(zip(scene.tolist(), order))
+    pixels = torch.stack([data.pixels[n][frames] for n, frames in chosen])
+    cameras = Cameras.stack([data.cameras[n][frames] for n, frames in chosen])
+
+    images = pixels[:, :, :3].float() / 255
+    return Views(images[:, 0], pixels[:, 0, 4:].float(), cameras[:, 0], images[:, 1:], cameras[:, 1:], scene)
 
 
 def colors_at(images: Tensor, xy: Tensor, aligned: bool = False) -> Tensor:
@@ -112,119 +117,136 @@ def colors_at(images: Tensor, xy: Tensor, aligned: bool = False) -> Tensor:
     return samples.squeeze(2).transpose(1, 2)
 
 
-# ---------------------------------------------------------------------------------------------- losses
+# ---------------------------------------------------------------------------------------------- the autoencoder
 
-def vae_loss(vae: VAE, images: Tensor, generator: torch.Generator) -> Tensor:
-    """Reconstruction (L1, L2, L1 of image gradients) of images (B, 3, S, S) through a posterior sample, and 1e-6 KL:
-    a scalar.
-    """
-    # Encode to a posterior, draw from it, decode.
-    mean, log_var = vae.moments(images)
-    noise = randn(*mean.shape, generator=generator, device=mean.device)
-    latent = mean + (log_var / 2).exp() * noise
-    error = vae.decode(latent * vae.config.scale).float() - images
+class VAELosses(nn.Module):
+    """Reconstruction (L1, L2, L1 of image gradients) through a posterior sample, and 1e-6 KL."""
 
-    # The picture, its edges, and a posterior near the standard normal distribution.
-    gradients = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    kl = 0.5 * (mean**2 + log_var.exp() - 1 - log_var).float().flatten(1).sum(1).mean()
-    return error.abs().mean() + (error**2).mean() + gradients + 1e-6 * kl
+    def __init__(self, vae: VAE):
+        super().__init__()
+        self.vae = vae
 
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Losses:
+        """Of images (b, 3, S, S) in [0, 1], and of the noise (b, 4, h, h) of the posterior samples: one scalar, the
+        mean over the pictures.
+        """
+        # Encode to a posterior, draw from it, decode.
+        images, noise = batch
+        mean, log_var = self.vae.moments(images)
+        latent = mean + (log_var / 2).exp() * noise
+        error = self.vae.decode(latent * self.vae.config.scale).float() - images
 
-def prior_loss(model: SparseFusion, batch: Batch, near: Tensor, far: Tensor,
-               generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One training step of EFT and UNet: the diffusion loss of the query latents and the EFT's color loss, scalars.
+        # The picture, its edges, and a posterior near the standard normal distribution.
+        gradients = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        kl = 0.5 * (mean**2 + log_var.exp() - 1 - log_var).float().flatten(1).sum(1).mean()
+        return {"loss": error.abs().mean() + (error**2).mean() + gradients + 1e-6 * kl}
 
-    near, far (B,): the depth range of each sequence.
-    """
-    config = model.preset.diffusion
-    device = batch.target.device
-    side = model.preset.map_size
-
-    # The EFT looks at the inputs along the rays of the query view.
-    xy = pixel_grid(side, side, full=model.preset.image_size, device=device)
-    maps = model.eft.encode(batch.images)
-    seen = model.eft(maps, batch.images, batch.cameras, batch.query, xy, near, far)
-    error = pseudo_huber(seen.color.float() - colors_at(batch.target, xy))
-    color_loss = (error * (colors_at(batch.valid, xy) > 0.5)).mean()
-
-    # The clean latent of the query view, once for each of its noisings.
-    with torch.no_grad():
-        x0 = model.vae.encode(batch.target).float().repeat_interleave(config.noisings, 0)
-        mask = latent_mask(batch.valid, model.preset.latent_size).repeat_interleave(config.noisings, 0)
-
-    # Noise levels: stratified over (0, t_max), in random order. (Released: independent draws [released:
-    # train.py:381-393].)
-    n = len(x0)
-    strata = torch.arange(n, device=device) + rand(n, generator=generator, device=device)
-    t = strata / n * config.t_max
-    t = t[rand(n, generator=generator, device=device).argsort()]
-
-    # Now and then the features are dropped, so that the UNet learns the unconditional distribution as well.
-    keep = (rand(n, generator=generator, device=device) >= config.drop).to(x0.dtype)[:, None, None, None]
-    eps = randn(*x0.shape, generator=generator, device=device)
-    features = seen.features.transpose(1, 2).unflatten(-1, (side, side)).repeat_interleave(config.noisings, 0)
-    return model.vldm.loss(x0, features * keep, t, eps, mask), color_loss
-
-
-# ---------------------------------------------------------------------------------------------- the three trainings
 
 class VAETraining:
     """The autoencoder; at the end its latents are scaled to unit variance."""
 
-    def __init__(self, data: PackedScenes, config: TrainConfig, seed: int, trained_on: Sequence[dict] = ()):
+    def __init__(self, data: PackedScenes, config: TrainConfig, seed: int, device: str):
         self.data = data
         self.config = config
         self.seed = seed
-        self.trained_on = trained_on  # what the weights file says about its trainings
-        self.module = VAE(config.model.vae).to(data.rgba.device, memory_format=torch.channels_last)
+        self.device = device
+        vae = VAE(config.model.vae).to(device, memory_format=torch.channels_last)
+        self.module = VAELosses(vae)
 
-    def loss(self, generator: torch.Generator) -> tuple[Tensor, Numbers]:
-        """What a step minimizes, and what it shows."""
-        images, _ = draw_images(self.data, self.config.batch, generator)
-        value = vae_loss(self.module, images.contiguous(memory_format=torch.channels_last), generator)
-        return value, {"loss": value}
+    def batch(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """The batch of a step."""
+        model = self.config.model
+        images, _ = draw_images(self.data, draws)
+        noise = draws.randn(model.vae.channels, model.latent_size, model.latent_size)
+        return images.to(self.device, memory_format=torch.channels_last), noise.to(self.device)
 
     @torch.no_grad()
-    def finish(self, average: dict[str, Tensor], out: Path) -> None:
+    def finish(self, average: dict[str, Tensor], out: Path, trained_on: list[dict]) -> None:
         """Write a weights file: the averaged autoencoder, whose scale is measured here, and an untrained EFT and
         UNet.
         """
         torch.manual_seed(stream_seed(self.seed, "untrained weights"))  # the same after an interruption
         model = SparseFusion(self.config.model)
-        model.vae.load_state_dict(average)
-        device = self.data.rgba.device
-        model.to(device).eval()
+        model.load_state_dict(average, strict=False)
+        model.to(self.device).eval()
 
         # The scale that brings latents to unit variance, and how good the pictures come back.
-        generator = torch.Generator(device).manual_seed(stream_seed(self.seed, "scale"))
-        count = min(256, self.data.rgba.shape[:2].numel())
-        images, _ = draw_images(self.data, count, generator)
+        count = min(256, int(self.data.counts.sum()))
+        images, _ = draw_images(self.data, Draws(self.seed, -1, count, range(count)))
+        images = images.to(self.device)
         scale = 1 / float(model.vae.moments(images)[0].std())
         again = model.vae.decode(model.vae.encode(images))
         psnr = -10 * torch.log10(((again - images) ** 2).mean())
 
         model.preset = replace(self.config.model, vae=replace(self.config.model.vae, scale=scale))
-        sparsefusion.save(model, out, half=False, stage="vae", trained_on=self.trained_on)
+        sparsefusion.save(model, out, half=False, stage="vae", trained_on=trained_on)
         print(f"VAE: {psnr:.2f} dB, latent scale {scale:.4f}")
+
+
+# ---------------------------------------------------------------------------------------------- the prior
+
+class PriorBatch(NamedTuple):
+    """What the losses of EFT and UNet take: `b` sequences, each of whose query latents is noised `n` times."""
+    views: Views
+    near: Tensor    # (b,) the depth range of each sequence
+    far: Tensor     # (b,)
+    latent: Tensor  # (b, 4, h, h) the clean latent of the query's picture
+    times: Tensor   # (b, n) of the noisings, in [0, 1]
+    keep: Tensor    # (b, n) 1, or 0 where the UNet does without features
+    noise: Tensor   # (b, n, 4, h, h) standard normal
+
+
+class PriorLosses(nn.Module):
+    """A training step of EFT and UNet (Sec. 3.1): the diffusion loss of the query latents and the EFT's color loss."""
+
+    def __init__(self, model: SparseFusion):
+        super().__init__()
+        self.preset = model.preset
+        self.eft = model.eft
+        self.vldm = model.vldm
+
+    def forward(self, batch: PriorBatch) -> Losses:
+        """Two scalars, means over the sequences."""
+        # The EFT looks at the inputs along the rays of the query view.
+        views = batch.views
+        side = self.preset.map_size
+        xy = pixel_grid(side, side, full=self.preset.image_size, device=views.target.device)
+        maps = self.eft.encode(views.images)
+        seen = self.eft(maps, views.images, views.cameras, views.query, xy, batch.near, batch.far)
+        error = pseudo_huber(seen.color.float() - colors_at(views.target, xy))
+        color = (error * (colors_at(views.valid, xy) > 0.5)).mean()
+
+        # The clean latent of the query view, once for each of its noisings.
+        n = batch.times.shape[1]
+        x0 = batch.latent.repeat_interleave(n, 0)
+        mask = latent_mask(views.valid, self.preset.latent_size).repeat_interleave(n, 0)
+
+        # Now and then the features are dropped, so that the UNet learns the unconditional distribution as well.
+        features = seen.features.transpose(1, 2).unflatten(-1, (side, side)).repeat_interleave(n, 0)
+        features = features * batch.keep.reshape(-1, 1, 1, 1)
+        diffusion = self.vldm.loss(x0, features, batch.times.flatten(), batch.noise.flatten(0, 1), mask)
+        return {"diffusion": diffusion, "color": color}
 
 
 class PriorTraining:
     """EFT and UNet of a model jointly, on top of its frozen autoencoder."""
 
-    def __init__(self, data: PackedScenes, config: TrainConfig, model: SparseFusion, trained_on: Sequence[dict] = ()):
+    def __init__(self, data: PackedScenes, config: TrainConfig, model: SparseFusion, device: str):
+        if config.max_views >= data.counts.max():
+            raise ValueError(f"--max-views {config.max_views}: of {data.counts.max()} frames one is the query view")
+        self.data = data
         self.config = config
+        self.device = device
         self.model = model
-        self.trained_on = trained_on  # what the weights file says about its trainings
         self.model.preset = config.model
         self.model.vldm.config = config.model.diffusion
-        self.module = nn.ModuleDict({"eft": self.model.eft, "vldm": self.model.vldm}).requires_grad_(True)
+        self.module = PriorLosses(model).requires_grad_(True)
 
         # Every sequence is brought to one distance, and has its own depth range.
         self.model.trained_distance = sparsefusion.TRAINED_DISTANCE
-        units = [self.model.eft_units(data.cameras[i]) for i in range(len(data))]
-        scale, self.near, self.far = torch.tensor(units, device=data.rgba.device).T
-        self.data = replace(data, cameras=data.cameras.scaled(scale[:, None, None]))
-        if data.rgba.is_cuda:
+        units = [self.model.eft_units(cameras) for cameras in data.cameras]
+        self.scale, self.near, self.far = torch.tensor(units).T
+        if device == "cuda":
             self.capture_unet()
 
     def capture_unet(self) -> None:
@@ -232,7 +254,7 @@ class PriorTraining:
         step on an H100).
         """
         preset = self.model.preset
-        n = self.config.batch * preset.diffusion.noisings
+        n = len(places(self.config.batch)) * preset.diffusion.noisings
         side, map_side = preset.latent_size, preset.map_size
         latent = torch.randn(n, preset.vae.channels, side, side, device="cuda")
         log_snr = torch.zeros(n, device="cuda")
@@ -240,55 +262,88 @@ class PriorTraining:
         with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
             torch.cuda.make_graphed_callables(self.model.vldm.unet.train(), (latent, log_snr, features))
 
-    def loss(self, generator: torch.Generator) -> tuple[Tensor, Numbers]:
-        """What a step minimizes, and what it shows."""
-        views = (self.config.min_views, self.config.max_views)
-        batch = draw_batch(self.data, self.config.batch, views, generator)
-        near = self.near[batch.scene]
-        far = self.far[batch.scene]
-        diffusion, color = prior_loss(self.model, batch, near, far, generator)
-        return diffusion + color, {"diffusion": diffusion, "color": color}
+    @torch.no_grad()
+    def batch(self, draws: Draws) -> PriorBatch:
+        """The batch of a step."""
+        views = draw_views(self.data, draws, (self.config.min_views, self.config.max_views))
+        scale = self.scale[views.scene]
+        near = self.near[views.scene].to(self.device)
+        far = self.far[views.scene].to(self.device)
+        query = views.query.scaled(scale[:, None])
+        cameras = views.cameras.scaled(scale[:, None, None])
+        views = Views(*(x.to(self.device) for x in views._replace(query=query, cameras=cameras)))
 
-    def finish(self, average: dict[str, Tensor], out: Path) -> None:
+        # Noise levels: stratified over (0, t_max), those of all sequences between one another. (Released: independent
+        # draws [released: train.py:381-393].)
+        diffusion = self.config.model.diffusion
+        n = diffusion.noisings
+        offsets = (draws.places[:, None] + draws.rand(n)) / draws.batch
+        times = (torch.arange(n) + offsets) / n * diffusion.t_max
+        keep = (draws.rand(n) >= diffusion.drop).float()
+
+        latent = self.model.vae.encode(views.target).float()
+        noise = draws.randn(n, *latent.shape[1:]).to(self.device)
+        return PriorBatch(views, near, far, latent, times.to(self.device), keep.to(self.device), noise)
+
+    def finish(self, average: dict[str, Tensor], out: Path, trained_on: list[dict]) -> None:
         """Write a weights file: the averaged EFT and UNet, and the autoencoder as it was."""
         result = SparseFusion(self.model.preset)
         result.trained_distance = self.model.trained_distance
         result.load_state_dict(self.model.vae.state_dict(prefix="vae.") | average)
-        sparsefusion.save(result, out, trained_on=self.trained_on)
+        sparsefusion.save(result, out, trained_on=trained_on)
+
+
+# ---------------------------------------------------------------------------------------------- the perceptual network
+
+class PerceptualLosses(nn.Module):
+    """How well a network reads the attributes."""
+
+    def __init__(self, net: AttributeNet):
+        super().__init__()
+        self.net = net
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Losses:
+        """Of images (b, 3, S, S) in [0, 1] and the toys' attributes (b, A): one scalar, the mean over the pictures."""
+        images, truth = batch
+        return {"mse": F.mse_loss(self.net(images).float(), truth)}
 
 
 class PerceptualTraining:
     """The attribute network. Its features measure distance in the evaluation; no loss ever uses them."""
 
-    def __init__(self, data: PackedScenes, config: TrainConfig, truth: Tensor):
+    def __init__(self, data: PackedScenes, config: TrainConfig, truth: Tensor, device: str):
         """truth (N, A): the attributes of every sequence."""
         self.data = data
         self.config = config
-        self.truth = truth.to(data.rgba.device)
-        self.module = AttributeNet(truth.shape[1]).to(data.rgba.device, memory_format=torch.channels_last)
+        self.truth = truth
+        self.device = device
+        net = AttributeNet(truth.shape[1]).to(device, memory_format=torch.channels_last)
+        self.module = PerceptualLosses(net)
 
-    def loss(self, generator: torch.Generator) -> tuple[Tensor, Numbers]:
-        """What a step minimizes, and what it shows."""
-        images, scene = draw_images(self.data, self.config.batch, generator)
-        value = F.mse_loss(self.module(images).float(), self.truth[scene])
-        return value, {"mse": value}
+    def batch(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """The batch of a step."""
+        images, scene = draw_images(self.data, draws)
+        return images.to(self.device), self.truth[scene].to(self.device)
 
-    def finish(self, average: dict[str, Tensor], out: Path) -> None:
+    def finish(self, average: dict[str, Tensor], out: Path, trained_on: list[dict]) -> None:
         """Write the averaged weights, floating point ones in half precision."""
-        weights = {name: x.half() if x.is_floating_point() else x for name, x in average.items()}
+        weights = {name.removeprefix("net."): x.half() if x.is_floating_point() else x for name, x in average.items()}
         files.save_tensors({"weights": weights}, out)
 
 
-def attributes(roots: list[Path], category: str, names: list[str]) -> Tensor:
+def attributes(data: PackedScenes) -> Tensor:
     """What the generator knows about each synthetic toy, from `sequence_annotations.jgz`: (N, A) in [0, 1]."""
     known = {}
-    for root in roots:
+    found = []
+    for root, category, name in data.sequences:
         file = root / category / "sequence_annotations.jgz"
-        for record in json.loads(gzip.decompress(file.read_bytes())):
-            known[record["sequence_name"]] = record.get("attributes")
-    if not all(known.get(name) for name in names):
-        raise ValueError(f"{file}: no attributes; only the synthetic toys of sample/toys.py have them")
-    return torch.tensor([known[name] for name in names])
+        if file not in known:
+            records = json.loads(gzip.decompress(file.read_bytes()))
+            known[file] = {record["sequence_name"]: record.get("attributes") for record in records}
+        if not known[file].get(name):
+            raise ValueError(f"{file}: no attributes; only the synthetic toys of sample/toys.py have them")
+        found.append(known[file][name])
+    return torch.tensor(found)
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -314,48 +369,58 @@ def config_from_flags(args: argparse.Namespace) -> TrainConfig:
     if parameters > MOST_PARAMETERS:
         raise ValueError(f"--set: a model of {parameters:,} parameters, more than {MOST_PARAMETERS:,}")
 
-    # What a prior's file fixes, and what a sequence must have.
+    # What a prior's file fixes.
     if args.what == "prior" and replace(config.model, diffusion=preset.diffusion) != preset:
         raise ValueError("--set: a number of the architecture, which the --vae file fixes")
-    if args.what == "prior" and config.max_views >= config.frames:
-        raise ValueError(f"--max-views {config.max_views}: of {config.frames} frames one is the query view")
     return config
+
+
+def read_data(args: argparse.Namespace, config: TrainConfig) -> PackedScenes:
+    """The pictures of all sequences of the training split, packed by the first process of a machine."""
+    least = 2 if args.what == "prior" else 1
+    load = partial(load_packed, args.root, args.category, config.frames, config.model.image_size, least)
+    with ranks.agreed():
+        data = load() if is_first("LOCAL_RANK") else None
+    with ranks.agreed():
+        data = data or load()
+    print(f"{len(data)} sequences of {data.counts.min()} to {data.counts.max()} pictures")
+    return data
+
+
+def make_training(args: argparse.Namespace, config: TrainConfig, data: PackedScenes) -> Fit:
+    """A network to train, resumed where it has a state."""
+    torch.manual_seed(stream_seed(args.seed, "weights"))
+    history = []
+    if args.what == "vae":
+        training = VAETraining(data, config, args.seed, args.device)
+    elif args.what == "prior":
+        history = sparsefusion.read_trained_on(args.vae)
+        model = sparsefusion.load(args.vae, stage="vae").to(args.device)
+        training = PriorTraining(data, config, model, args.device)
+    else:
+        training = PerceptualTraining(data, config, attributes(data), args.device)
+
+    # Its file will tell what it has seen.
+    seen = {"what": args.what, "sequences": len(data), "frames": config.frames, "steps": config.fit.steps}
+    trained = [seen | {"category": category} for category in args.category]
+    vae = files.fingerprint(args.vae) if args.what == "prior" else None
+    settings = {"what": args.what, "data": data.fingerprint, "vae": vae, "config": asdict(config)}
+    fit = Fit(training, config.fit, args.out, args.seed, args.device, settings, history, trained)
+    fit.resume(args.fork)
+    return fit
 
 
 def command(args: argparse.Namespace) -> None:
     """Train what the command names."""
-    # The pictures of all sequences of the training split, in memory.
-    config = config_from_flags(args)
-    for root in args.root:
-        available(root, args.category, TRAINING)
-    size = config.model.image_size
-    data = load_packed(args.root, args.category, config.frames, size, split=TRAINING).to(args.device)
-    print(f"{len(data)} sequences of {data.rgba.shape[1]} pictures")
-
-    # Where it goes, before the work; a network to train. Its file will tell what it has seen.
-    files.require_writable(args.out)
-    torch.manual_seed(stream_seed(args.seed, "weights"))
-    seen = {"what": args.what, "category": args.category, "sequences": len(data), "frames": config.frames,
-            "steps": config.fit.steps}
-    if args.what == "vae":
-        training = VAETraining(data, config, args.seed, [seen])
-    elif args.what == "prior":
-        trained_on = [*sparsefusion.read_trained_on(args.vae), seen]
-        training = PriorTraining(data, config, sparsefusion.load(args.vae, stage="vae").to(args.device), trained_on)
-    else:
-        training = PerceptualTraining(data, config, attributes(args.root, args.category, data.names))
-
-    # Train it, or resume.
-    settings = {
-        "what": args.what,
-        "root": [str(root.resolve()) for root in args.root],
-        "category": args.category,
-        "vae": files.fingerprint(args.vae) if args.what == "prior" else None,
-        "config": asdict(config),
-    }
-    fit = Fit(training, config.fit, args.out, args.seed, args.device, settings)
-    fit.resume()
-    fit.run(f"train {args.what}", args.minutes)
+    with ranks.joined(args.device):
+        with ranks.agreed():
+            config = config_from_flags(args)
+            if is_first():
+                files.require_writable(args.out)
+        data = read_data(args, config)
+        with ranks.agreed():
+            fit = make_training(args, config, data)
+        fit.run(f"train {args.what}", args.minutes)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -364,12 +429,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("what", choices=["vae", "prior", "perceptual"])
     p.add_argument("--out", type=Path, required=True, metavar="F",
                    help="weights file to write; the same command resumes from F.state")
+    p.add_argument("--fork", action="store_true",
+                   help="if F.state is another training's, start anew from its weights")
 
     # What is given.
     given = p.add_argument_group("what is given")
     given.add_argument("--root", type=Path, nargs="+", required=True, metavar="DIR", help="CO3Dv2 folders")
-    given.add_argument("--category", default="toys", metavar="C", help="category in them (default: toys)")
-    given.add_argument("--frames", type=cli.count, metavar="N", help="frames of each sequence to use (default: 16)")
+    given.add_argument("--category", nargs="+", default=["toys"], metavar="C",
+                       help="categories in them (default: toys)")
+    given.add_argument("--frames", type=cli.count, metavar="N", help="most frames of a sequence to use (default: 16)")
     given.add_argument("--preset", choices=MODELS, default="nano",
                        help="vae, perceptual: numbers of the model (default: nano)")
     given.add_argument("--vae", type=Path, metavar="F",

@@ -20,7 +20,7 @@ from typing import get_args, get_origin, get_type_hints
 import torch
 
 from common.machine import spare_the_cpu
-from common.processes import Interrupted, stoppable
+from common.processes import Interrupted, is_first, stoppable
 
 
 # ---------------------------------------------------------------------------------------------- errors
@@ -62,7 +62,9 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str):
-        """Without the usage, which --help prints."""
+        """Without the usage, which --help prints. Of several processes one says it."""
+        if not is_first():
+            sys.exit(2)
         _end_with(message)
 
 
@@ -90,7 +92,8 @@ def run(command: Callable, args: argparse.Namespace) -> None:
         number = e.args[0]
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         saved = "".join(f"; {note}" for note in getattr(e, "__notes__", []))
-        print(f"stopped by {name}{saved}; the same command resumes from what is saved", file=sys.stderr)
+        if is_first():
+            print(f"stopped by {name}{saved}; the same command resumes from what is saved", file=sys.stderr)
         sys.exit(128 + number)
 
 

@@ -126,6 +126,12 @@ def read_tensors(path: str | Path, entry: str = "weights") -> dict:
     return data
 
 
+def cache_folder() -> Path:
+    """The user's folder for what can be made again: `$XDG_CACHE_HOME/sparsefusion`, by default below `~/.cache`."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return home.absolute() / "sparsefusion"
+
+
 def fingerprint(path: str | Path) -> str:
     """Sixteen hexadecimal digits that tell this file's content from any other's (SHA-256)."""
     if not os.path.isfile(path):

@@ -65,6 +65,11 @@ def _note(number: int, frame) -> None:
     _Stop.number = number
 
 
+def asked() -> int:
+    """The number of the signal that has come, or 0."""
+    return _Stop.number or 0
+
+
 def check_interrupt() -> None:
     """Raises `Interrupted` if a signal has come; other processes end their steps, too."""
     if _Stop.number is not None:
@@ -86,6 +91,13 @@ def uninterruptible() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------- processes
+
+def is_first(rank: str = "RANK") -> bool:
+    """Whether this is the process that speaks for all that `torchrun` has started for one command, or the only one;
+    by "LOCAL_RANK" of those on this machine.
+    """
+    return os.environ.get(rank, "0") == "0"
+
 
 def map_processes(function: Callable, jobs: list, workers: int) -> Iterator:
     """`function(job)` of every job, in their order, by as many processes as `workers`, which share the cores; 1: by

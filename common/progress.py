@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from tqdm import tqdm
 
-from common.processes import check_interrupt, uninterruptible
+from common.processes import check_interrupt, is_first, uninterruptible
 
 LOG_SECONDS = 30  # between two lines of progress where the output is no terminal
 
@@ -17,12 +17,15 @@ class Progress:
     """Iterate and show how far: a bar in a terminal, a flushed line every half minute in a log. Without a title,
     nothing. A signal waits for the end of a step.
 
-    `start` of `total` steps are done already, in an earlier run. `note` is shown behind the count.
+    `start` of `total` steps are done already, in an earlier run. `check` raises where a signal has come, after a step.
+    `note` is shown behind the count.
     """
 
-    def __init__(self, steps: Iterable, title: str | None, start: int = 0, total: int | None = None):
+    def __init__(self, steps: Iterable, title: str | None, start: int = 0, total: int | None = None,
+                 check: Callable[[], None] = check_interrupt):
         self.steps = steps
-        self.title = title
+        self.title = title if is_first() else None
+        self.check = check
         self.start = start
         self.total = total if total is not None else start + len(steps)
         self.note = ""
@@ -36,7 +39,7 @@ class Progress:
         for count, step in enumerate(bar, 1):
             with uninterruptible():
                 yield step
-            check_interrupt()
+            self.check()
 
             # How far it is, and from the mean so far, how long the rest takes.
             bar.set_postfix_str(self.note, refresh=False)

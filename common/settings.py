@@ -9,8 +9,8 @@ import json
 import math
 from typing import get_args, get_origin, get_type_hints
 
-# What follows from the number of iterations, in a run that resumes a shorter one.
-LENGTH = ("config.iterations", "config.bootstrap")
+# How long a run is, and what follows from it, in one that resumes a shorter one.
+LENGTH = ("config.iterations", "config.fit.steps", "config.bootstrap")
 MOST_THINGS = 2**14  # channels, layers or pixels of a network
 MOST = 3  # differences that are told with their values
 RENAMED = {"config.sampler.plms_steps": "config.sampler.denoise_steps"}  # in files from before
@@ -20,15 +20,15 @@ def differences(found, wanted, ignore: tuple[str, ...] = (), extend: bool = Fals
     """What differs between the settings of an earlier run and ours, in words: "seed differ: seed is 0 there, 1 here";
     "" for nothing.
 
-    `ignore`: paths that do not count. With `extend`, the number of iterations may be larger here, and with it what
-    follows from it.
+    `ignore`: paths that do not count. With `extend`, the number of iterations or steps may be larger here, and with it
+    what follows from it.
     """
     # As JSON has them, which knows no tuples.
     found = _flat(json.loads(json.dumps(found, default=str)))
     found = {RENAMED.get(path, path): value for path, value in found.items()}
     wanted = _flat(json.loads(json.dumps(wanted, default=str)))
-    there = found.get("config.iterations")
-    if extend and isinstance(there, int) and there < wanted["config.iterations"]:
+    longer = any(isinstance(found.get(path), int) and found[path] < wanted.get(path, 0) for path in LENGTH[:2])
+    if extend and longer:
         ignore += LENGTH
     paths = [path for path in wanted | found if path not in ignore and found.get(path) != wanted.get(path)]
     if not paths:

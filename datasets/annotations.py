@@ -94,9 +94,8 @@ def date_and_size(path: Path) -> list:
 @lru_cache(maxsize=8)
 def _open_archive(folder: Path, stamp: bytes) -> zipfile.ZipFile:
     """The frames of a category, a member a sequence: the cached file if it has this stamp, otherwise a new one."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     digest = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
-    cached = home.absolute() / "sparsefusion" / f"{folder.name}-{digest}.zip"
+    cached = files.cache_folder() / f"{folder.name}-{digest}.zip"
 
     # There may be none yet, or broken bytes, which raise nearly anything.
     try:

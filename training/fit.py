@@ -1,7 +1,8 @@
 """The training loop: Adam with warm-up, cosine decay, clipped gradients and an average of the weights; it saves
 itself and resumes.
 
-The loop knows no model and no data: a training brings the module, the loss of a step, and what to write at the end.
+The loop knows no model and no data: a training brings the module whose forward pass gives the losses, the batch of a
+step, and what to write at the end.
 The schedule is not the released one, which is one sequence per step and Adam at 5e-5, halved every 50 k steps
 [released: train.py:272-281, 435-439].
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,13 +18,15 @@ from torch import Tensor, nn
 
 from common import files
 from common.machine import stream_seed
-from common.processes import Interrupted, uninterruptible
+from common.processes import Interrupted, is_first, uninterruptible
 from common.progress import Progress
 from common.settings import check_ranges, differences
 from gpu.update import check_moments
+from training import ranks
 
 NEVER = 2**62  # a step that no training reaches
-Numbers = dict[str, Tensor]  # what a step shows: name -> scalar
+Losses = dict[str, Tensor]  # name -> scalar
+UNIMPORTANT = ("config.fit.save_seconds",)  # settings that do not decide the result
 
 
 @dataclass(frozen=True)
@@ -44,24 +47,32 @@ class FitConfig:
 
 
 class Fit:
-    """A training in progress: of `training.module`.
+    """A training in progress: of `training.module`, in one process or in several (`training/ranks.py`).
 
-    `training.loss(generator)` is what one step minimizes, a scalar, and what it shows, `Numbers`;
-    `training.finish(average, out)` writes the weights file from the averaged weights of the module, by name.
+    `training.module(batch)` gives the losses, `Losses`, of which a step minimizes the sum; `training.batch(draws)` is
+    the batch of a step, of `training.config.batch` samples in all processes;
+    `training.finish(average, out, trained_on)` writes the weights file from the averaged weights of the module, by
+    name, and what they were trained on.
 
-    Step k draws from generators seeded by (seed, k), so an interrupted run resumes as if it had not been. Every two
-    minutes and at the end the state goes to `<out>.state`, and the training writes `out`. `settings` is plain data
-    that decides the result: a state with other settings is an error.
+    What is random follows from the seed, the step and a sample's place, so an interrupted run resumes as if it had not
+    been. Every two minutes and at the end the state goes to `<out>.state`, and the training writes `out`. `settings` is
+    plain data that decides the result: a state with other settings is an error.
     """
 
-    def __init__(self, training, config: FitConfig, out: Path, seed: int, device: str, settings: dict):
+    def __init__(self, training, config: FitConfig, out: Path, seed: int, device: str, settings: dict,
+                 history: list[dict], trained: list[dict]):
+        """`history`, `trained`: what the weights file says about the trainings before this one, and about this one."""
         self.training = training
         self.config = config
         self.out = out
         self.seed = seed
         self.device = device
-        self.settings = settings | {"seed": seed, "fit": asdict(config)}
+        self.settings = settings | {"seed": seed}
+        self.history = history
+        self.trained = trained
+
         # What a step changes: weights, the optimizer's moments, the average.
+        self.places = ranks.places(training.config.batch)
         self.module = training.module.train()
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, betas=config.betas, fused=device == "cuda")
@@ -70,112 +81,140 @@ class Fit:
             self.average[name] = x.detach().clone()
 
         # Where it goes, how far it is, and the first step whose loss or gradient was not finite.
-        self.generator = torch.Generator(device)
         self.broken = torch.full((), NEVER, device=device)
         self.state_file = out.with_name(out.name + ".state")
         self.completed = 0
 
-    def resume(self) -> None:
-        """Resume from the state file, if there is one; `ValueError` where it is another training's."""
-        # Only a state of the same training will do.
+    def resume(self, fork: bool = False) -> None:
+        """Resume from the state file, if there is one; a longer training may resume a shorter one. `ValueError` where
+        it is another training's; with `fork` this one then starts from its averaged weights.
+        """
         if not self.state_file.exists():
             return
         state = files.read_tensors(self.state_file, "module")
-        other = differences(state.get("settings", {}), self.settings)
-        if other:
-            raise ValueError(f"{self.state_file}: the state of another training ({other}); delete it or choose "
-                             "another --out")
+        other = differences(state.get("settings", {}), self.settings, UNIMPORTANT, extend=True)
+        if other and not fork:
+            raise ValueError(f"{self.state_file}: the state of another training ({other}); choose another --out, or "
+                             "--fork to start anew from its weights")
 
-        # All that a step changes.
+        # All that a step changes, or what a fork starts from.
         try:
-            files.check_weights(state["module"], self.module)
-            files.check_weights(state["average"], self.module)
-            self.module.load_state_dict(state["module"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            check_moments(self.optimizer)
+            for weights in (state["module"], state["average"]):
+                files.check_weights(weights, self.module)
+            self.module.load_state_dict(state["average" if other else "module"])
             for name, x in self.average.items():
                 x.copy_(state["average"][name])
-            self.completed = range(self.config.steps + 1)[state["completed"]]
+            if other:
+                self.history = self.history + [x for x in state["history"] + state["trained"] if x not in self.history]
+            else:
+                self.history = state["history"]
+                self.optimizer.load_state_dict(state["optimizer"])
+                check_moments(self.optimizer)
+                self.completed = range(self.config.steps + 1)[state["completed"]]
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-            raise ValueError(f"{self.state_file}: not a whole state ({type(e).__name__}); delete it to start again"
-                             ) from None
-        print(f"resuming {self.out.name} at step {self.completed}")
+            raise ValueError(f"{self.state_file}: not a whole state of a `train.py {self.settings['what']}` "
+                             f"({type(e).__name__}); delete it to start again") from None
+        print(f"starting {self.out.name} from the weights of another training ({other})" if other else
+              self.resumed(state["settings"]["config"]["fit"]["steps"]))
+
+    def resumed(self, steps: int) -> str:
+        """What to say where a training of so many steps resumes: a longer one follows its own schedule from here."""
+        line = f"resuming {self.out.name} at step {self.completed}"
+        if steps == self.config.steps:
+            return line
+        before = learning_rate(self.completed, replace(self.config, steps=steps))
+        return (f"{line}; it was to be {steps} steps: from here the learning rate is that of {self.config.steps}, now "
+                f"{learning_rate(self.completed, self.config):.2g} instead of {before:.2g}")
 
     def check(self) -> None:
         """Raises `FloatingPointError` where a loss or gradient so far, and with it all weights, was not finite."""
         if self.broken < NEVER:
-            raise FloatingPointError(f"{self.out}: the training broke in step {int(self.broken)}, whose loss or "
-                                     "gradient is not a finite number; a smaller lr may help")
+            ranks.fail(FloatingPointError(f"{self.out}: the training broke in step {int(self.broken)}, whose loss or "
+                                          "gradient is not a finite number; a smaller lr may help"))
 
     def save(self) -> None:
-        """The state, to resume, and the weights, for use."""
+        """The state, to resume, and the weights, for use. The first process writes, the others wait."""
         self.check()
-        state = {
-            "module": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average,
-            "completed": self.completed,
-            "settings": self.settings,
-        }
-        files.save_tensors(state, self.state_file)
-        self.training.finish(self.average, self.out)
+        if is_first():
+            state = {
+                "module": self.module.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "average": self.average,
+                "completed": self.completed,
+                "settings": self.settings,
+                "history": self.history,
+                "trained": self.trained,
+            }
+            files.save_tensors(state, self.state_file)
+            self.training.finish(self.average, self.out, self.history + self.trained)
+        ranks.largest(0)
 
-    def step(self, step: int) -> Numbers:
-        """One update; returns what to show."""
+    def step(self, step: int) -> Losses:
+        """One update; returns the losses, means over all processes."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.config)
 
         # Everything random in a step follows from the seed and its number; the global generator is dropout's, and has
-        # numbers of its own.
-        self.generator.manual_seed(stream_seed(self.seed, f"step {step}"))
-        torch.manual_seed(stream_seed(self.seed, f"dropout {step}"))
+        # numbers of its own in every process.
+        draws = ranks.Draws(self.seed, step, self.training.config.batch, self.places)
+        torch.manual_seed(stream_seed(self.seed, f"dropout {step} {self.places[0]}"))
+        batch = self.training.batch(draws)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-            loss, numbers = self.training.loss(self.generator)
+            losses = self.losses(batch)
+            loss = sum(losses.values())
 
         # Down the clipped gradient; the average follows, faster at first.
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        shown = ranks.mean(torch.stack(list(losses.values())).detach())
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
-        now = torch.where((loss + norm).detach().isfinite(), NEVER, step)
+        now = torch.where((shown.sum() + norm).isfinite(), NEVER, step)
         self.broken = torch.minimum(self.broken, now)
         self.optimizer.step()
         decay = min(self.config.ema, (step + 1) / (step + 10))
         update_average(self.average, self.module, decay)
-        return {name: x.detach() for name, x in numbers.items()}
+        return dict(zip(losses, shown))
 
     def run(self, title: str, minutes: float | None = None) -> None:
         """All steps that are left, or as many as fit into so many minutes. An interrupted run is saved."""
+        # All processes of a training begin with the same.
+        most, least = ranks.largest(self.completed, -self.completed)
+        if most != -least:
+            ranks.fail(ValueError(f"{self.state_file}: not the same for all processes; nodes need a common folder"))
+        self.losses = ranks.distributed(self.module)
+
         with uninterruptible():
             try:
                 self._run(title, minutes)
             except Interrupted as e:
                 e.add_note(f"{self.state_file} has {self.completed} of {self.config.steps} steps")
                 self.save()
-                raise
+                ranks.fail(e, 128 + e.args[0])
             self.save()
 
     def _run(self, title: str, minutes: float | None) -> None:
         total = self.config.steps
-        progress = Progress(range(self.completed, total), title, self.completed, total)
+        progress = Progress(range(self.completed, total), title, self.completed, total, ranks.check_interrupt)
         began = saved = time.monotonic()
         shown = {}
         for step in progress:
             with torch.backends.cudnn.flags(benchmark=True):  # the same shapes in every step
-                numbers = self.step(step)
+                losses = self.step(step)
             self.completed = step + 1
-            for name, x in numbers.items():
+            for name, x in losses.items():
                 shown[name] = 0.98 * shown.get(name, x) + 0.02 * x
 
-            # Once in a while: say how it goes, stop in time, save.
+            # Once in a while: say how it goes, stop in time, save. The slowest clock counts.
             if step % 50 and self.completed < total:
                 continue
             self.check()
-            now = time.monotonic()
             progress.note = ", ".join(f"{name} {x:.4f}" for name, x in shown.items())
-            if minutes and now - began > 60 * minutes:
+            now = time.monotonic()
+            passed, unsaved = ranks.largest(now - began, now - saved)
+            if minutes and passed > 60 * minutes:
                 print(f"stopped after {minutes} minutes; the same command resumes")
                 break
-            if now - saved > self.config.save_seconds:
+            if unsaved > self.config.save_seconds:
                 self.save()
                 saved = now
         print(f"step {self.completed} of {total}, {time.monotonic() - began:.0f} s: {progress.note}")

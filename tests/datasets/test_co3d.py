@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from cameras import Cameras, look_at
-from datasets import annotations
+from common import files
+from datasets import annotations, co3d
 from datasets.co3d import frame_numbers, load_sequence, sequences
 from tests.support import parity
 from training.packed import load_packed
@@ -215,26 +216,46 @@ def test_annotations_are_parsed_once_until_they_change(tree, cache, monkeypatch)
     fresh(["c"])
 
 
-def test_packed(tree, forked):
-    packed = load_packed([tree], "thing", 3, 40, workers=2)
-    assert packed.names == ["a", "b"]
-    assert packed.rgba.shape == (2, 3, 4, 40, 40) and packed.valid.shape == (2, 3, 1, 40, 40)
-    assert packed.cameras.R.shape == (2, 3, 3, 3)
-    assert packed.rgba.dtype == packed.valid.dtype == torch.uint8
+def test_packed(tree, forked, monkeypatch, capsys):
+    packed = load_packed([tree], ["thing"], 3, 40, workers=2)
+    assert [name for _, _, name in packed.sequences] == ["a", "b"] and packed.counts.tolist() == [3, 3]
+    assert all(x.shape == (3, 5, 40, 40) and x.dtype == torch.uint8 for x in packed.pixels)
     for n, (name, frames) in enumerate([("a", [12, 9, 3]), ("b", [3, 6, 9])]):
         expected = load_sequence(tree, "thing", name, 40, frames)
-        parity.assert_close(packed.rgba[n, :, :3] / 255, expected.images, atol=0.51 / 255)
-        assert torch.equal(packed.rgba[n, :, 3:] / 255, expected.masks)
-        assert torch.equal(packed.valid[n].float(), expected.valid)
+        parity.assert_close(packed.pixels[n][:, :3] / 255, expected.images, atol=0.51 / 255)
+        assert torch.equal(packed.pixels[n][:, 3:4] / 255, expected.masks)
+        assert torch.equal(packed.pixels[n][:, 4:].float(), expected.valid)
         assert torch.equal(packed.cameras[n].focal, expected.cameras.focal)
-    one = load_packed([tree], "thing", 4, 40, workers=1)
-    assert one.names == ["a"] and len(one) == 1 and one.to("cpu").names == ["a"]
-    assert load_packed([tree, tree], "thing", 3, 40, workers=1).names == ["a", "b", "a", "b"]
-    with pytest.raises(ValueError, match="no sequence has 5 frames"):
-        load_packed([tree], "thing", 5, 40)
+        assert packed.cameras[n].R.shape == (3, 3, 3)
+    more = load_packed([tree], ["thing"], 4, 40, workers=1)
+    assert more.counts.tolist() == [4, 3]  # what they have
+    assert [name for _, _, name in load_packed([tree], ["thing"], 4, 40, least=4, workers=1).sequences] == ["a"]
+    assert "with fewer than 4 frames: 1" in capsys.readouterr().out
+    assert len(load_packed([tree, tree], ["thing"], 3, 40, workers=1)) == 4
+    with pytest.raises(ValueError, match="no sequence of thing has 5 frames"):
+        load_packed([tree], ["thing"], 5, 40, least=5, workers=1)
+    with pytest.raises(FileNotFoundError, match="other"):
+        load_packed([tree], ["thing", "other"], 3, 40, workers=1)
+
+    # What is packed is not decoded again, until it changes.
+    loaded = []
+    monkeypatch.setattr(co3d, "load_sequence", lambda *job: loaded.append(job[2]) or load_sequence(*job))
+    assert load_packed([tree], ["thing"], 3, 40, workers=1).fingerprint == packed.fingerprint and not loaded
+    capsys.readouterr()
     (tree / "thing/b/images/frame000006.png").write_bytes(b"\x89PNG broken")
-    with pytest.raises(ValueError, match="frame000006.png: not a readable picture"):
-        load_packed([tree], "thing", 3, 40, workers=1)
+    broken = load_packed([tree], ["thing"], 3, 40, workers=1)
+    assert loaded == ["b"] * 3 and broken.counts.tolist() == [3, 2] and broken.fingerprint != packed.fingerprint
+    assert torch.equal(broken.pixels[1], packed.pixels[1][[0, 2]])
+    for _ in range(2):  # and every time it is told
+        out = capsys.readouterr().out
+        assert "frames skipped: 1 (" in out and "frame000006.png: not a readable picture" in out
+        load_packed([tree], ["thing"], 3, 40, workers=1)
+    assert loaded == ["b"] * 3
+
+    # Broken packs are made again.
+    for file in files.cache_folder().rglob("3x40/*.pt"):
+        file.write_bytes(b"junk")
+    assert load_packed([tree], ["thing"], 3, 40, workers=1).fingerprint == broken.fingerprint
 
 
 # ---------------------------------------------------------------------------------------------- what can be wrong
@@ -377,8 +398,8 @@ def test_toy_file(tmp_path):
     halved = torch.nn.functional.avg_pool2d(items[0]["images"], 2)  # what bilinear is at half the size
     parity.assert_close(small.images, halved, atol=1e-6)
     assert torch.equal(small.masks, items[0]["masks"][..., ::2, ::2])
-    packed = load_packed([tmp_path], "hydrant", 3, 16, workers=1)
-    assert packed.rgba.shape == (2, 3, 4, 16, 16) and packed.names == ["toy0", "toy1"]
+    packed = load_packed([tmp_path], ["hydrant"], 3, 16, workers=1)
+    assert packed.pixels[1].shape == (3, 5, 16, 16) and packed.sequences[1] == (tmp_path, "hydrant", "toy1")
 
 
 def test_toy_file_of_bytes_and_without_a_channel_axis(tmp_path):

@@ -6,7 +6,6 @@ import torch
 from cameras import Cameras, Scene, evenly_spaced
 from datasets.crop import box_of_crop, box_of_mask, context_box, crop_and_resize, pixel_camera
 from tests.support import parity
-from training.packed import PackedScenes
 
 CLOSE = dict(rtol=1e-4, atol=1e-5)
 CAMERA = Cameras(*(torch.as_tensor(x, dtype=torch.float64) for x in (np.eye(3), np.zeros(3), [10, 10], [10, 10])))
@@ -114,7 +113,3 @@ def test_scenes_move_whatever_the_order_of_their_fields():
     parts = (moved.images, moved.masks, moved.valid, moved.cameras.R, moved.cameras.focal)
     assert {x.device.type for x in parts} == {"meta"}
     assert moved.names == ["3", "6"] and moved.sequence == "a"
-    rgba, valid = torch.zeros(1, 2, 4, 4, 4).byte(), torch.ones(1, 2, 1, 4, 4).byte()
-    moved = PackedScenes(rgba, valid, cameras.unsqueeze(0), ["a"]).to("meta")
-    assert {x.device.type for x in (moved.rgba, moved.valid, moved.cameras.T)} == {"meta"}
-    assert moved.names == ["a"]

@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from tests.support.helpers import one_line, same
 from tests.support.small import TINY, tiny_model
 from training import fit
 from training.packed import load_packed
+from training.ranks import Draws
 
 load = functools.partial(sparsefusion.load, stage="vae")  # a model of either stage
 SAMPLE = Path(__file__).resolve().parents[2] / "sample" / "co3d"
@@ -64,29 +66,42 @@ def test_colors_at_pixel_centers():
 # --- data ---
 
 def test_a_query_view_is_none_of_its_inputs():
-    data = load_packed([SAMPLE], "toys", 5, 32, workers=1)
-    for seed in range(20):
-        batch = train.draw_batch(data, 3, (1, 3), torch.Generator().manual_seed(seed))
+    data = load_packed([SAMPLE], ["toys"], 5, 32, workers=1)
+    for step in range(20):
+        batch = train.draw_views(data, Draws(0, step, 3, range(3)), (1, 3))
         assert 1 <= batch.images.shape[1] <= 3 and len(batch.target) == 3
         for b in range(3):
             assert all(not torch.equal(batch.target[b], x) for x in batch.images[b])
             assert all(not torch.equal(batch.query.R[b], R) for R in batch.cameras.R[b])
 
 
+def test_sequences_of_few_frames_wait_for_steps_with_few_inputs():
+    """They are used with the frames that they have, and no frame that they do not have is drawn."""
+    data = load_packed([SAMPLE], ["toys"], 5, 32, workers=1)
+    pixels = [data.pixels[0][:2], *data.pixels[1:]]
+    data = replace(data, pixels=pixels, counts=torch.tensor([len(x) for x in pixels]))
+    with_inputs = {1: set(), 2: set(), 3: set()}
+    for step in range(60):
+        batch = train.draw_views(data, Draws(0, step, 3, range(3)), (1, 3))
+        with_inputs[batch.images.shape[1]] |= set(batch.scene.tolist())
+    assert 0 in with_inputs[1] and with_inputs[2] == with_inputs[3] == set(range(1, len(data)))
+
+
 # --- trainings ---
 
-@functools.cache
-def packed(root, category, frames, size, split):
-    """What was decoded once serves every training: it is only read."""
-    return load_packed([root], category, frames, size, workers=1, split=split)
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """A cache of this module's own, whose packs serve every training."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        m.setattr(train, "load_packed", functools.partial(load_packed, workers=1))
+        yield
 
 
 @pytest.fixture
 def training(tmp_path, monkeypatch):
     """A function that runs `train.py` on the shipped sample with a tiny preset and returns the weights file."""
     monkeypatch.setitem(presets.MODELS, "nano", TINY)
-    monkeypatch.setattr(train, "load_packed", lambda roots, category, frames, size, split: packed(
-        *roots, category, frames, size, split))
 
     def run(what, out, *flags):
         argv = [what, "--root", SAMPLE, "--frames", 5, "--steps", 3, "--device", "cpu", "--out", tmp_path / out, *flags]
@@ -224,8 +239,9 @@ def test_state_of_another_training(training, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, differs", [
-    (["--seed", 1], "seed"), (["--steps", 4], "fit"), (["--set", "lr=1e-2"], "fit"), (["--set", "batch=1"], "config"),
-    (["--frames", 4], "config")])
+    (["--seed", 1], "seed"), (["--steps", 2], "config.fit.steps is 3 there, 2 here"),
+    (["--set", "lr=1e-2"], "config.fit.lr"), (["--set", "batch=1"], "config.batch"), (["--frames", 4], "data"),
+    (["--set", "image_size=16"], "config.model.image_size")])
 def test_other_numbers_are_another_training(flags, differs, training, tmp_path, capsys):
     training("vae", "vae.pt")
     argv = ["vae", "--root", SAMPLE, "--frames", 5, "--steps", 3, "--set", "batch=2", "--out", tmp_path / "vae.pt"]
@@ -237,6 +253,33 @@ def test_another_vae_is_another_training(training, tmp_path, capsys):
     training("prior", "prior.pt", "--vae", vae)
     argv = ["prior", "--root", SAMPLE, "--frames", 5, "--steps", 3, "--set", "batch=2", "--out", tmp_path / "prior.pt"]
     one_line(capsys, train.main, [*argv, "--vae", other], "another training", "vae")
+
+
+def test_a_longer_training_resumes_a_shorter_one(training, tmp_path, capsys):
+    """From there on the learning rate is the longer one's, and one line says so."""
+    training("vae", "vae.pt")
+    training("vae", "vae.pt", "--steps", 5)
+    out = capsys.readouterr().out
+    now = fit.learning_rate(3, fit.FitConfig(steps=5))
+    assert "resuming vae.pt at step 3; it was to be 3 steps: from here the learning rate is that of 5" in out
+    assert f"now {now:.2g} instead of {fit.learning_rate(3, fit.FitConfig(steps=3)):.2g}" in out
+    assert files.read_tensors(tmp_path / "vae.pt.state", "module")["completed"] == 5
+    assert [x["steps"] for x in sparsefusion.read_trained_on(tmp_path / "vae.pt")] == [5]
+
+
+def test_a_fork_starts_from_the_weights_of_another_training(training, tmp_path, capsys):
+    before = load(training("vae", "vae.pt"))
+    capsys.readouterr()
+    training("vae", "vae.pt", "--fork", "--set", "lr=1e-12", "--minutes", 1e-9)
+    out = capsys.readouterr().out
+    assert "starting vae.pt from the weights of another training (config differ: config.fit.lr" in out
+    after = load(training("vae", "vae.pt", "--fork", "--set", "lr=1e-12"))
+    assert "resuming vae.pt at step 1" in capsys.readouterr().out  # its own state by now
+    for a, b in zip(before.vae.parameters(), after.vae.parameters()):
+        assert torch.allclose(a, b, atol=1e-6)
+    assert len(sparsefusion.read_trained_on(tmp_path / "vae.pt")) == 2
+    argv = ["perceptual", "--root", SAMPLE, "--frames", 5, "--fork", "--out", tmp_path / "vae.pt"]
+    one_line(capsys, train.main, argv, "vae.pt.state", "not a whole state of a `train.py perceptual`")
 
 
 def test_numbers_of_a_prior(training, tmp_path, capsys):
@@ -279,7 +322,7 @@ def test_the_learning_rate_warms_up_and_falls():
     (["--preset", "huge"], "--preset"),
     (["--device", "tpu"], "--device"),
     (["--root"], "--root"), (["--set", "widths=8"], "model.vae.widths"),
-    (["--unknown"], "--unknown"), (["--frames", "999"], "toys"), (["--category", "cars"], "cars"),
+    (["--unknown"], "--unknown"), (["--category", "cars"], "cars"),
     (["--root", "nowhere"], "nowhere"), (["--out", "."], "no regular file"),
     (["--set", "vae.widths=16384,16384,16384,16384"], "parameters, more than 2,147,483,648")])
 def test_bad_values(flags, words, tmp_path, capsys, monkeypatch):
@@ -307,8 +350,7 @@ def test_commands_are_needed(capsys):
         one_line(capsys, train.main, argv, "error:")
 
 
-def test_attributes_are_needed(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "load_packed", functools.partial(load_packed, workers=1))
+def test_attributes_are_needed(tmp_path, capsys):
     shutil.copytree(SAMPLE, tmp_path / "co3d")
     (tmp_path / "co3d" / "toys" / "sequence_annotations.jgz").unlink()
     argv = ["perceptual", "--root", tmp_path / "co3d", "--out", tmp_path / "x", "--frames", 5]
@@ -319,7 +361,7 @@ def test_attributes_are_needed(tmp_path, capsys, monkeypatch):
 
 def test_a_training_that_breaks_stops_and_writes_nothing(training, tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
-        training("perceptual", "p.pt", "--steps", 8, "--set", "lr=1e30")
+        training("perceptual", "p.pt", "--steps", 8, "--set", "lr=1e6", "warmup=1", "clip_norm=1e30")
     line, = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert e.value.code == 2 and "broke in step" in line and str(tmp_path / "p.pt") in line
     assert not list(tmp_path.iterdir())
