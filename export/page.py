@@ -25,7 +25,7 @@ from export.pictures import LABELS, Views, to_image
 
 TEMPLATE = Path(__file__).with_name("page.html")
 PLACE = "{{data}}"  # in the template
-TURNTABLE = 192     # pixels a side of the pictures from all sides
+TURNTABLE = 160     # pixels a side of the pictures from all sides
 QUALITY = 90        # of 100, of pictures (WebP)
 MOST = 40           # inputs, and targets, that are shown: evenly spaced ones
 CURVE_POINTS = 200  # of a loss
