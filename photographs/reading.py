@@ -86,7 +86,9 @@ def find_poses(path: Path) -> Path | None:
     path = Path(os.path.expanduser(path))
     for folder in (path, path.parent, path.parent.parent):
         listed = any(os.path.isfile(folder / f"transforms{part}.json") for part in ("", "_train"))
-        if listed or colmap.find_models(folder):
+        # (A folder of many captures is above each of them, but none itself.)
+        models = folder == path or os.path.isdir(folder / "sparse")
+        if listed or models and colmap.find_models(folder):
             return folder
     return None
 
