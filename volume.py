@@ -114,10 +114,6 @@ class Occupancy(nn.Module):
                              "origin lies in every mask; the object must be inside the cube")
         self.set_occupied(self.possible)
 
-    def silhouettes(self, cameras: Cameras, size: int) -> Tensor:
-        """The same of cameras (V,): (V, size, size)."""
-        return torch.stack([self.silhouette(camera, size) for camera in cameras])
-
     @torch.no_grad()
     def silhouette(self, camera: Cameras, size: int) -> Tensor:
         """The pixels from which a camera () may see something, (size, size) boolean: the footprints of all possible
@@ -135,6 +131,10 @@ class Occupancy(nn.Module):
             changes.index_add_(0, index, torch.full_like(index, change, dtype=torch.int32))
         count = changes.view(side, side).cumsum(0).cumsum(1)
         return count[1:size + 1, 1:size + 1] > 0
+
+    def silhouettes(self, cameras: Cameras, size: int) -> Tensor:
+        """The same of cameras (V,): (V, size, size) boolean."""
+        return torch.stack([self.silhouette(camera, size) for camera in cameras])
 
     def centers(self) -> Tensor:
         """Of all cells: (G, G, G, 3)."""

@@ -174,7 +174,8 @@ def test_what_is_no_field_is_one_line(capture, tmp_path, capsys):
     state = files.read_tensors(folder / "field.pt", "field")
     other = state["field"] | {"mlp.0.weight": torch.zeros(2, 2)}
     wrong = [{name: x for name, x in state.items() if name != "cameras"}, state | {"field": other},
-             state | {"settings": {}}, state | {"cameras": {name: [] for name in state["cameras"]}}, state | {"unit": "x"}, state | {"world": [1]}]
+             state | {"settings": {}}, state | {"cameras": {name: [] for name in state["cameras"]}},
+             state | {"unit": "x"}, state | {"world": [1]}]
     for bad in wrong:
         files.save_tensors(bad, tmp_path / "field.pt")
         one_line(capsys, render.main, [str(tmp_path)], f"{tmp_path}/field.pt: no field that can be opened")

@@ -13,8 +13,8 @@ import cameras
 import ngp
 import presets
 import volume
-from export.mesh import (Mesh, ambiguous_cases, connected_parts, extract_mesh, largest_component, surface_net, write_glb,
-                         write_ply)
+from export.mesh import (Mesh, ambiguous_cases, connected_parts, extract_mesh, largest_component, surface_net,
+                         write_glb, write_ply)
 from tests.support import parity
 from tests.support.fields import Analytic, around, ball, centers, images, seeded
 from volume import Occupancy
