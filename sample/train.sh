@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# The nano prior from nothing: toys, the autoencoder, the prior. `sample/perceptual.pt` stays as it is: it measures.
+#
+#   sample/train.sh FOLDER [DIAL [SETTING ...]]      writes FOLDER/nano.pt; keeps its log in FOLDER/train.log
+#
+# DIAL scales how many toys and steps there are; 1, the default, takes N minutes of one H200. SETTINGs are numbers of
+# the model, as in `train.py vae --set`. Stopped anywhere (Ctrl-C, SIGTERM), the same command resumes: finished toys and
+# trainings are not made again, a training that was stopped goes on.
+set -euo pipefail
+folder=$(realpath -m "${1:?usage: sample/train.sh FOLDER [DIAL [SETTING ...]]}")
+dial=${2:-1}
+preset=nano  # the one place to name another
+python=${PYTHON:-python}
+cd "$(dirname "$0")/.."
+mkdir -p "$folder"
+exec > >(tee -a "$folder/train.log") 2>&1
+
+# What runs is stopped with this script, and saves.
+trap 'for child in $(jobs -p); do kill $child || true; wait $child || true; done' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+scaled() {  # a number times the dial, between a least and a most one
+    awk -v n="$1" -v least="$2" -v most="${3:-1e9}" -v dial="$dial" \
+        'BEGIN { n = int(n * dial); if (n < least) n = least; if (n > most) n = most; print n }'
+}
+start() { echo "[$SECONDS s] $*"; "$@" & }
+toys() {  # draw so many toys of a seed, unless they are there; their annotations are written last
+    local command=("$python" sample/toys.py --root "$folder/toys/$1" --seed "$1" --instances "$2")
+    [ -e "$folder/toys/$1/toys/frame_annotations.jgz" ] && command=(true)
+    start "${command[@]}"
+}
+
+# Most toys are drawn while the autoencoder is trained on the first ones.
+toys 1 "$(scaled 2000 1)"
+wait $!
+toys 2 "$(scaled 12000 1)"
+rest=$!
+start "$python" train.py vae --root "$folder/toys/1" --preset "$preset" --out "$folder/vae.pt" \
+    --steps "$(scaled 6000 2)" --set batch="$(scaled 64 2 64)" lr=1e-3 "${@:3}"
+wait $!
+wait $rest
+
+start "$python" train.py prior --root "$folder"/toys/{1,2} --vae "$folder/vae.pt" --out "$folder/$preset.pt" \
+    --steps "$(scaled 20000 2)" --set batch="$(scaled 16 2 16)"
+wait $!
+echo "[$SECONDS s] $folder/$preset.pt"
