@@ -198,7 +198,7 @@ class Fit:
         began = saved = time.monotonic()
         shown = {}
         for step in progress:
-            with torch.backends.cudnn.flags(benchmark=True):  # the same shapes in every step
+            with torch.backends.cudnn.flags(enabled=True, benchmark=True):  # the same shapes in every step
                 losses = self.step(step)
             self.completed = step + 1
             for name, x in losses.items():
