@@ -3,9 +3,9 @@
 #
 #   sample/train.sh FOLDER [DIAL [SETTING ...]]      writes FOLDER/nano.pt; keeps its log in FOLDER/train.log
 #
-# DIAL scales how many toys and steps there are; 1, the default, takes N minutes of one H200. SETTINGs are numbers of
-# the model, as in `train.py vae --set`. Stopped anywhere (Ctrl-C, SIGTERM), the same command resumes: finished toys and
-# trainings are not made again, a training that was stopped goes on.
+# DIAL scales how many toys and steps there are. 1, the default, is meant for 25 minutes of one H200, by the rates of
+# its parts. SETTINGs are numbers of the model, as in `train.py vae --set`. Stopped anywhere (Ctrl-C, SIGTERM), the same
+# command resumes: finished toys and trainings are not made again, a training that was stopped goes on.
 set -euo pipefail
 folder=$(realpath -m "${1:?usage: sample/train.sh FOLDER [DIAL [SETTING ...]]}")
 dial=${2:-1}
@@ -34,14 +34,14 @@ toys() {  # draw so many toys of a seed, unless they are there; their annotation
 # Most toys are drawn while the autoencoder is trained on the first ones.
 toys 1 "$(scaled 2000 1)"
 wait $!
-toys 2 "$(scaled 12000 1)"
+toys 2 "$(scaled 6000 1)"
 rest=$!
 start "$python" train.py vae --root "$folder/toys/1" --preset "$preset" --out "$folder/vae.pt" \
-    --steps "$(scaled 6000 2)" --set batch="$(scaled 64 2 64)" lr=1e-3 "${@:3}"
+    --steps "$(scaled 3000 2)" --set batch="$(scaled 64 2 64)" lr=1e-3 "${@:3}"
 wait $!
 wait $rest
 
 start "$python" train.py prior --root "$folder"/toys/{1,2} --vae "$folder/vae.pt" --out "$folder/$preset.pt" \
-    --steps "$(scaled 20000 2)" --set batch="$(scaled 16 2 16)"
+    --steps "$(scaled 9000 2)" --set batch="$(scaled 16 2 16)"
 wait $!
 echo "[$SECONDS s] $folder/$preset.pt"
