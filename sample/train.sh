@@ -5,10 +5,11 @@
 #
 # DIAL scales how many toys and steps there are. 1, the default, is meant for 25 minutes of one H200, by the rates of
 # its parts. SETTINGs are numbers of the model, as in `train.py vae --set`. Stopped anywhere (Ctrl-C, SIGTERM), the same
-# command resumes: finished toys and trainings are not made again, a training that was stopped goes on.
+# command resumes: finished stages are skipped, a training that was stopped goes on. Another dial needs another folder.
 set -euo pipefail
 folder=$(realpath -m "${1:?usage: sample/train.sh FOLDER [DIAL [SETTING ...]]}")
 dial=${2:-1}
+[[ $dial =~ ^[0-9]*\.?[0-9]+$ ]] || { echo "error: DIAL $dial: not a number above 0, such as 0.1" >&2; exit 2; }
 preset=nano  # the one place to name another
 python=${PYTHON:-python}
 cd "$(dirname "$0")/.."
@@ -24,24 +25,29 @@ scaled() {  # a number times the dial, between a least and a most one
     awk -v n="$1" -v least="$2" -v most="${3:-1e9}" -v dial="$dial" \
         'BEGIN { n = int(n * dial); if (n < least) n = least; if (n > most) n = most; print n }'
 }
-start() { echo "[$SECONDS s] $*"; "$@" & }
-toys() {  # draw so many toys of a seed, unless they are there; their annotations are written last
-    local command=("$python" sample/toys.py --root "$folder/toys/$1" --seed "$1" --instances "$2")
-    [ -e "$folder/toys/$1/toys/frame_annotations.jgz" ] && command=(true)
-    start "${command[@]}"
+start() {  # a stage and its command, in the background; nothing if an earlier run came to its end
+    local stage=$1
+    shift
+    [ -e "$folder/$stage.done" ] && set -- true
+    echo "[$SECONDS s] $stage: $*"
+    "$@" &
+}
+finish() {  # a stage and its process
+    wait "$2"
+    touch "$folder/$1.done"
 }
 
 # Most toys are drawn while the autoencoder is trained on the first ones.
-toys 1 "$(scaled 2000 1)"
-wait $!
-toys 2 "$(scaled 6000 1)"
+start toys1 "$python" sample/toys.py --root "$folder/toys/1" --seed 1 --instances "$(scaled 2000 1)"
+finish toys1 $!
+start toys2 "$python" sample/toys.py --root "$folder/toys/2" --seed 2 --instances "$(scaled 6000 1)"
 rest=$!
-start "$python" train.py vae --root "$folder/toys/1" --preset "$preset" --out "$folder/vae.pt" \
+start vae "$python" train.py vae --root "$folder/toys/1" --preset "$preset" --out "$folder/vae.pt" \
     --steps "$(scaled 3000 2)" --set batch="$(scaled 64 2 64)" lr=1e-3 "${@:3}"
-wait $!
-wait $rest
+finish vae $!
+finish toys2 $rest
 
-start "$python" train.py prior --root "$folder"/toys/{1,2} --vae "$folder/vae.pt" --out "$folder/$preset.pt" \
+start prior "$python" train.py prior --root "$folder"/toys/{1,2} --vae "$folder/vae.pt" --out "$folder/$preset.pt" \
     --steps "$(scaled 9000 2)" --set batch="$(scaled 16 2 16)"
-wait $!
+finish prior $!
 echo "[$SECONDS s] $folder/$preset.pt"

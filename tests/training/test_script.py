@@ -25,7 +25,7 @@ def test_from_nothing_to_a_prior(tmp_path):
     """The stop comes while the autoencoder is trained and toys are drawn; both end, and nothing is begun anew."""
     log = tmp_path / "train.log"
     script = start(tmp_path)
-    while not log.exists() or "train.py vae" not in log.read_text():
+    while not log.exists() or "] vae:" not in log.read_text():
         assert script.poll() is None, log.read_text()
         time.sleep(0.05)
     script.send_signal(signal.SIGTERM)
@@ -37,5 +37,5 @@ def test_from_nothing_to_a_prior(tmp_path):
     trainings = sparsefusion.read_trained_on(tmp_path / "nano.pt")
     assert [x["what"] for x in trainings] == ["vae", "prior"] and trainings[1]["sequences"] == 2
     lines = log.read_text().splitlines()
-    assert sum("sample/toys.py" in line and "--seed 1 " in line for line in lines) == 1
+    assert [line.split()[-1] == "true" for line in lines if "] toys1:" in line] == [False, True]
     assert lines[-1].endswith(str(tmp_path / "nano.pt"))
