@@ -12,7 +12,8 @@ turntable cameras with jitter, both intrinsics formats, and CO3D's scale (the to
 cameras are about 10 units away).
 
 A toy depends on (seed, index) only, not on how many are made; the same seed on the same device gives the same bytes.
-Seeds: 1-99 train the nano models, 1000 is the shipped `sample/co3d`, 2000 the reported evaluation, 3000 tuning.
+Seeds: 1-99 train the nano models, 1000 is the shipped `sample/co3d`, 2000 and 5000 are the reported evaluations, 3000
+is tuning.
 
 The files beside this one: `toy_shapes.py`, what a toy is; `toy_design.py`, what the dice decide; `toy_parts.py`, how a
 toy is built; `toy_render.py`, how it is drawn.
