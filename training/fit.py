@@ -109,8 +109,8 @@ class Fit:
                 self.history = self.history + [one for one in others if one not in self.history]
             else:
                 self.history = [dict(one) for one in state["history"]]
+                check_moments(self.optimizer, state["optimizer"])
                 self.optimizer.load_state_dict(state["optimizer"])
-                check_moments(self.optimizer)
                 self.completed = range(self.config.steps + 1)[state["completed"]]
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
             raise ValueError(f"{self.state_file}: not a whole state of a `train.py {self.settings['what']}` "
