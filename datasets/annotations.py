@@ -62,10 +62,10 @@ class Annotations:
 
     def frames(self, sequence: str, split: str | None = None) -> list[Frame]:
         """The frames of a sequence in order of time, or those in the split; of an unknown sequence, none."""
-        if sequence not in self.archive.namelist():
-            return []
         try:
             rows = json.loads(self.archive.read(sequence))
+        except KeyError:
+            return []
         except Exception:
             # Broken bytes in a cached file raise nearly anything. It is made anew.
             os.unlink(self.archive.filename)
