@@ -14,7 +14,6 @@ side, `h` that of the latent, `R` rays.
 from __future__ import annotations
 
 import argparse
-import copy
 import gzip
 import json
 import shlex
@@ -47,9 +46,9 @@ from vae import VAE
 from vldm import latent_mask
 
 MOST_PARAMETERS = 2**31  # of a model; the paper's has 492 million
-PICTURED = 4             # sequences in a picture of how far a training is
-PICTURED_VIEWS = 3       # input views of each, or views that the autoencoder makes again, at most
-PICTURED_STEPS = 50      # of the VLDM's samples
+NEXT = {"vae": "train.py prior --out prior.pt --vae", "prior": "distill.py --weights",
+        "perceptual": "evaluate.py --feature-net"}  # commands that use the weights
+PICTURED = 4  # sequences in a picture of how far a training is, and views of each, at most
 
 
 @dataclass(frozen=True)
@@ -80,14 +79,16 @@ def draw_images(data: PackedScenes, draws: Draws) -> tuple[Tensor, Tensor]:
     return torch.stack(images).float() / 255, scene
 
 
-def pictured(data: PackedScenes) -> tuple[str, list[tuple[Tensor, Cameras]]]:
-    """Pictures (V, 3, S, S) in [0, 1] and cameras (V,) of the first held-out sequences, or of trained ones where none
-    is held out; and what to call them.
+def pictured(data: PackedScenes, device: str) -> tuple[str, list[tuple[Tensor, Cameras]]]:
+    """Some evenly spaced pictures (V, 3, S, S) in [0, 1] and cameras (V,) of each of the first held-out sequences, or
+    of trained ones where none is held out; and what to call them.
     """
-    held_out = data.held_out()
-    label = "held out" if held_out else "trained on"
-    chosen = (held_out or data).drawn[:PICTURED].tolist()
-    return label, [(data.pixels[n][:, :3].float() / 255, data.cameras[n]) for n in chosen]
+    shown = data.held_out() or data
+    scenes = []
+    for n in shown.drawn[:PICTURED].tolist():
+        frames = evenly_spaced(len(data.pixels[n]), PICTURED)
+        scenes.append((data.pixels[n][frames, :3].to(device) / 255, data.cameras[n][frames].to(device)))
+    return "trained on" if shown is data else "held out", scenes
 
 
 class Views(NamedTuple):
@@ -201,9 +202,8 @@ class VAETraining:
         print(f"VAE: {psnr:.2f} dB, latent scale {scale:.4f}")
 
         rows = []
-        label, scenes = pictured(self.data)
+        label, scenes = pictured(self.data, self.device)
         for images, _ in scenes:
-            images = images[evenly_spaced(len(images), PICTURED_VIEWS)].to(self.device)
             again = model.vae.decode(model.vae.encode(images))
             rows.append([tile for pair in zip(images, again) for tile in zip((label, "reconstruction"), pair)])
         return sheet(rows)
@@ -320,23 +320,19 @@ class PriorTraining:
         result.load_state_dict(self.model.vae.state_dict(prefix="vae.") | average)
         sparsefusion.save(result, out, trained_on=trained_on)
 
-        # Of evenly spaced views the one in the middle is the query view.
+        # What the EFT sees; the second view is the query.
         rows = []
         features = []
-        label, scenes = pictured(self.data)
+        label, scenes = pictured(self.data, self.device)
         for images, cameras in scenes:
-            views = min(PICTURED_VIEWS, self.config.max_views, len(images) - 1)
-            inputs = evenly_spaced(len(images), 1 + views)
-            query = inputs.pop(views // 2)
-            images = images.to(self.device)
-            cameras = cameras.to(self.device)
-            seen = result.condition(images[inputs], cameras[inputs], cameras[[query]], cameras)
+            inputs = [0, *range(2, len(images))]
+            seen = result.condition(images[inputs], cameras[inputs], cameras[[1]], cameras)
             features.append(seen.features)
             color = F.interpolate(seen.images, images.shape[-2:])[0]
-            rows.append([(label, images[query]), (LABELS["eft"], color), *(("input", x) for x in images[inputs])])
+            rows.append([(label, images[1]), (LABELS["eft"], color), *(("input", x) for x in images[inputs])])
 
-        # The same noise every time.
-        sampler = replace(PRESETS[result.preset.name].sampler, sample_steps=PICTURED_STEPS)
+        # What the VLDM samples, from the same noise every time.
+        sampler = replace(PRESETS[result.preset.name].sampler, sample_steps=50)
         generators = [torch.Generator(self.device).manual_seed(stream_seed(n, "picture")) for n in range(len(rows))]
         for row, sample in zip(rows, result.sample_view(torch.cat(features), generators, sampler)):
             row.insert(2, (LABELS["vldm"], sample))
@@ -435,8 +431,8 @@ def read_data(args: argparse.Namespace, config: TrainConfig) -> PackedScenes:
         data = load() if is_first("LOCAL_RANK") else None
     with ranks.agreed():
         data = data or load()
-    print(f"{len(data)} sequences of {data.counts.min()} to {data.counts.max()} pictures, {len(data) - len(data.drawn)} "
-          "of them held out")
+    held_out = len(data) - len(data.drawn)
+    print(f"{len(data)} sequences of {data.counts.min()} to {data.counts.max()} pictures; held out: {held_out}")
     return data
 
 
@@ -453,12 +449,6 @@ def make_training(args: argparse.Namespace, config: TrainConfig, data: PackedSce
     else:
         training = PerceptualTraining(data, config, attributes(data), args.device)
 
-    # The same on what is held out, if anything is.
-    training.held_out = None
-    if data.held_out():
-        training.held_out = copy.copy(training)
-        training.held_out.data = data.held_out()
-
     # Its file will tell what it has seen.
     seen = {"what": args.what, "sequences": len(data.drawn), "frames": config.frames, "steps": config.fit.steps}
     trained = [seen | {"category": category} for category in dict.fromkeys(x[1] for x in data.sequences)]
@@ -467,19 +457,6 @@ def make_training(args: argparse.Namespace, config: TrainConfig, data: PackedSce
     fit = Fit(training, config.fit, args.out, args.seed, args.device, settings, history, trained)
     fit.resume(args.fork)
     return fit
-
-
-def next_command(args: argparse.Namespace) -> str:
-    """What uses the weights."""
-    trees = ["--root", *args.root, "--category", *args.category] if args.root else []
-    own = ["--capture", *args.capture] if args.capture else []
-    one = ["--root", args.root[0], "--category", args.category[0]] if args.root else own[:2]
-    words = {
-        "vae": ["train.py", "prior", "--vae", args.out, *trees, *own, "--out", "prior.pt"],
-        "prior": ["distill.py", "--weights", args.out, *one],
-        "perceptual": ["evaluate.py", "--feature-net", args.out],
-    }
-    return shlex.join(["python", *map(str, words[args.what])])
 
 
 def command(args: argparse.Namespace) -> None:
@@ -494,7 +471,9 @@ def command(args: argparse.Namespace) -> None:
             fit = make_training(args, config, data)
         fit.run(f"train {args.what}", args.minutes)
         if fit.completed == config.fit.steps:
-            print(f"next: {next_command(args)}")
+            tree = ["--root", *args.root[:1], "--category", args.category[0]]
+            data = tree if args.root else ["--capture", args.capture[0]]
+            print("next: python", NEXT[args.what], shlex.join(map(str, [args.out, *data])))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -27,15 +27,12 @@ def from_released(eft_file: Path | None, vldm_file: Path | None, vae_file: Path,
     Prints the numbers of parameters. Raises `ValueError` with one line for a file that is not exactly that; runs
     nothing in it.
     """
-    # Three files of three authors, each matched key by key; or random weights, the same every time.
-    if eft_file and vldm_file:
-        model = blank(MODELS["paper"], device)
-        load_part(model.eft, "eft", eft_file)
-        load_part(model.vldm, "vldm", vldm_file)
-    else:
-        torch.manual_seed(stream_seed(0, "untrained weights"))
-        model = SparseFusion(MODELS["paper"])
-    load_part(model.vae, "vae", vae_file)
+    # Three files of three authors, each matched key by key; what has none is random, the same every time.
+    torch.manual_seed(stream_seed(0, "untrained weights"))
+    model = blank(MODELS["paper"], device) if eft_file else SparseFusion(MODELS["paper"])
+    for part, file in {"eft": eft_file, "vldm": vldm_file, "vae": vae_file}.items():
+        if file:
+            load_part(getattr(model, part), part, file)
     return ready(model, device)
 
 
@@ -85,7 +82,7 @@ def forward_pass(model: SparseFusion, part: str) -> Tensor:
 def convert(args: argparse.Namespace) -> None:
     """Read, match, write; without --out, list."""
     parts = {"eft": args.eft, "vldm": args.vldm, "vae": args.vae}
-    alone = args.vae and not args.eft and not args.vldm
+    alone = parts == {"eft": None, "vldm": None, "vae": args.vae}
     if not any(parts.values()) or args.out and not alone and not all(parts.values()):
         raise ValueError("--eft, --vldm, --vae and --out are needed, or --vae and --out for a prior to train; without "
                          "--out any of the three is listed")
@@ -98,8 +95,7 @@ def convert(args: argparse.Namespace) -> None:
     trained_on = [{"what": "prior", "category": args.category}] if args.category and not alone else []
     save(model, args.out, half=args.half, stage="vae" if alone else "prior", trained_on=trained_on)
     size = args.out.stat().st_size / 1e9
-    use = "`train.py prior --vae`" if alone else "--weights"
-    print(f"{args.out}: {size:.2f} GB in {'half' if args.half else 'full'} precision, for {use}")
+    print(f"{args.out}: {size:.2f} GB in {'half' if args.half else 'full'} precision")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -86,13 +86,13 @@ def save_tensors(data: dict, path: str | Path) -> None:
 
 def save_json(data, path: str | Path) -> None:
     """Write plain data as indented JSON. Raises `ValueError` for a number that JSON does not have (infinity, NaN)."""
-    save_text(json.dumps(data, indent=1, allow_nan=False) + "\n", path)
+    save_bytes((json.dumps(data, indent=1, allow_nan=False) + "\n").encode(), path)
 
 
-def save_text(text: str, path: str | Path) -> None:
-    """Write text as UTF-8."""
+def save_bytes(content: bytes, path: str | Path) -> None:
+    """Write a file that is in memory."""
     with write_atomically(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
 
 
 def read_json(path: str | Path) -> dict:

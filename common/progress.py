@@ -2,7 +2,6 @@
 """
 from __future__ import annotations
 
-import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -25,8 +24,7 @@ class Progress:
     def __init__(self, steps: Iterable, title: str | None, start: int = 0, total: int | None = None,
                  check: Callable[[], None] = check_interrupt):
         self.steps = steps
-        alone = is_first() and multiprocessing.parent_process() is None  # or another one shows how far all are
-        self.title = title if alone else None
+        self.title = title if is_first() else None
         self.check = check
         self.start = start
         self.total = total if total is not None else start + len(steps)

@@ -109,8 +109,7 @@ def _open_archive(folder: Path, stamp: bytes) -> zipfile.ZipFile:
     # A cache that cannot be written only costs time.
     content = _pack(folder, stamp)
     try:
-        with files.write_atomically(cached) as temporary:
-            temporary.write_bytes(content)
+        files.save_bytes(content, cached)
     except OSError:
         pass
     return zipfile.ZipFile(io.BytesIO(content))

@@ -127,10 +127,7 @@ class _Tree(Annotations):
         rows = []
         for frame in self._chosen(sequence, numbers):
             for file in (frame.image, frame.mask):
-                try:
-                    rows.append(date_and_size(file))
-                except OSError:
-                    rows.append([file.name])
+                rows.append(date_and_size(file) if file.is_file() else [file.name])
             rows.append(frame.viewpoint)
         return rows
 

@@ -8,6 +8,7 @@ The schedule is not the released one, which is one sequence per step and Adam at
 """
 from __future__ import annotations
 
+import copy
 import math
 import time
 from dataclasses import dataclass, replace
@@ -54,8 +55,8 @@ class Fit:
     """A training in progress: of `training.module`, in one process or in several (`training/ranks.py`).
 
     `training.module(batch)` gives the losses, `Losses`, of which a step minimizes the sum; `training.batch(draws)` is
-    the batch of a step, of `training.config.batch` samples in all processes, and `training.held_out.batch(draws)` one
-    that is never trained on (`held_out` is None where there is none);
+    the batch of a step, of `training.config.batch` samples in all processes, from `training.data`, of which
+    `held_out()` is never trained on;
     `training.finish(average, out, trained_on)` writes the weights file from the averaged weights of the module, by
     name, and what they were trained on; it returns a picture of what they can do, or None.
 
@@ -122,8 +123,7 @@ class Fit:
                 self.optimizer.load_state_dict(state["optimizer"])
                 check_moments(self.optimizer)
                 self.completed = range(self.config.steps + 1)[state["completed"]]
-                self.shown = state["shown"]
-                self.log = state["log"]
+                self.log, self.shown = state["record"]
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
             raise ValueError(f"{self.state_file}: not a whole state of a `train.py {self.settings['what']}` "
                              f"({type(e).__name__}); delete it to start again") from None
@@ -154,8 +154,7 @@ class Fit:
                 "optimizer": self.optimizer.state_dict(),
                 "average": self.average,
                 "completed": self.completed,
-                "shown": self.shown,
-                "log": self.log,
+                "record": [self.log, self.shown],
                 "settings": self.settings,
                 "history": self.history,
                 "trained": self.trained,
@@ -213,22 +212,21 @@ class Fit:
         total = self.config.steps
         progress = Progress(range(self.completed, total), title, self.completed, total, ranks.check_interrupt)
         began = saved = time.monotonic()
-        logged = self.completed, began
         for step in progress:
             with torch.backends.cudnn.flags(benchmark=True):  # the same shapes in every step
                 losses = self.step(step)
             self.completed = step + 1
             for name, x in losses.items():
                 self.shown[name] = 0.98 * self.shown.get(name, x) + 0.02 * x
-            if self.completed % LOGGED == 0 and is_first():
-                logged = self.add_line(*logged)
 
             # Once in a while: say how it goes, stop in time, save. The slowest clock counts.
-            if step % 50 and self.completed < total:
+            if self.completed % 50 > 1 and self.completed < total:
                 continue
             self.check()
             progress.note = ", ".join(f"{name} {x:.4f}" for name, x in self.shown.items())
             now = time.monotonic()
+            if self.completed % LOGGED == 0 and is_first():
+                self.add_line(self.completed - progress.start, now - began)
             passed, unsaved = ranks.largest(now - began, now - saved)
             if minutes and passed > 60 * minutes:
                 print(f"stopped after {minutes} minutes; the same command resumes")
@@ -238,34 +236,30 @@ class Fit:
                 saved = now
         print(f"step {self.completed} of {total}, {time.monotonic() - began:.0f} s: {progress.note}")
 
-
-    def add_line(self, step: int, moment: float) -> tuple[int, float]:
-        """Write a line of the log, with the speed since a step and its moment; returns those of this line."""
-        now = time.monotonic()
-        speed = (self.completed - step) / (now - moment)
+    def add_line(self, steps: int, seconds: float) -> None:
+        """Write a line of the log; this run has so far taken so many steps and seconds."""
         self.log.append({
             "step": self.completed,
-            "losses": {name: float(x) for name, x in self.shown.items()},
-            "held_out": {name: float(x) for name, x in self.held_out_losses().items()},
-            "per_second": round(speed * self.training.config.batch, 2),
+            "losses": {name: float(x) for name, x in (self.shown | self.held_out_losses()).items()},
+            "per_second": round(steps / seconds * self.training.config.batch, 2),
             "memory_gb": peak_gb(self.device),
-            "seconds_left": round((self.config.steps - self.completed) / speed),
-            "seconds": round(now - moment + (self.log[-1]["seconds"] if self.log else 0), 1),
+            "seconds": round(seconds, 1),
+            "seconds_left": round((self.config.steps - self.completed) / steps * seconds),
         })
         save_log(self.log, self.folder)
-        return self.completed, now
 
     @torch.no_grad()
     def held_out_losses(self) -> Losses:
         """Of the same `HELD_OUT` samples every time, by the weights of this moment; none where nothing is held out."""
-        if self.training.held_out is None:
+        training = copy.copy(self.training)
+        training.data = self.training.data.held_out()
+        if training.data is None:
             return {}
-        batch = self.training.held_out.batch(ranks.Draws(self.seed, "held out", HELD_OUT, range(HELD_OUT)))
         self.module.eval()
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-            losses = self.module(batch)
+            losses = self.module(training.batch(ranks.Draws(self.seed, "held out", HELD_OUT, range(HELD_OUT))))
         self.module.train()
-        return losses
+        return {f"held-out {name}": x for name, x in losses.items()}
 
 
 def learning_rate(step: int, config: FitConfig) -> float:

@@ -28,7 +28,6 @@ from common.processes import map_processes
 from common.progress import Progress
 from datasets import co3d
 from datasets.protocol import TRAINING, available
-from photographs.capture import load_pictures
 from photographs.reading import read_capture
 
 FORMAT = 1     # layout of a pack; another number renews it
@@ -77,7 +76,9 @@ def load_packed(roots: list[Path], categories: list[str], views: int, size: int,
     skipped, and sequences of which fewer than `least` remain; a line counts them. Raises `ValueError` where none is
     left, `FileNotFoundError` for a category that no folder has.
     """
-    jobs = [_capture_job(Path(folder), views, size) for folder in captures]
+    jobs = []
+    for folder in captures:
+        jobs += _jobs(Path(folder), PHOTOGRAPHS, views, size)
     for category in categories if roots else ():
         homes = [root for root in roots if category in co3d.categories(root)]
         for root in homes or roots:  # where none has it, reading the first says so
@@ -115,39 +116,32 @@ def _trained_on(sequences: list[tuple[Path, str, str]]) -> Tensor:
     So whatever is trained on the same data, the VAE and the prior, holds out the same ones; and when data of 64
     sequences or more grow, none is held out that was trained on before.
     """
-    digests = [hashlib.sha256(f"{category} {name}".encode()).hexdigest() for _, category, name in sequences]
-    order = sorted(range(len(sequences)), key=lambda i: digests[i])
+    order = sorted(range(len(sequences)), key=lambda i: hashlib.sha256(repr(sequences[i][1:]).encode()).digest())
     return torch.tensor(sorted(order[min(len(order) // HELD_OUT, HELD_OUT):]))
 
 
 def _jobs(root: Path, category: str, views: int, size: int) -> list[_Job]:
-    """The sequences of a category in a tree, and which of their frames are packed where."""
-    split = available(root, category, TRAINING)
-    folder = _pack_folder(root, category, views, size)
+    """The sequences of a category in a tree, or own photographs, and which of their frames are packed where."""
+    digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
+    folder = files.cache_folder() / "packed" / f"{files.safe_name(category)}-{digest}" / f"{views}x{size}"
+
+    # Of own photographs those that are named as targets are not trained on.
+    if category == PHOTOGRAPHS:
+        photographs = read_capture(root)
+        found = {photographs.sequence: photographs.inputs or list(range(len(photographs.names)))}
+    else:
+        split = available(root, category, TRAINING)
+        names = co3d.sequences(root, category, split)
+        found = {name: co3d.frame_numbers(root, category, name, split) for name in names}
 
     jobs = []
-    for name in co3d.sequences(root, category, split):
-        numbers = co3d.frame_numbers(root, category, name, split)
+    for name, numbers in found.items():
         frames = [numbers[i] for i in evenly_spaced(len(numbers), views)]
-        stamp = json.dumps([FORMAT, frames, co3d.stamp(root, category, name, frames)])
+        own = category == PHOTOGRAPHS
+        sources = photographs.settings() if own else co3d.stamp(root, category, name, frames)
+        stamp = json.dumps([FORMAT, frames, sources])
         jobs.append(_Job(folder / f"{files.safe_name(name)}.pt", root, category, name, frames, size, stamp))
     return jobs
-
-
-def _capture_job(folder: Path, views: int, size: int) -> _Job:
-    """Own photographs, of which those that are named as targets are not trained on."""
-    photographs = read_capture(folder)
-    possible = photographs.inputs or range(len(photographs.names))
-    frames = [possible[i] for i in evenly_spaced(len(possible), views)]
-    stamp = json.dumps([FORMAT, frames, photographs.settings()])
-    file = _pack_folder(folder, PHOTOGRAPHS, views, size) / f"{files.safe_name(photographs.sequence)}.pt"
-    return _Job(file, folder, PHOTOGRAPHS, photographs.sequence, frames, size, stamp)
-
-
-def _pack_folder(root: Path, category: str, views: int, size: int) -> Path:
-    """Where the packs of a category, or of own photographs, are."""
-    digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
-    return files.cache_folder() / "packed" / f"{files.safe_name(category)}-{digest}" / f"{views}x{size}"
 
 
 def _open(job: _Job) -> dict | None:
@@ -161,25 +155,15 @@ def _open(job: _Job) -> dict | None:
 
 def _pack(job: _Job) -> None:
     """Write the pack of a sequence: of every frame that can be read colors, mask, valid region and camera."""
+    # Own photographs decide on their world together: all can be read, or none.
     own = job.category == PHOTOGRAPHS
-    photographs = read_capture(job.root) if own else None
     scenes = []
-    readable = []
     skipped = []
-    for frame in job.frames:
+    for frames in [job.frames] if own else [[frame] for frame in job.frames]:
         try:
-            scenes.append(load_pictures(photographs.at([frame]), job.size) if own else
-                          co3d.load_sequence(job.root, job.category, job.name, job.size, [frame]))
-            readable.append(frame)
+            scenes.append(read_capture(job.root).at(frames).load(job.size) if own else
+                          co3d.load_sequence(job.root, job.category, job.name, job.size, frames))
         except (OSError, ValueError) as e:
-            skipped.append(str(e))
-
-    # Own photographs decide on their world together.
-    if own:
-        try:
-            scenes = [photographs.at(readable).load(job.size)]
-        except ValueError as e:
-            scenes = []
             skipped.append(str(e))
 
     # Bytes of the frames one after the other; of none, none.
