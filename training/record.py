@@ -14,8 +14,6 @@ from pathlib import Path
 
 from common import files
 
-COLORS = ("#3b8de0", "#e07b00", "#2a5", "#c3c")  # of the losses
-
 
 def save_log(lines: list[dict], folder: Path) -> None:
     """Write the lines, each with a `step` and, by their names, `losses`; and draw these."""
@@ -28,7 +26,8 @@ def draw_losses(lines: list[dict]) -> str:
     # The scale goes from the least of all losses to the largest.
     end = lines[-1]["step"]
     low, high = (math.log(f(x for line in lines for x in line["losses"].values()) + 1e-9) for f in (min, max))
-    drawing = (f'<path d="M45 10V180H395" stroke="#999" fill="none"/><text x="345" y="194">{end} steps</text>'
+    drawing = (f'<path d="M45 10V180H395" stroke="#999" fill="none"/>'
+               f'<text x="395" y="194" text-anchor="end">{end} steps</text>'
                f'<text x="2" y="18">{math.exp(high):.4f}</text><text x="2" y="180">{math.exp(low):.4f}</text>')
 
     # The curves, with their last values.
@@ -37,8 +36,8 @@ def draw_losses(lines: list[dict]) -> str:
         for line in lines:
             height = (math.log(line["losses"][name] + 1e-9) - low) / max(high - low, 1e-9)
             points += f"{45 + 350 * line['step'] / end:.1f},{180 - 170 * height:.1f} "
-        x, y = 45 + 170 * (i % 2), 210 + 14 * (i // 2)
-        drawing += (f'<polyline points="{points}" stroke="{COLORS[i]}" fill="none"/>'
-                    f'<text x="{x}" y="{y}" fill="{COLORS[i]}">{name} {last:.4f}</text>')
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 400 230" font-size="11" font-family="sans-serif" '
+        color = f"hsl({210 + 140 * i}, 70%, 45%)"
+        drawing += (f'<polyline points="{points}" stroke="{color}" fill="none"/>'
+                    f'<text x="{45 + 170 * (i % 2)}" y="{210 + 14 * (i // 2)}" fill="{color}">{name} {last:.4f}</text>')
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 400 250" font-size="11" font-family="sans-serif" '
             f'style="background: white">{drawing}</svg>\n')
