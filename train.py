@@ -431,8 +431,8 @@ def read_data(args: argparse.Namespace, config: TrainConfig) -> PackedScenes:
         data = load() if is_first("LOCAL_RANK") else None
     with ranks.agreed():
         data = data or load()
-    held_out = len(data) - len(data.drawn)
-    print(f"{len(data)} sequences of {data.counts.min()} to {data.counts.max()} pictures; held out: {held_out}")
+    print(f"{len(data)} sequences of {data.counts.min()} to {data.counts.max()} pictures, {len(data.drawn)} of them to "
+          "train on")
     return data
 
 

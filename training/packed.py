@@ -137,8 +137,7 @@ def _jobs(root: Path, category: str, views: int, size: int) -> list[_Job]:
     jobs = []
     for name, numbers in found.items():
         frames = [numbers[i] for i in evenly_spaced(len(numbers), views)]
-        own = category == PHOTOGRAPHS
-        sources = photographs.settings() if own else co3d.stamp(root, category, name, frames)
+        sources = photographs.settings() if category == PHOTOGRAPHS else co3d.stamp(root, category, name, frames)
         stamp = json.dumps([FORMAT, frames, sources])
         jobs.append(_Job(folder / f"{files.safe_name(name)}.pt", root, category, name, frames, size, stamp))
     return jobs

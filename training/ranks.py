@@ -189,6 +189,7 @@ def batch_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
 
 def distributed(module: nn.Module) -> nn.Module:
     """The module for a step: where there are several processes with their gradients' mean, and their batch norms'."""
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # of torch's own graphed networks
     if not dist.is_initialized():
         return module
     for part in module.modules():

@@ -110,7 +110,7 @@ def test_a_resumed_training_repeats_no_line(training, capsys):
     assert sorted(path.name for path in folder.iterdir()) == [
         "00000001.jpg", "00000003.jpg", "00000005.jpg", "log.jsonl", "losses.svg"]
     out = capsys.readouterr().out
-    assert "9 sequences of 3 to 4 pictures; held out: 1" in out
+    assert "9 sequences of 3 to 4 pictures, 8 of them to train on" in out
     assert f"next: python train.py prior --out prior.pt --vae {parts} --root " in out.splitlines()[-1]
 
 
@@ -118,7 +118,8 @@ def test_held_out_losses_change_no_training(training, monkeypatch):
     vae = training("vae", "vae.pt", "--steps", 2)
     with_them = training("prior", "a.pt", "--vae", vae, "--steps", 3)
     found = lines(with_them)
-    assert len(found) == 2 and list(found[0]["losses"]) == ["diffusion", "color", "held-out diffusion", "held-out color"]
+    assert len(found) == 2
+    assert list(found[0]["losses"]) == ["diffusion", "color", "held-out diffusion", "held-out color"]
     monkeypatch.setattr(fit, "LOGGED", 10**9)
     assert same(load(training("prior", "b.pt", "--vae", vae, "--steps", 3)), load(with_them))
 
