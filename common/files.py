@@ -188,11 +188,10 @@ def below(root: Path, name: object, where: str | Path) -> Path:
     """A path that a file gives, which has to stay below `root`. Raises `ValueError` with `where` it stands."""
     if not isinstance(name, str) or not name:
         raise ValueError(f"{where}: {name!r:.40} is no name of a file")
-    name = name.replace("\\", "/")
-    parts = name.split("/")  # (by pathlib this takes a fifth of the opening of 50,000 frames)
+    parts = name.replace("\\", "/").split("/")  # (by pathlib this takes a fifth of the opening of 50,000 frames)
     if not parts[0] or ".." in parts or ":" in parts[0]:
         raise ValueError(f"{where}: {name!r} leads out of the folder {root}")
-    return root / name
+    return root / "/".join(parts)
 
 
 def check_weights(weights: dict[str, Tensor], module: nn.Module) -> None:
