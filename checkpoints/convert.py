@@ -15,6 +15,7 @@ from torch import Tensor
 from cameras import Cameras, look_at
 from checkpoints.released import describe, load_part, our_name, read_part
 from common import cli, files
+from common.machine import stream_seed
 from presets import MODELS
 from sparsefusion import SparseFusion, blank, ready, save
 
@@ -27,7 +28,7 @@ def from_released(eft_file: Path | None, vldm_file: Path | None, vae_file: Path,
     nothing in it.
     """
     # Three files of three authors, each matched key by key; what has none is random, the same every time.
-    torch.manual_seed(0)
+    torch.manual_seed(stream_seed(0, "untrained weights"))
     model = blank(MODELS["paper"], device) if eft_file else SparseFusion(MODELS["paper"])
     for part, file in {"eft": eft_file, "vldm": vldm_file, "vae": vae_file}.items():
         if file:
