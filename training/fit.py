@@ -121,8 +121,8 @@ class Fit:
                 self.history = self.history + [one for one in others if one not in self.history]
             else:
                 self.history = [dict(one) for one in state["history"]]
+                check_moments(self.optimizer, state["optimizer"])
                 self.optimizer.load_state_dict(state["optimizer"])
-                check_moments(self.optimizer)
                 self.completed = range(self.config.steps + 1)[state["completed"]]
                 self.log, self.shown = state["record"]
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
