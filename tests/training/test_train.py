@@ -177,7 +177,10 @@ def test_a_state_without_a_part(training, tmp_path, capsys):
     training("vae", "vae.pt")
     state = files.read_tensors(tmp_path / "vae.pt.state", "module")
     argv = ["vae", "--root", SAMPLE, "--frames", 5, "--steps", 3, "--set", "batch=2", "--out", tmp_path / "vae.pt"]
-    for broken in ({name: x for name, x in state.items() if name != "average"}, state | {"history": "a\nb"}):
+    optimizer = state["optimizer"]
+    moments = {i: x | {"exp_avg": x["exp_avg"].cfloat()} for i, x in optimizer["state"].items()}
+    for broken in ({name: x for name, x in state.items() if name != "average"}, state | {"history": "a\nb"},
+                   state | {"optimizer": optimizer | {"state": moments}}):
         files.save_tensors(broken, tmp_path / "vae.pt.state")
         one_line(capsys, train.main, argv, "vae.pt.state: not a whole state")
 
@@ -242,8 +245,9 @@ def test_state_of_another_training(training, tmp_path, capsys):
 @pytest.mark.parametrize("flags, differs", [
     (["--seed", 1], "seed"), (["--steps", 2], "config.fit.steps is 3 there, 2 here"),
     (["--set", "lr=1e-2"], "config.fit.lr"), (["--set", "batch=1"], "config.batch"), (["--frames", 4], "data"),
-    (["--set", "image_size=16"], "config.model.image_size")])
-def test_other_numbers_are_another_training(flags, differs, training, tmp_path, capsys):
+    (["--set", "image_size=16"], "config.model.image_size"), (["--preset", "other"], "config.model.name")])
+def test_other_numbers_are_another_training(flags, differs, training, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(presets.MODELS, "other", replace(TINY, name="other"))
     training("vae", "vae.pt")
     argv = ["vae", "--root", SAMPLE, "--frames", 5, "--steps", 3, "--set", "batch=2", "--out", tmp_path / "vae.pt"]
     one_line(capsys, train.main, [*argv, *flags], "another training", differs)
