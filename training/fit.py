@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from common.processes import Interrupted, is_first, uninterruptible
 from common.progress import Progress
 from common.settings import check_ranges, differences
 from export.pictures import save_picture
+from gpu.graphs import map_tensors
 from gpu.update import check_moments
 from training import ranks
 from training.record import save_log
@@ -55,8 +57,8 @@ class Fit:
     """A training in progress: of `training.module`, in one process or in several (`training/ranks.py`).
 
     `training.module(batch)` gives the losses, `Losses`, of which a step minimizes the sum; `training.batch(draws)` is
-    the batch of a step, of `training.config.batch` samples in all processes, from `training.data`, of which
-    `held_out()` is never trained on;
+    the batch of a step on the CPU, drawn by another thread, of `training.config.batch` samples in all processes, from
+    `training.data`, of which `held_out()` is never trained on;
     `training.finish(average, out, trained_on)` writes the weights file from the averaged weights of the module, by
     name, and what they were trained on; it returns a picture of what they can do, or None.
 
@@ -86,6 +88,10 @@ class Fit:
         self.average = {}
         for name, x in self.module.state_dict().items():
             self.average[name] = x.detach().clone()
+
+        # A thread draws batches ahead, by step.
+        self.thread = ThreadPoolExecutor(1)
+        self.ahead = {}
 
         # Where it goes, how far it is, and the first step whose loss or gradient was not finite.
         self.broken = torch.full((), NEVER, device=device)
@@ -171,11 +177,14 @@ class Fit:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.config)
 
-        # Everything random in a step follows from the seed and its number; the global generator is dropout's, and has
-        # numbers of its own in every process.
-        draws = ranks.Draws(self.seed, step, self.training.config.batch, self.places)
+        # The batch of this step; that of the next one is drawn meanwhile.
+        batch = self.ahead.pop(step, None) or self.thread.submit(self.draw, step)
+        if step + 1 < self.config.steps:
+            self.ahead[step + 1] = self.thread.submit(self.draw, step + 1)
+        batch = self.on_device(batch.result())
+
+        # The global generator is dropout's, and has numbers of its own in every process.
         torch.manual_seed(stream_seed(self.seed, f"dropout {step} {self.places[0]}"))
-        batch = self.training.batch(draws)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
             losses = self.losses(batch)
             loss = sum(losses.values())
@@ -191,6 +200,16 @@ class Fit:
         decay = min(self.config.ema, (step + 1) / (step + 10))
         update_average(self.average, self.module, decay)
         return dict(zip(losses, shown))
+
+    def draw(self, step: int) -> tuple:
+        """The batch of a step, on the CPU. Everything random in it follows from the seed and its number."""
+        draws = ranks.Draws(self.seed, step, self.training.config.batch, self.places)
+        batch = self.training.batch(draws)
+        return map_tensors(Tensor.pin_memory, batch) if self.device == "cuda" else batch
+
+    def on_device(self, batch: tuple) -> tuple:
+        """The batch where the training computes."""
+        return map_tensors(lambda x: x.to(self.device, non_blocking=True), batch)
 
     def run(self, title: str, minutes: float | None = None) -> None:
         """All steps that are left, or as many as fit into so many minutes. An interrupted run is saved."""
@@ -214,7 +233,7 @@ class Fit:
         progress = Progress(range(self.completed, total), title, self.completed, total, ranks.check_interrupt)
         began = saved = time.monotonic()
         for step in progress:
-            with torch.backends.cudnn.flags(benchmark=True):  # the same shapes in every step
+            with torch.backends.cudnn.flags(enabled=True, benchmark=True):  # the same shapes in every step
                 losses = self.step(step)
             self.completed = step + 1
             for name, x in losses.items():
@@ -256,9 +275,10 @@ class Fit:
         training.data = self.training.data.held_out()
         if training.data is None:
             return {}
+        batch = training.batch(ranks.Draws(self.seed, "held out", HELD_OUT, range(HELD_OUT)))
         self.module.eval()
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-            losses = self.module(training.batch(ranks.Draws(self.seed, "held out", HELD_OUT, range(HELD_OUT))))
+            losses = self.module(self.on_device(batch))
         self.module.train()
         return {f"held-out {name}": x for name, x in losses.items()}
 
