@@ -115,7 +115,7 @@ class Rays(NamedTuple):
 
 class InputPixels(NamedTuple):
     """R pixels of input views: the rays through them and what the photographs show."""
-    rays: Rays
+    rays: Rays      # k * R; those of a pixel follow one another
     color: Tensor   # (R, 3)
     mask: Tensor    # (R, 1)
     valid: Tensor   # (R, 1) 1 where they show anything, 0 in the padding
@@ -241,8 +241,9 @@ class Distillation:
         """Pixels of input views against their photographs: color, silhouette, opacity, exposures."""
         config = self.config
         rendering = self.render(batch.rays)
-        silhouette = rendering.opacity[:, None]
-        exposed = self.exposures(rendering.color, batch.view)
+        color = rendering.color.unflatten(0, (len(batch.view), -1)).mean(1)
+        silhouette = rendering.opacity.unflatten(0, (len(batch.view), -1, 1)).mean(1)
+        exposed = self.exposures(color, batch.view)
         self.input_error.copy_((exposed.detach() - batch.color).square().mean())
 
         loss = photometric_loss(exposed, silhouette, batch.color, batch.mask, config.weight_background,
@@ -293,8 +294,9 @@ class Distillation:
         view = pixel // size**2
         pixel = pixel % size**2
 
-        # Each pixel has a camera of its own.
-        xy = pixel_grid(size, size, device=device)[pixel][:, None]
+        # Each pixel has a camera of its own, and one or several rays through its square.
+        parts = pixel_grid(self.config.pixel_side, self.config.pixel_side, device=device) / size
+        xy = pixel_grid(size, size, device=device)[pixel][:, None] + parts
         o, d = self.input_views.cameras[view].rays(xy)
         rays = self.with_samples(o.reshape(-1, 3), d.reshape(-1, 3))
 
@@ -598,6 +600,7 @@ class DistillConfig:
     image_size: int = 256                # S of the pictures where there is no prior to say
     render_size: int = 128               # s of a rendering, upsampled to S [released: distillation.py:85]
     input_pixels: int = 0                # random pixels of all input views an update; 0: a lattice of one view's
+    pixel_side: int = 1                  # rays per side of the square of each of these pixels
     picture_side: int = 1                # rays per side of a pixel's square in pictures of the finished field
     lr_grid: float = 5e-3                # Adam's rate for the encoding's table [released: network_grid.py:223-228]
     lr_mlp: float = 5e-4                 # Adam's rate for the network, from the same lines
@@ -639,7 +642,7 @@ class DistillConfig:
             raise ValueError(f"bootstrap {self.bootstrap} is not between 0 and the {self.iterations} iterations")
         if self.blur % 2 == 0:
             raise ValueError(f"blur {self.blur} is not an odd number of pixels")
-        rays = max(self.input_pixels, self.render_size**2)
+        rays = max(self.input_pixels * self.pixel_side**2, self.render_size**2)
         samples = rays * (self.field.samples_per_ray + self.field.importance_samples)
         if samples > MOST_SAMPLES:
             raise ValueError(f"{rays} rays of an update have {samples} samples, more than {MOST_SAMPLES}")
@@ -698,18 +701,18 @@ class DistillConfig:
         blur = max(round(self.blur / growth / 2 - 0.5), 0) * 2 + 1  # odd
         fitted = replace(self, field=field, iterations=iterations, blur=blur, reference_views=0, iterations_per_view=0)
 
-        # Where there is time for it, a wider network, and more of pixels and samples.
+        # Where there is time for it, a wider network, more samples, and what a pixel sees beside its center.
         if iterations < LONG:
             return fitted
         samples = min(round(self.field.samples_per_ray * larger**0.5), 128)
         field = replace(field, width=2 * self.field.width, samples_per_ray=samples)
-        return replace(fitted, field=field, input_pixels=2 * self.input_pixels)
+        return replace(fitted, field=field, pixel_side=2 * self.pixel_side, input_pixels=self.input_pixels // 2)
 
 
 _ANY = (0, math.inf)
 _RANGES = {"half_side": _ANY, "iterations": (1, 10**7), "viewpoints": (1, 2000), "jitter": _ANY,
            "image_size": (1, 4096), "render_size": (2, 4096), "input_pixels": (0, 2**24),
-           "picture_side": (1, 64), "lr_grid": _ANY, "lr_mlp": _ANY, "final_lr_fraction": (1e-9, 1e9), "eps": _ANY,
+           "pixel_side": (1, 64), "picture_side": (1, 64), "lr_grid": _ANY, "lr_mlp": _ANY, "final_lr_fraction": (1e-9, 1e9), "eps": _ANY,
            "lr_exposure": _ANY, "weight_exposure": _ANY, "blur": (1, 255), "weight_background": _ANY,
            "weight_opacity": _ANY, "prior_views": _ANY, "weight_perceptual": _ANY, "min_noise_level": (0, 1),
            "denoise_batch": (1, 1024), "reference_views": (0, 10**6), "iterations_per_view": (0, 10**6),

@@ -15,7 +15,7 @@ import distillation
 import metrics
 import volume
 from cameras import Cameras, circle_path, pixel_grid
-from distillation import Distillation, Prior
+from distillation import Distillation, Prior, opacity_loss, photometric_loss
 from presets import PRESETS
 from sparsefusion import Condition
 from tests.support import parity
@@ -472,6 +472,34 @@ def test_scattered_pixels_are_those_of_the_photographs():
     for images, expected in ((scene.images, batch.color), (scene.masks, batch.mask)):
         parity.assert_close(images[batch.view, :, row, column], expected, atol=1e-6)
     assert work.input_loss(batch).isfinite() and not torch.equal(work.sample_input(1).color, batch.color)
+
+
+def test_a_pixel_is_the_mean_of_the_rays_through_its_square():
+    """They pass through the middles of four equal parts of it; the loss is that of their mean."""
+    scene = ball(3, 32)
+    work = Distillation(scene, replace(SHORT, input_pixels=50, pixel_side=2), 7)
+    batch = work.sample_input(0)
+    assert batch.rays.o.shape == (200, 3) and batch.color.shape == (50, 3)
+
+    cameras = scene.cameras[batch.view.repeat_interleave(4)]
+    xy, _ = cameras.project((batch.rays.o + 3 * batch.rays.d)[:, None])
+    position = ((1 - xy[:, 0]) * 16).unflatten(0, (50, 4))
+    corner = position.floor()
+    assert torch.equal(corner, corner[:, :1].expand_as(corner))
+    parts = torch.tensor([[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]])
+    parity.assert_close(position - corner, parts.expand(50, 4, 2), atol=1e-3)
+    column, row = corner[:, 0].long().unbind(-1)
+    parity.assert_close(scene.images[batch.view, :, row, column], batch.color, atol=1e-6)
+
+    seen = work.render(batch.rays)
+    color = torch.stack([seen.color[4 * i:4 * i + 4].mean(0) for i in range(50)])
+    opacity = torch.stack([seen.opacity[4 * i:4 * i + 4].mean() for i in range(50)])[:, None]
+    config = work.config
+    expected = photometric_loss(work.exposures(color, batch.view), opacity, batch.color, batch.mask,
+                                config.weight_background, batch.valid)
+    expected = expected + config.weight_opacity * opacity_loss(opacity)
+    expected = expected + config.weight_exposure * work.exposures.spread()
+    parity.assert_close(work.input_loss(batch), expected, rtol=1e-5)
 
 
 def test_scattered_pixels_are_those_that_see_the_hull():

@@ -20,7 +20,8 @@ from tests.support.small import SHORT
     ({"render_size": 1}, "render_size"), ({"betas": (0.9, 1.0)}, "betas"), ({"lr_grid": -1.0}, "lr_grid"),
     ({"weight_opacity": -1.0}, "weight_opacity"), ({"denoise_batch": 0}, "denoise_batch"),
     ({"turntable_frames": -1}, "turntable_frames"),
-    ({"input_pixels": 2**23}, "8388608 rays of an update have 134217728 samples")])
+    ({"input_pixels": 2**23}, "8388608 rays of an update have 134217728 samples"),
+    ({"input_pixels": 2**21, "pixel_side": 2}, "8388608 rays of an update have 134217728 samples")])
 def test_numbers_that_do_not_fit(change, words):
     with pytest.raises(ValueError, match=words):
         replace(SHORT, **change)
@@ -85,14 +86,14 @@ def test_more_and_larger_photographs_bear_a_finer_field():
     many = plain.fitted(100)
     assert (many.field.finest_resolution, many.iterations, many.blur) == (800, 6720, 1)
     assert (many.field.samples_per_ray, many.field.bins_per_ray, many.field.occupancy_cells) == (64, 256, 139)
-    assert many.input_pixels == 2 * plain.input_pixels and many.fitted(100) == many
+    assert many.input_pixels * many.pixel_side**2 == 2 * plain.input_pixels and many.fitted(100) == many
     assert plain.fitted(1000).iterations == plain.iterations + distillation.MOST_FURTHER
     assert replace(plain, image_size=128).fitted(100).field == many.field
     large = replace(plain, image_size=1024).fitted(100)
     assert (large.field.finest_resolution, large.field.samples_per_ray, large.iterations) == (2048, 128, 12440)
     assert large.field.log2_hashmap_size == many.field.log2_hashmap_size + 2
     short = plain.with_iterations(800).fitted(100)  # what is asked for stays, and costs little
-    assert (short.iterations, short.input_pixels) == (800, plain.input_pixels)
+    assert (short.iterations, short.input_pixels, short.pixel_side) == (800, plain.input_pixels, 1)
     assert short.field == replace(many.field, width=32, samples_per_ray=32) and many.field.width == 64
     nano = presets.PRESETS["nano"]
     assert nano.fitted(100) == nano
