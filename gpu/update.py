@@ -9,6 +9,7 @@ Different from the released code, which launches one kernel at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from inspect import unwrap
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,12 @@ class Graphs:
 class GraphedAdam(torch.optim.Adam):
     """Adam for groups of parameters, all on one device; a CUDA graph can capture its steps."""
 
+    # torch keeps its compiler away from these, for which it would import all of it: two seconds.
+    add_param_group = unwrap(torch.optim.Adam.add_param_group)
+    zero_grad = unwrap(torch.optim.Adam.zero_grad)
+    state_dict = unwrap(torch.optim.Adam.state_dict)
+    step = torch.no_grad()(unwrap(torch.optim.Adam.step))
+
     def __init__(self, groups: list[tuple[Iterable[nn.Parameter], float]], betas: tuple[float, float], eps: float,
                  device: torch.device):
         """groups: parameters, and their learning rate at its peak."""
@@ -67,7 +74,7 @@ class GraphedAdam(torch.optim.Adam):
 
     def load_state_dict(self, state: dict) -> None:
         """Resume from what Adam remembered, maybe on another device. Graphs must be forgotten. See `check_moments`."""
-        super().load_state_dict(state)
+        unwrap(torch.optim.Adam.load_state_dict)(self, state)
         check_moments(self)
         for group, peak in zip(self.param_groups, self.peak_rates):
             group["lr"] = self._rate(peak)

@@ -1,4 +1,6 @@
 """Updates: Adam by hand, rates, losses that break; on a GPU the CUDA graph of an update against the update itself."""
+import subprocess
+import sys
 from collections import defaultdict
 from typing import NamedTuple
 
@@ -69,6 +71,13 @@ def test_updates_are_those_of_adam(device):
             p -= fraction * rate * step
         parity.assert_close(work.a.detach().cpu(), a, rtol=1e-4, atol=1e-6)
         parity.assert_close(work.b.detach().cpu(), b, rtol=1e-4, atol=1e-6)
+
+
+def test_an_update_does_not_wait_for_a_compiler():
+    """torch's own methods of Adam import it, which takes two seconds."""
+    code = ("import sys, tests.gpu.test_update as t; work = t.Work('cpu'); work.down(work.distance, t.batch(0)); "
+            "work.adam.load_state_dict(work.adam.state_dict()); sys.exit('torch._dynamo' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize("device", DEVICES)
