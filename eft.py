@@ -11,9 +11,10 @@ The three-stage layout is that of GPNR (Suhail et al., ECCV 2022). All geometry 
 camera, so for a given depth range the result does not depend on the world's origin, nor on the order of the inputs.
 
 Our own `relative` form knows no units either, so that it may be asked about any scene. The sphere round the object is
-the unit sphere: depths count from where a ray is nearest to its center, and the moments of lines are about the center.
-Points lie in the visual hull of the input masks. The mask is a fourth channel of the inputs and opacity a fourth
-output, so that dark is not empty; a reference ray tells how its direction differs from the query ray's.
+the unit sphere: points lie in it, depths count from where a ray is nearest to its center, and the moments of lines are
+about the center. Three more parts are in no preset yet: points in the visual hull of the input masks (`hull`); masks
+as a fourth channel of the inputs and opacity as a fourth output, so that dark is not empty (`masks`); how the
+direction of a reference ray differs from the query ray's (`angles`).
 
 Differences from the released code (its `sparsefusion/eft.py`): the trunk ends after its third stage; the linear layer
 that opens a transformer is applied to each part of its input, before the parts are sampled, broadcast and added
@@ -59,18 +60,23 @@ class EFTConfig:
     depths: int = 20                               # points per ray [paper]
     harmonics: int = 6                             # frequencies 1, 2, ..., 2^5 of the harmonic embedding [paper]
     depth_margin: float = 5.0                      # rays run so far before and behind the mean camera distance
-    relative: bool = False                         # the form above that knows no units, but masks
+    relative: bool = False                         # lengths in radii of the sphere round the object
+    hull: bool = False                             # points lie in the visual hull; takes `relative`
+    masks: bool = False                            # masks are seen and opacities told
+    angles: bool = False                           # between query ray and reference rays
 
     def __post_init__(self):
         check_numbers(self)
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of {self.heads} heads")
+        if self.hull and not self.relative:
+            raise ValueError("hull=true takes relative=true")
         check_ranges(self, {"blocks": (1, 64), "layers": (1, 64), "dropout": (0, 0.999), "depth_margin": (1e-6, 1e6)})
 
     @property
     def colors(self) -> int:
-        """Numbers of a pixel, seen or predicted: its color, in the relative form its mask or opacity, too."""
-        return 4 if self.relative else 3
+        """Numbers of a pixel, seen or predicted: its color, with `masks` its mask or opacity, too."""
+        return 4 if self.masks else 3
 
 
 # ---------------------------------------------------------------------------------------------- encoder layers
@@ -378,7 +384,7 @@ def weighted_sum(tokens: Tensor, logit: nn.Linear) -> Tensor:
 class Prediction(NamedTuple):
     """Features and colors of query rays."""
     features: Tensor  # (*, R, N), or (*, N, size, size) of a whole view
-    color: Tensor     # (*, R, 3), or (*, 3, size, size) of a whole view; in [0, 1]. Relative form: 4, with opacity
+    color: Tensor     # (*, R, 3), or (*, 3, size, size) of a whole view; in [0, 1]. With `masks` 4: opacity, too
 
 
 class EFT(nn.Module):
@@ -390,10 +396,10 @@ class EFT(nn.Module):
         self.trunk = ResNetTrunk(config)
 
         # A token of T1, T2 and T3 is the concatenation of these parts: 606, 425 and 412 numbers in the paper's preset.
-        # In the relative form a reference ray has its angles to the query ray beside it.
+        # With `angles` a reference ray has those to the query ray beside it.
         depth_size = 2 * config.harmonics + 1
         ray_size = 6 * depth_size
-        reference_size = ray_size + 4 if config.relative else ray_size
+        reference_size = ray_size + 4 if config.angles else ray_size
         channels = self.trunk.channels
         width = config.width
         self.visual = Transformer(config, reference_ray=reference_size, depth=depth_size, features=channels,
@@ -411,8 +417,8 @@ class EFT(nn.Module):
         return 4 * views * self.config.depths * self.config.width
 
     def encode(self, images: Tensor) -> Tensor:
-        """Feature maps of the input images (*, V, 3 or 5, H, W) in [0, 1], black background: (*, V, N, H/2, W/2). In
-        the relative form there are five channels: colors, mask, and where the image shows anything.
+        """Feature maps of the input images (*, V, 3 or 5, H, W) in [0, 1], black background: (*, V, N, H/2, W/2). With
+        `hull` or `masks` there are five channels: colors, mask, and where the image shows anything.
 
         T1's tokens are GELU(W [reference ray, depth, feature, color] + b). Bilinear sampling and W are both linear, so
         W's columns for the feature multiply the trunk's maps here, once, and not every sample of them; the other
@@ -430,8 +436,8 @@ class EFT(nn.Module):
 
         maps (*, V, N, h, w) from `encode`, images (*, V, 3 or 5, H, W) in [0, 1]; `cameras` (*, V) of the inputs and
         `query` (*) in the world; xy (R, 2) or (*, R, 2): NDC of the rays in the query view; near, far: depth range,
-        CO3D units, numbers or (*,). In the relative form `possible` decides instead, (*, V, 1, h, w) from
-        `possible_pixels`, and the world's unit sphere is round the object.
+        CO3D units, numbers or (*,). In the relative form the world's unit sphere decides instead, which is round the
+        object, and with `hull` also `possible`, (*, V, 1, h, w) from `possible_pixels`.
         """
         with torch.autocast(xy.device.type, enabled=False):  # positions and angles need float32
             geometry = self.geometry(cameras, query, xy, near, far, possible)
@@ -475,7 +481,7 @@ class EFT(nn.Module):
         # Where points are: (*, 1), or of every ray (*, R).
         if relative:
             rays_o, rays_d = from_middle(rays_o, rays_d)
-            near, far = hull_interval(possible, cameras, rays_o, rays_d)
+            near, far = hull_interval(possible if self.config.hull else None, cameras, rays_o, rays_d)
         else:
             near = torch.as_tensor(near, dtype=xy.dtype, device=xy.device).expand(leading).unsqueeze(-1)
             far = torch.as_tensor(far, dtype=xy.dtype, device=xy.device).expand(leading).unsqueeze(-1)
@@ -494,11 +500,12 @@ class EFT(nn.Module):
 
         # Embed the lines and the depths.
         harmonics = self.config.harmonics
-        query_rays = harmonic(plucker(rays_o, rays_d), harmonics)
+        query_lines = plucker(rays_o, rays_d)                 # (*, R, 6)
+        query_rays = harmonic(query_lines, harmonics)
         reference_rays = harmonic(reference_lines, harmonics).unflatten(-2, grid)
-        if relative:
+        if self.config.angles:
             directions = reference_lines[..., :3].unflatten(-2, grid)
-            angles = direction_differences(directions, rays_d[..., None, :, None, :])
+            angles = direction_differences(directions, query_lines[..., None, :, None, :3])
             reference_rays = torch.cat([reference_rays, angles], -1)
         embedded_depths = harmonic(depths.unsqueeze(-1), harmonics)
         return Geometry(query_rays, reference_rays, embedded_depths, xy_views.unflatten(-2, grid))
@@ -516,7 +523,7 @@ class EFT(nn.Module):
         if where is not None:
             grid = grid[where.flatten()]
 
-        possible = possible_pixels(images) if self.config.relative else None
+        possible = possible_pixels(images) if self.config.hull else None
 
         def evaluate(xy: Tensor) -> Prediction:
             """Features and colors of the rays at NDC (R, 2)."""

@@ -37,7 +37,7 @@ NANO = Preset(
                     kernels=(3,), heads=4, head_dim=32, time_dim=192, token_dim=96),
     diffusion=DiffusionConfig(prediction="v", snr_gamma=0.0, noisings=12),
 )
-# An EFT that knows no units, but masks; a finer latent.
+# An EFT that knows no units, a finer latent.
 SMALL = replace(
     NANO,
     name="small",

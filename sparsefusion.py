@@ -93,7 +93,7 @@ class Preset:
 class Condition(NamedTuple):
     """What the EFT says about query views."""
     features: Tensor  # (Q, C, s, s), s the preset's `map_size`
-    images: Tensor    # (Q, 3 or 4, s, s) in [0, 1], the EFT image; its opacity, where the EFT's form is relative
+    images: Tensor    # (Q, 3 or 4, s, s) in [0, 1], the EFT image; with `masks` its opacity, too
 
 
 class SparseFusion(nn.Module):

@@ -273,12 +273,17 @@ def test_image_of_some_of_its_rays(rays):
 
 def relative(seed=0):
     torch.manual_seed(seed)
-    return EFT(dataclasses.replace(TINY, relative=True)).eval()
+    return EFT(dataclasses.replace(TINY, relative=True, hull=True, masks=True, angles=True)).eval()
 
 
 def given(scene):
     """The input images that the relative form takes, (V, 5, S, S)."""
     return torch.cat([scene.images, scene.masks, scene.valid], 1)
+
+
+def test_a_hull_is_in_the_sphere_round_the_object():
+    with pytest.raises(ValueError, match="hull=true takes relative=true"):
+        EFTConfig(hull=True)
 
 
 def through_the_ball(scene, query, side=9):
@@ -360,9 +365,12 @@ def test_a_reference_ray_tells_its_angle_to_the_query_ray():
 
 # --- training and precision ---
 
-@pytest.mark.parametrize("preset", [presets.NANO, presets.SMALL], ids=lambda p: p.name)
-def test_gradients_reach_every_parameter(preset):
-    model, cameras, images = EFT(preset.eft).train(), ring(3), torch.rand(1, 2, 5, 64, 64)
+FORMS = [{}, {"relative": True}, {"relative": True, "hull": True}, {"masks": True}, {"angles": True}]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_gradients_reach_every_parameter(form):
+    model, cameras, images = EFT(dataclasses.replace(presets.NANO.eft, **form)).train(), ring(3), torch.rand(1, 2, 5, 64, 64)
     maps = model.encode(images)
     color = model(maps, images, Cameras.stack([cameras[1:]]), cameras[:1], pixel_grid(3, 3, 64), 2.0, 6.0).color
     color.square().sum().backward()
