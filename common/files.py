@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -115,7 +116,8 @@ def read_tensors(path: str | Path, entry: str = "weights") -> dict:
         raise FileNotFoundError(f"{path}: no such file")
     mapped = os.name != "nt"  # what is mapped cannot be replaced on Windows
     try:
-        data = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings(action="ignore"):  # of sparse tensors, which nothing here takes
+            data = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as e:  # broken bytes raise nearly anything
         raise ValueError(f"{path}: not a checkpoint that can be read safely ({type(e).__name__})") from None
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -196,7 +197,8 @@ class _Toy:
         try:
             # Mapped where the format allows it: only what is used is read.
             mapped = zipfile.is_zipfile(self.file)
-            data = torch.load(self.file, map_location="cpu", weights_only=True, mmap=mapped)
+            with warnings.catch_warnings(action="ignore"):  # of sparse tensors
+                data = torch.load(self.file, map_location="cpu", weights_only=True, mmap=mapped)
             self.items = {f"toy{i}": item for i, item in enumerate(data[category])}
             self.counts = {name: len(item["R"]) for name, item in self.items.items()}
         except Exception as e:

@@ -105,11 +105,12 @@ class Fit:
             for name, x in self.average.items():
                 x.copy_(state["average"][name])
             if other:
-                self.history = self.history + [x for x in state["history"] + state["trained"] if x not in self.history]
+                others = [dict(one) for one in state["history"] + state["trained"]]
+                self.history = self.history + [one for one in others if one not in self.history]
             else:
-                self.history = state["history"]
+                self.history = [dict(one) for one in state["history"]]
+                check_moments(self.optimizer, state["optimizer"])
                 self.optimizer.load_state_dict(state["optimizer"])
-                check_moments(self.optimizer)
                 self.completed = range(self.config.steps + 1)[state["completed"]]
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
             raise ValueError(f"{self.state_file}: not a whole state of a `train.py {self.settings['what']}` "

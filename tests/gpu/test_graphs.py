@@ -69,6 +69,24 @@ def test_half_precision_that_is_too_wrong_is_not_taken(captured, noise, capsys, 
     assert "the network runs in float32" in line
 
 
+@pytest.mark.parametrize("bad, last", [(4, 4), (5, 8), (8, 8)])
+def test_half_precision_that_turns_wrong_later_is_taken_no_longer(captured, noise, capsys, bad, last):
+    """Every call that is a power of two is a proof: of a network that is wrong from one on, it is the last in half."""
+    calls = 0
+
+    def half(x):
+        return x + (calls >= bad)
+
+    function, x = Graphed("the network", half, lambda x: x), noise(2, 4)()
+    wrong = []
+    for calls in range(1, 17):
+        if not torch.equal(function(x), x):
+            wrong.append(calls)
+    assert wrong == list(range(bad, last)) and not function.half_is_accurate
+    line, = capsys.readouterr().err.splitlines()
+    assert "the network runs in float32" in line
+
+
 def test_half_precision_that_is_close_is_taken_without_a_word(captured, noise, capsys):
     function, x = Graphed("the network", lambda x: x.half(), lambda x: x), noise(2, 4)()
     with torch.enable_grad():

@@ -186,9 +186,13 @@ def test_an_interrupted_training_saves_and_goes_on_without_a_trace(number, train
 def test_a_state_without_a_part(training, tmp_path, capsys):
     training("vae", "vae.pt")
     state = files.read_tensors(tmp_path / "vae.pt.state", "module")
-    files.save_tensors({name: x for name, x in state.items() if name != "average"}, tmp_path / "vae.pt.state")
     argv = ["vae", "--root", SAMPLE, "--frames", 5, "--steps", 3, "--set", "batch=2", "--out", tmp_path / "vae.pt"]
-    one_line(capsys, train.main, argv, "vae.pt.state: not a whole state")
+    optimizer = state["optimizer"]
+    moments = {i: x | {"exp_avg": x["exp_avg"].cfloat()} for i, x in optimizer["state"].items()}
+    for broken in ({name: x for name, x in state.items() if name != "average"}, state | {"history": "a\nb"},
+                   state | {"optimizer": optimizer | {"state": moments}}):
+        files.save_tensors(broken, tmp_path / "vae.pt.state")
+        one_line(capsys, train.main, argv, "vae.pt.state: not a whole state")
 
 
 def test_an_eft_without_units_is_trained_and_used(training, monkeypatch):
