@@ -283,8 +283,9 @@ def test_state_of_another_training(training, tmp_path, capsys):
 @pytest.mark.parametrize("flags, differs", [
     (["--seed", 1], "seed"), (["--steps", 2], "config.fit.steps is 3 there, 2 here"),
     (["--set", "lr=1e-2"], "config.fit.lr"), (["--set", "batch=1"], "config.batch"), (["--frames", 4], "data"),
-    (["--set", "image_size=16"], "config.model.image_size")])
-def test_other_numbers_are_another_training(flags, differs, training, tmp_path, capsys):
+    (["--set", "image_size=16"], "config.model.image_size"), (["--preset", "other"], "config.model.name")])
+def test_other_numbers_are_another_training(flags, differs, training, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(presets.MODELS, "other", replace(TINY, name="other"))
     training("vae", "vae.pt")
     argv = ["vae", "--root", SAMPLE, "--frames", 5, "--steps", 3, "--set", "batch=2", "--out", tmp_path / "vae.pt"]
     one_line(capsys, train.main, [*argv, *flags], "another training", differs)
