@@ -343,7 +343,7 @@ class PriorTraining:
             rows.append([(label, images[1, :3]), (LABELS["eft"], color), *(("input", x) for x in images[inputs, :3])])
 
         # What the VLDM samples, from the same noise every time.
-        sampler = replace(PRESETS[result.preset.name].sampler, sample_steps=50)
+        sampler = replace(PRESETS[result.preset.name].sampler, sample_steps=20)
         generators = [torch.Generator(self.device).manual_seed(stream_seed(n, "picture")) for n in range(len(rows))]
         for row, sample in zip(rows, result.sample_view(torch.cat(features), generators, sampler)):
             row.insert(2, (LABELS["vldm"], sample))
