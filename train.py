@@ -158,7 +158,7 @@ class VAETraining:
         model = self.config.model
         images, _ = draw_images(self.data, draws)
         noise = draws.randn(model.vae.channels, model.latent_size, model.latent_size)
-        return images.to(self.device, memory_format=torch.channels_last), noise.to(self.device)
+        return images.contiguous(memory_format=torch.channels_last), noise
 
     @torch.no_grad()
     def finish(self, average: dict[str, Tensor], out: Path, trained_on: list[dict]) -> None:
@@ -190,7 +190,6 @@ class PriorBatch(NamedTuple):
     views: Views
     near: Tensor    # (b,) the depth range of each sequence
     far: Tensor     # (b,)
-    latent: Tensor  # (b, 4, h, h) the clean latent of the query's picture
     times: Tensor   # (b, n) of the noisings, in [0, 1]
     keep: Tensor    # (b, n) 1, or 0 where the UNet does without features
     noise: Tensor   # (b, n, 4, h, h) standard normal
@@ -202,6 +201,7 @@ class PriorLosses(nn.Module):
     def __init__(self, model: SparseFusion):
         super().__init__()
         self.preset = model.preset
+        self.encode = model.vae.encode  # frozen, so no part of this module
         self.eft = model.eft
         self.vldm = model.vldm
 
@@ -218,7 +218,9 @@ class PriorLosses(nn.Module):
 
         # The clean latent of the query view, once for each of its noisings.
         n = batch.times.shape[1]
-        x0 = batch.latent.repeat_interleave(n, 0)
+        with torch.no_grad(), torch.autocast(views.target.device.type, enabled=False):
+            latent = self.encode(views.target).float()
+        x0 = latent.repeat_interleave(n, 0)
         mask = latent_mask(views.valid, self.preset.latent_size).repeat_interleave(n, 0)
 
         # Now and then the features are dropped, so that the UNet learns the unconditional distribution as well.
@@ -262,16 +264,13 @@ class PriorTraining:
         with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
             torch.cuda.make_graphed_callables(self.model.vldm.unet.train(), (latent, log_snr, features))
 
-    @torch.no_grad()
     def batch(self, draws: Draws) -> PriorBatch:
         """The batch of a step."""
         views = draw_views(self.data, draws, (self.config.min_views, self.config.max_views))
         scale = self.scale[views.scene]
-        near = self.near[views.scene].to(self.device)
-        far = self.far[views.scene].to(self.device)
         query = views.query.scaled(scale[:, None])
         cameras = views.cameras.scaled(scale[:, None, None])
-        views = Views(*(x.to(self.device) for x in views._replace(query=query, cameras=cameras)))
+        views = views._replace(query=query, cameras=cameras)
 
         # Noise levels: stratified over (0, t_max), those of all sequences between one another. (Released: independent
         # draws [released: train.py:381-393].)
@@ -281,9 +280,9 @@ class PriorTraining:
         times = (torch.arange(n) + offsets) / n * diffusion.t_max
         keep = (draws.rand(n) >= diffusion.drop).float()
 
-        latent = self.model.vae.encode(views.target).float()
-        noise = draws.randn(n, *latent.shape[1:]).to(self.device)
-        return PriorBatch(views, near, far, latent, times.to(self.device), keep.to(self.device), noise)
+        model = self.config.model
+        noise = draws.randn(n, model.vae.channels, model.latent_size, model.latent_size)
+        return PriorBatch(views, self.near[views.scene], self.far[views.scene], times, keep, noise)
 
     def finish(self, average: dict[str, Tensor], out: Path, trained_on: list[dict]) -> None:
         """Write a weights file: the averaged EFT and UNet, and the autoencoder as it was."""
@@ -316,14 +315,13 @@ class PerceptualTraining:
         self.data = data
         self.config = config
         self.truth = truth
-        self.device = device
         net = AttributeNet(truth.shape[1]).to(device, memory_format=torch.channels_last)
         self.module = PerceptualLosses(net)
 
     def batch(self, draws: Draws) -> tuple[Tensor, Tensor]:
         """The batch of a step."""
         images, scene = draw_images(self.data, draws)
-        return images.to(self.device), self.truth[scene].to(self.device)
+        return images, self.truth[scene]
 
     def finish(self, average: dict[str, Tensor], out: Path, trained_on: list[dict]) -> None:
         """Write the averaged weights, floating point ones in half precision."""

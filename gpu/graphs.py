@@ -56,7 +56,7 @@ class Replay:
         self.function = function
         self.pool = pool
         self.warm_ups = warm_ups
-        self.batch = _clone(batch)
+        self.batch = map_tensors(torch.clone, batch)
         self.graph = None
         self.result = None
         self.calls = 0
@@ -88,10 +88,15 @@ class Replay:
             self.result = self.function(self.batch)
 
 
-def _clone(batch: tuple) -> tuple:
-    """The same numbers elsewhere."""
-    copies = (x.clone() if isinstance(x, Tensor) else _clone(x) for x in batch)
-    return type(batch)(*copies) if hasattr(batch, "_fields") else tuple(copies)
+def map_tensors(function: Callable[[Tensor], Tensor], batch):
+    """`function` of every tensor of a batch: of a tensor, of a tuple of such, of what has a `map` of its own (cameras).
+    """
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if not isinstance(batch, tuple):
+        return batch.map(function)
+    mapped = [map_tensors(function, x) for x in batch]
+    return type(batch)(*mapped) if hasattr(batch, "_fields") else tuple(mapped)
 
 
 def _copy(own: tuple, given: tuple) -> None:

@@ -25,8 +25,9 @@ import argparse
 import gzip
 import json
 import math
+import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +41,7 @@ from cameras import Cameras, look_at  # noqa: E402
 from common import cli  # noqa: E402
 from common.files import write_atomically  # noqa: E402
 from common.machine import rand  # noqa: E402
+from common.processes import map_processes  # noqa: E402
 from common.progress import Progress  # noqa: E402
 from sample.toy_design import Design, Dice, random_place  # noqa: E402
 from sample.toy_parts import add_back, add_body, add_clothes, add_head  # noqa: E402
@@ -49,7 +51,8 @@ from sample.toy_shapes import Figure, Toy  # noqa: E402
 CATEGORY = "toys"
 LONG_SIDE, SHORT_SIDE = 192, 144  # pixels; the crop of a toy (its mask's box grown by 30 %) is then about 128
 JPEG_QUALITY = 94
-WRITERS = 4                       # threads
+MOST_WORKERS = 16                 # processes
+TOYS_A_WORKER = 16                # for fewer it is not worth to start another process
 TOYS_A_SEED = 100_000             # seeds are so far apart, so no two of them share a toy
 LAST_SEED = 40_000                # torch's generator takes numbers of 32 bits
 
@@ -226,22 +229,24 @@ def _frame(name: str, number: int, camera: Cameras, size: tuple[int, int], mass:
     }
 
 
+def _make_and_write(root: Path, seed: int, views: int, device, index: int) -> tuple[dict, list[dict]]:
+    """Make toy number `index` and write its pictures; returns the annotations of the sequence and of its frames."""
+    sequence = make_sequence(seed, index, views, device)
+    _write_pictures(root, sequence.frames, sequence.pixels)
+    return sequence.annotation, sequence.frames
+
+
 def write_tree(root: Path, instances: int, seed: int, views: int, device):
     """Make `instances` toys and write `<root>/toys`."""
+    # Processes take turns on a GPU: one would leave it idle while Python launches kernels or pictures are encoded.
+    make = partial(_make_and_write, root, seed, views, device)
+    workers = min(os.cpu_count() or 1, MOST_WORKERS, math.ceil(instances / TOYS_A_WORKER))
     frames = []
     sequences = []
-    with ThreadPoolExecutor(WRITERS) as pool:
-        # Threads write while the next toy is rendered: Pillow's encoders release the interpreter's lock.
-        jobs = []
-        for index in Progress(range(instances), "synthetic toys"):
-            sequence = make_sequence(seed, index, views, device)
-            jobs.append(pool.submit(_write_pictures, root, sequence.frames, sequence.pixels))
-            frames += sequence.frames
-            sequences.append(sequence.annotation)
-
-        # An error of a thread is one of this function.
-        for job in jobs:
-            job.result()
+    for annotation, of_sequence in Progress(map_processes(make, range(instances), workers), "synthetic toys",
+                                            total=instances):
+        sequences.append(annotation)
+        frames += of_sequence
 
     # The annotations come last: before them, the tree does not exist for a reader.
     folder = root / CATEGORY
@@ -277,18 +282,19 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: list[str] | None = None):
-    """Entry point."""
-    command_line = parser()
-    args = command_line.parse_args(argv)
-
-    # Errors are one line that names the flag.
+def command(args: argparse.Namespace):
+    """Make the toys and write them."""
     if args.instances > TOYS_A_SEED:
-        command_line.error(f"--instances is {args.instances}; a seed has at most {TOYS_A_SEED} toys")
+        raise ValueError(f"--instances {args.instances}: a seed has at most {TOYS_A_SEED} toys")
     try:
         write_tree(args.root, args.instances, args.seed, args.views, args.device)
     except OSError as e:
-        command_line.error(f"--root {args.root} cannot be written: {e}")
+        raise ValueError(f"--root {args.root} cannot be written: {e}") from None
+
+
+def main(argv: list[str] | None = None):
+    """Entry point."""
+    cli.run(command, parser().parse_args(argv))
 
 
 def _seed(text: str) -> int:

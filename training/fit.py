@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from common.machine import stream_seed
 from common.processes import Interrupted, is_first, uninterruptible
 from common.progress import Progress
 from common.settings import check_ranges, differences
+from gpu.graphs import map_tensors
 from gpu.update import check_moments
 from training import ranks
 
@@ -50,7 +52,7 @@ class Fit:
     """A training in progress: of `training.module`, in one process or in several (`training/ranks.py`).
 
     `training.module(batch)` gives the losses, `Losses`, of which a step minimizes the sum; `training.batch(draws)` is
-    the batch of a step, of `training.config.batch` samples in all processes;
+    the batch of a step on the CPU, drawn by another thread, of `training.config.batch` samples in all processes;
     `training.finish(average, out, trained_on)` writes the weights file from the averaged weights of the module, by
     name, and what they were trained on.
 
@@ -79,6 +81,10 @@ class Fit:
         self.average = {}
         for name, x in self.module.state_dict().items():
             self.average[name] = x.detach().clone()
+
+        # A thread draws batches ahead, by step.
+        self.thread = ThreadPoolExecutor(1)
+        self.ahead = {}
 
         # Where it goes, how far it is, and the first step whose loss or gradient was not finite.
         self.broken = torch.full((), NEVER, device=device)
@@ -155,11 +161,14 @@ class Fit:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.config)
 
-        # Everything random in a step follows from the seed and its number; the global generator is dropout's, and has
-        # numbers of its own in every process.
-        draws = ranks.Draws(self.seed, step, self.training.config.batch, self.places)
+        # The batch of this step; that of the next one is drawn meanwhile.
+        batch = self.ahead.pop(step, None) or self.thread.submit(self.draw, step)
+        if step + 1 < self.config.steps:
+            self.ahead[step + 1] = self.thread.submit(self.draw, step + 1)
+        batch = map_tensors(lambda x: x.to(self.device, non_blocking=True), batch.result())
+
+        # The global generator is dropout's, and has numbers of its own in every process.
         torch.manual_seed(stream_seed(self.seed, f"dropout {step} {self.places[0]}"))
-        batch = self.training.batch(draws)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
             losses = self.losses(batch)
             loss = sum(losses.values())
@@ -175,6 +184,12 @@ class Fit:
         decay = min(self.config.ema, (step + 1) / (step + 10))
         update_average(self.average, self.module, decay)
         return dict(zip(losses, shown))
+
+    def draw(self, step: int) -> tuple:
+        """The batch of a step, on the CPU. Everything random in it follows from the seed and its number."""
+        draws = ranks.Draws(self.seed, step, self.training.config.batch, self.places)
+        batch = self.training.batch(draws)
+        return map_tensors(Tensor.pin_memory, batch) if self.device == "cuda" else batch
 
     def run(self, title: str, minutes: float | None = None) -> None:
         """All steps that are left, or as many as fit into so many minutes. An interrupted run is saved."""
@@ -199,7 +214,7 @@ class Fit:
         began = saved = time.monotonic()
         shown = {}
         for step in progress:
-            with torch.backends.cudnn.flags(benchmark=True):  # the same shapes in every step
+            with torch.backends.cudnn.flags(enabled=True, benchmark=True):  # the same shapes in every step
                 losses = self.step(step)
             self.completed = step + 1
             for name, x in losses.items():
