@@ -219,9 +219,9 @@ def palette(dice: Dice, dark: bool) -> np.ndarray:
     """Colors of one material before light, (SHADES, 3): relatives of one hue, or any."""
     hue = dice.choice([dice.uniform(), dice.uniform(-0.03, 0.15)])  # half of them from red over brown to yellow
     spread = dice.choice([0.03, 0.12, 1.0])
-    saturation = dice.choice([dice.uniform(0, 0.25), dice.uniform(0.3, 0.95)])
-    value = dice.uniform(0.1, 0.3) if dark else dice.uniform(0.35, 1.0)
-    contrast = dice.uniform(0.1, 0.6)
+    saturation = dice.choice([dice.uniform(0, 0.25), dice.uniform(0.3, 0.95)], [1, 2])
+    value = dice.uniform(0.15, 0.35) if dark else dice.uniform(0.45, 1.0)
+    contrast = dice.uniform(0.15, 0.7)
     colors = []
     for _ in range(SHADES):
         shade = np.clip(value * (1 + dice.uniform(-contrast, contrast)), 0.06, 0.97)
@@ -234,11 +234,11 @@ def random_paint(dice: Dice, dark: bool, glossy: bool) -> dict[str, np.ndarray]:
     """One row of `Paint`."""
     # Octaves fade, the smoother the faster.
     fade = dice.uniform(0.45, 1.0) ** np.arange(OCTAVES)
-    pattern = dice.choice(list(PATTERNS), [30, 35, 8, 7, 5, 15])
+    pattern = dice.choice(list(PATTERNS), [24, 36, 9, 9, 6, 16])
     return {
         "shades": palette(dice, dark),
         "pattern": list(PATTERNS).index(pattern),
-        "frequency": dice.uniform(1, 4) if pattern == "noise" else dice.uniform(3, 12),
+        "frequency": dice.uniform(1, 4) if pattern == "noise" else math.exp(dice.uniform(math.log(3), math.log(20))),
         "octaves": np.repeat(fade / np.linalg.norm(fade), WAVES // OCTAVES) / math.sqrt(WAVES / OCTAVES / 2),
         "axis": dice.choice([UPRIGHT[1], UPRIGHT[0], random_axes(dice)[0]]),
         "warp": dice.choice([0.0, dice.uniform(0, 1.5)]),
@@ -284,9 +284,9 @@ def make_thing(generator: torch.Generator, device="cpu") -> Thing:
     lights = []
     for i in range(dice.choice([1, 2, 3])):
         direction = normals(dice, 3) * [1, 0.5, 1] + [0, 0.9, 0]
-        color = dice.color((0, 0.25), (1, 1)) * (dice.uniform(0.5, 1.2) if i == 0 else dice.uniform(0.1, 0.5))
+        color = dice.color((0, 0.25), (1, 1)) * (dice.uniform(0.6, 1.4) if i == 0 else dice.uniform(0.1, 0.5))
         hardness = math.exp(dice.uniform(math.log(3), math.log(60)))
         lights.append([*direction / np.linalg.norm(direction), *color, hardness])
-    above = dice.color((0, 0.2), (1, 1)) * dice.uniform(0.2, 0.55)
+    above = dice.color((0, 0.2), (1, 1)) * dice.uniform(0.3, 0.7)
     below = dice.color((0, 0.3), (1, 1)) * dice.uniform(0.05, 0.3)
     return Thing.of(shape, around, ball, paint, place, np.array(lights), np.stack([below, above]), device)

@@ -25,7 +25,7 @@ PATTERNS = ("plain", "noise", "stripes", "spots", "checks", "label")
 OCTAVES = 5
 WAVES = 40             # of the noise, in all octaves
 SHARP = 6.0            # how fast the colors of a pattern change at its edges
-SHADOW_STEPS = 18
+SHADOW_STEPS = 12
 LIFT = 0.03            # own units: from where on the surface the way to a light begins
 OCCLUSIONS = ((0.1, 0.4), (0.35, 0.45))  # own units off the surface, and how much light it takes to be enclosed there
 REFLECTANCE = 0.04     # of what is no metal, at right angles
@@ -70,7 +70,7 @@ class Paint:
         # Every pattern from -1 to 1, then the one that the part has.
         every = torch.stack([
             0.12 * noise,
-            0.5 * noise,
+            0.6 * noise,
             torch.sin(across) * SHARP,
             (waved - 1.2) * SHARP / 2,
             scaled.sin().prod(1) * 2 * SHARP,
@@ -188,5 +188,5 @@ def _visible(room: Room, points: Tensor, toward: Tensor, hardness: Tensor) -> Te
     for _ in range(SHADOW_STEPS):
         free = room.distance(points + t[:, None] * toward)
         seen = torch.minimum(seen, hardness * free / t)
-        t = t + free.clamp(0.03, 0.4)
+        t = t + free.clamp(0.05, 0.5)
     return seen.clamp(0, 1)

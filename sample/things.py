@@ -99,17 +99,24 @@ def draw(clean: bool, device, generator: torch.Generator, views: int, height: in
 
     # What a camera does: exposure and white balance, then blur, gamma, noise.
     rough = 0.0 if clean else Dice(generator).uniform()
-    normal = partial(torch.randn, generator=generator)
-    gain = torch.exp(rough * (0.15 * normal(views, 1, 1, 1) + 0.06 * normal(views, 3, 1, 1)))
+    gain = gains(views, rough, generator)[..., None, None]
     blur = torch.rand(views, generator=generator) * (0.4 if clean else 1.2)
     grain = torch.rand(views, 1, 1, 1, generator=generator) * (0.005 if clean else 0.02)
     color = _blurred(color * gain.to(device), blur).clamp(0, 1) ** (1 / GAMMA)
-    color = (color + (grain * normal(views, 3, height, width)).to(device)).clamp(0, 1)
+    noise = torch.randn(views, 3, height, width, generator=generator)
+    color = (color + (grain * noise).to(device)).clamp(0, 1)
 
     if not clean:
         mask = rough_masks(mask, rough, generator)
     qualities = torch.randint(90 if clean else 40, 96, (views,), generator=generator).tolist()
     return Photographs(cameras, tree.to_bytes(color, mask), qualities, None)
+
+
+def gains(views: int, rough: float, generator: torch.Generator) -> Tensor:
+    """What exposure and white balance multiply linear colors by, (V, 3); `rough` from 0 to 1: how far from alike."""
+    exposure = 0.15 * torch.randn(views, 1, generator=generator)
+    balance = 0.06 * torch.randn(views, 3, generator=generator)
+    return torch.exp(rough * (exposure + balance))
 
 
 def _surroundings(cameras: Cameras, generator: torch.Generator, height: int, width: int) -> Tensor:
@@ -147,14 +154,15 @@ def rough_masks(mask: Tensor, rough: float, generator: torch.Generator) -> Tenso
     device = mask.device
     smooth = _blurred(mask, torch.full((views,), 1.5))
 
-    # In a blurred mask the edge is where it is one half; elsewhere it is off.
+    # In a blurred mask the edge is where it is one half; this one is elsewhere.
     off = (torch.rand(views, 1, 1, 1, generator=generator) - 0.5) * 0.9
     waver = torch.randn(views, 1, height // 8, width // 8, generator=generator) * 0.25
     waver = F.interpolate(waver, (height, width), mode="bicubic")
     sharpness = 2 + 6 * torch.rand(views, 1, 1, 1, generator=generator)
-    off = (rough * (off + waver)).clamp(-0.45, 0.45).to(device)
+    off = (rough * (off + waver)).clamp(-0.48, 0.48).to(device)
     edge = (smooth - 0.5 + off) * sharpness.to(device)
     found = (edge + 0.5).clamp(0, 1) * (smooth > 0.02)
+    found = torch.where(smooth > 0.97, 1.0, found)
 
     # A bite: a disc about a point of the mask's border.
     rows, columns = torch.meshgrid(torch.arange(1.0 * height), torch.arange(1.0 * width), indexing="ij")
