@@ -153,8 +153,7 @@ def command(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.out}: none of {len(jobs)} sequences is evaluated{first}")
     rows = [result["methods"] for result in made]
     text = markdown(rows, made[0]["perceptual_name"])
-    with files.write_atomically(args.out / "evaluation.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    files.save_bytes(text.encode(), args.out / "evaluation.md")
     files.save_json(summarize(made, len(jobs)) | {"left_out": problems}, args.out / "evaluation.json")
     print(f"{len(made)} of {len(jobs)} sequences, {args.views} input views each; {len(problems)} left out\n\n{text}")
 

@@ -12,6 +12,7 @@ Shapes: `V` input views, `Q` query viewpoints, `T` cameras to look from, `B` cam
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -85,7 +86,10 @@ class Reconstruction(NamedTuple):
             # Where it is; a first look shows whether all of that fits together.
             frame = Cameras(**state["frame"]).to(device)
             world = state["world"] and Similarity(**state["world"])
-            opened = Reconstruction(parts["field"], parts["occupancy"], frame, float(state["unit"]), world,
+            unit = float(state["unit"])
+            if not all(0 < x < math.inf for x in (unit, world.scale if world else 1)):
+                raise ValueError("the scale of its world is no positive number")
+            opened = Reconstruction(parts["field"], parts["occupancy"], frame, unit, world,
                                     Cameras(**state["cameras"]), config, state["seconds"], state["seconds"],
                                     state["resumed_from"])
             opened.render(opened.cameras[:1], 1)

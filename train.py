@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import shlex
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,17 +24,20 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 import sparsefusion
-from cameras import Cameras, pixel_grid
+from cameras import Cameras, evenly_spaced, pixel_grid
 from common import cli, files
 from common.machine import stream_seed
 from common.processes import is_first
 from common.settings import check_ranges
 from distillation import pseudo_huber
+from eft import possible_pixels
 from evaluation.attributes import AttributeNet
-from presets import MODELS
+from export.pictures import LABELS, sheet
+from presets import MODELS, PRESETS
 from sparsefusion import Preset, SparseFusion
 from training import ranks
 from training.fit import Fit, FitConfig, Losses
@@ -42,7 +46,12 @@ from training.ranks import Draws, places
 from vae import VAE
 from vldm import latent_mask
 
+LEVELS = torch.tensor([255, 255, 255, 255, 1])[:, None, None]  # of 1 in packed colors, masks and valid regions
+WHOLE = 0.15  # of the samples of a prior's step, whose EFT does without the visual hull: masks may be wrong
 MOST_PARAMETERS = 2**31  # of a model; the paper's has 492 million
+NEXT = {"vae": "train.py prior --out prior.pt --vae", "prior": "distill.py --weights",
+        "perceptual": "evaluate.py --feature-net"}  # commands that use the weights
+PICTURED = 4  # sequences in a picture of how far a training is, and views of each, at most
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class TrainConfig:
     batch: int = 32     # B: pictures per step; for the prior sequences per step
     frames: int = 16    # evenly spaced frames of each sequence that are used, if it has as many
     min_views: int = 1  # fewest input views of the prior [released: 2, train.py:594]
-    max_views: int = 4  # most input views of the prior [released: 5, train.py:594]
+    max_views: int = 8  # most input views of the prior [released: 5, train.py:594]
     fit: FitConfig = FitConfig()
     model: Preset = MODELS["nano"]  # a prior's comes from its --vae file
 
@@ -67,31 +76,44 @@ def draw_images(data: PackedScenes, draws: Draws) -> tuple[Tensor, Tensor]:
     """Random pictures (b, 3, S, S) in [0, 1] on black, and the indices (b,) of their sequences, of which every one is
     as likely.
     """
-    scene = draws.choose(len(data))
+    scene = data.drawn[draws.choose(len(data.drawn))]
     view = (draws.rand() * data.counts[scene]).long()
     images = [data.pixels[n][v, :3] for n, v in zip(scene.tolist(), view.tolist())]
     return torch.stack(images).float() / 255, scene
 
 
+def pictured(data: PackedScenes, device: str) -> tuple[str, list[tuple[Tensor, Cameras]]]:
+    """Some evenly spaced pictures (V, 5, S, S) with masks and valid regions and cameras (V,) of each of the first
+    held-out sequences, or of trained ones where none is held out; and what to call them.
+    """
+    shown = data.held_out() or data
+    scenes = []
+    for n in shown.drawn[:PICTURED].tolist():
+        frames = evenly_spaced(len(data.pixels[n]), PICTURED)
+        scenes.append(((data.pixels[n][frames] / LEVELS).to(device), data.cameras[n][frames].to(device)))
+    return "trained on" if shown is data else "held out", scenes
+
+
 class Views(NamedTuple):
     """From each of b sequences a query view and V input views."""
-    target: Tensor    # (b, 3, S, S) the query's picture
-    valid: Tensor     # (b, 1, S, S) where it shows anything
+    target: Tensor    # (b, 5, S, S) the query's colors, mask, and where it shows anything
     query: Cameras    # (b,)
-    images: Tensor    # (b, V, 3, S, S) the inputs
+    images: Tensor    # (b, V, 5, S, S) the inputs'
     cameras: Cameras  # (b, V)
     scene: Tensor     # (b,) indices of the sequences
 
 
 def draw_views(data: PackedScenes, draws: Draws, views: tuple[int, int]) -> Views:
     """Random sequences, and of each a random query view and random others as inputs, between `views` = (fewest, most)
-    of them.
+    of them: the more, the rarer.
 
     (In the released code a query view may be among its own inputs [released: camera_utils.py:159-161].)
     """
     # The number of input views is the same for all; sequences that have fewer frames wait for another step.
-    inputs = int(torch.randint(views[0], views[1] + 1, (), generator=draws.common))
-    enough = (data.counts > inputs).nonzero()[:, 0]
+    fewest = views[0]
+    most = min(views[1], int(data.counts[data.drawn].max()) - 1)
+    inputs = int(fewest * ((most + 1) / fewest) ** float(torch.rand((), generator=draws.common)))
+    enough = data.drawn[data.counts[data.drawn] > inputs]
     scene = enough[draws.choose(len(enough))]
 
     # A random order of each sequence's views: the query comes first, then its inputs.
@@ -102,8 +124,8 @@ def draw_views(data: PackedScenes, draws: Draws, views: tuple[int, int]) -> View
     pixels = torch.stack([data.pixels[n][frames] for n, frames in chosen])
     cameras = Cameras.stack([data.cameras[n][frames] for n, frames in chosen])
 
-    images = pixels[:, :, :3].float() / 255
-    return Views(images[:, 0], pixels[:, 0, 4:].float(), cameras[:, 0], images[:, 1:], cameras[:, 1:], scene)
+    images = pixels / LEVELS
+    return Views(images[:, 0], cameras[:, 0], images[:, 1:], cameras[:, 1:], scene)
 
 
 def colors_at(images: Tensor, xy: Tensor, aligned: bool = False) -> Tensor:
@@ -127,8 +149,8 @@ class VAELosses(nn.Module):
         self.vae = vae
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> Losses:
-        """Of images (b, 3, S, S) in [0, 1], and of the noise (b, 4, h, h) of the posterior samples: one scalar, the
-        mean over the pictures.
+        """Of images (b, 3, S, S) in [0, 1], and of the noise (b, channels, h, h) of the posterior samples: one scalar,
+        the mean over the pictures.
         """
         # Encode to a posterior, draw from it, decode.
         images, noise = batch
@@ -161,9 +183,9 @@ class VAETraining:
         return images.contiguous(memory_format=torch.channels_last), noise
 
     @torch.no_grad()
-    def finish(self, average: dict[str, Tensor], out: Path, trained_on: list[dict]) -> None:
+    def finish(self, average: dict[str, Tensor], out: Path, trained_on: list[dict]) -> Image.Image:
         """Write a weights file: the averaged autoencoder, whose scale is measured here, and an untrained EFT and
-        UNet.
+        UNet. Returns pictures of held-out sequences beside what it makes of them.
         """
         torch.manual_seed(stream_seed(self.seed, "untrained weights"))  # the same after an interruption
         model = SparseFusion(self.config.model)
@@ -182,6 +204,14 @@ class VAETraining:
         sparsefusion.save(model, out, half=False, stage="vae", trained_on=trained_on)
         print(f"VAE: {psnr:.2f} dB, latent scale {scale:.4f}")
 
+        rows = []
+        label, scenes = pictured(self.data, self.device)
+        for pixels, _ in scenes:
+            images = pixels[:, :3]
+            again = model.vae.decode(model.vae.encode(images))
+            rows.append([tile for pair in zip(images, again) for tile in zip((label, "reconstruction"), pair)])
+        return sheet(rows)
+
 
 # ---------------------------------------------------------------------------------------------- the prior
 
@@ -190,13 +220,16 @@ class PriorBatch(NamedTuple):
     views: Views
     near: Tensor    # (b,) the depth range of each sequence
     far: Tensor     # (b,)
+    whole: Tensor   # (b,) 1 where the EFT's points lie in all of the sphere round the object, not in the hull alone
     times: Tensor   # (b, n) of the noisings, in [0, 1]
     keep: Tensor    # (b, n) 1, or 0 where the UNet does without features
-    noise: Tensor   # (b, n, 4, h, h) standard normal
+    noise: Tensor   # (b, n, channels, h, h) standard normal
 
 
 class PriorLosses(nn.Module):
-    """A training step of EFT and UNet (Sec. 3.1): the diffusion loss of the query latents and the EFT's color loss."""
+    """A training step of EFT and UNet (Sec. 3.1): the diffusion loss of the query latents and the EFT's color loss, of
+    whose opacity, too, if it has one.
+    """
 
     def __init__(self, model: SparseFusion):
         super().__init__()
@@ -212,16 +245,18 @@ class PriorLosses(nn.Module):
         side = self.preset.map_size
         xy = pixel_grid(side, side, full=self.preset.image_size, device=views.target.device)
         maps = self.eft.encode(views.images)
-        seen = self.eft(maps, views.images, views.cameras, views.query, xy, batch.near, batch.far)
-        error = pseudo_huber(seen.color.float() - colors_at(views.target, xy))
-        color = (error * (colors_at(views.valid, xy) > 0.5)).mean()
+        possible = torch.maximum(possible_pixels(views.images), batch.whole[:, None, None, None, None])
+        seen = self.eft(maps, views.images, views.cameras, views.query, xy, batch.near, batch.far, possible)
+        target = colors_at(views.target, xy)
+        error = pseudo_huber(seen.color.float() - target[..., :seen.color.shape[-1]])
+        color = (error * (target[..., 4:] > 0.5)).mean()
 
         # The clean latent of the query view, once for each of its noisings.
         n = batch.times.shape[1]
         with torch.no_grad(), torch.autocast(views.target.device.type, enabled=False):
-            latent = self.encode(views.target).float()
+            latent = self.encode(views.target[:, :3]).float()
         x0 = latent.repeat_interleave(n, 0)
-        mask = latent_mask(views.valid, self.preset.latent_size).repeat_interleave(n, 0)
+        mask = latent_mask(views.target[:, 4:], self.preset.latent_size).repeat_interleave(n, 0)
 
         # Now and then the features are dropped, so that the UNet learns the unconditional distribution as well.
         features = seen.features.transpose(1, 2).unflatten(-1, (side, side)).repeat_interleave(n, 0)
@@ -234,8 +269,8 @@ class PriorTraining:
     """EFT and UNet of a model jointly, on top of its frozen autoencoder."""
 
     def __init__(self, data: PackedScenes, config: TrainConfig, model: SparseFusion, device: str):
-        if config.max_views >= data.counts.max():
-            raise ValueError(f"--max-views {config.max_views}: of {data.counts.max()} frames one is the query view")
+        if config.min_views >= data.counts.max():
+            raise ValueError(f"--min-views {config.min_views}: of {data.counts.max()} frames one is the query view")
         self.data = data
         self.config = config
         self.device = device
@@ -244,10 +279,11 @@ class PriorTraining:
         self.model.vldm.config = config.model.diffusion
         self.module = PriorLosses(model).requires_grad_(True)
 
-        # Every sequence is brought to one distance, and has its own depth range.
+        # Every sequence is brought to one distance, or its object to one size, and has its own depth range.
         self.model.trained_distance = sparsefusion.TRAINED_DISTANCE
-        units = [self.model.eft_units(cameras) for cameras in data.cameras]
-        self.scale, self.near, self.far = torch.tensor(units).T
+        origins, *units = zip(*(self.model.eft_world(cameras) for cameras in data.cameras))
+        self.origin = torch.stack(origins).float()
+        self.scale, self.near, self.far = torch.tensor(units)
         if device == "cuda":
             self.capture_unet()
 
@@ -268,8 +304,9 @@ class PriorTraining:
         """The batch of a step."""
         views = draw_views(self.data, draws, (self.config.min_views, self.config.max_views))
         scale = self.scale[views.scene]
-        query = views.query.scaled(scale[:, None])
-        cameras = views.cameras.scaled(scale[:, None, None])
+        origin = self.origin[views.scene]
+        query = views.query.about(origin).scaled(scale[:, None])
+        cameras = views.cameras.about(origin[:, None]).scaled(scale[:, None, None])
         views = views._replace(query=query, cameras=cameras)
 
         # Noise levels: stratified over (0, t_max), those of all sequences between one another. (Released: independent
@@ -282,14 +319,35 @@ class PriorTraining:
 
         model = self.config.model
         noise = draws.randn(n, model.vae.channels, model.latent_size, model.latent_size)
-        return PriorBatch(views, self.near[views.scene], self.far[views.scene], times, keep, noise)
+        whole = (draws.rand() < WHOLE).float()
+        return PriorBatch(views, self.near[views.scene], self.far[views.scene], whole, times, keep, noise)
 
-    def finish(self, average: dict[str, Tensor], out: Path, trained_on: list[dict]) -> None:
-        """Write a weights file: the averaged EFT and UNet, and the autoencoder as it was."""
-        result = SparseFusion(self.model.preset)
+    def finish(self, average: dict[str, Tensor], out: Path, trained_on: list[dict]) -> Image.Image:
+        """Write a weights file: the averaged EFT and UNet, and the autoencoder as it was. Returns a query view of each
+        of some held-out sequences, beside what EFT and VLDM make of it and its input views.
+        """
+        result = sparsefusion.blank(self.model.preset, self.device).eval()
         result.trained_distance = self.model.trained_distance
         result.load_state_dict(self.model.vae.state_dict(prefix="vae.") | average)
         sparsefusion.save(result, out, trained_on=trained_on)
+
+        # What the EFT sees; the second view is the query.
+        rows = []
+        features = []
+        label, scenes = pictured(self.data, self.device)
+        for images, cameras in scenes:
+            inputs = [0, *range(2, len(images))]
+            seen = result.condition(images[inputs], cameras[inputs], cameras[[1]], cameras)
+            features.append(seen.features)
+            color = F.interpolate(seen.images[:, :3], images.shape[-2:])[0]
+            rows.append([(label, images[1, :3]), (LABELS["eft"], color), *(("input", x) for x in images[inputs, :3])])
+
+        # What the VLDM samples, from the same noise every time.
+        sampler = replace(PRESETS[result.preset.name].sampler, sample_steps=50)
+        generators = [torch.Generator(self.device).manual_seed(stream_seed(n, "picture")) for n in range(len(rows))]
+        for row, sample in zip(rows, result.sample_view(torch.cat(features), generators, sampler)):
+            row.insert(2, (LABELS["vldm"], sample))
+        return sheet(rows)
 
 
 # ---------------------------------------------------------------------------------------------- the perceptual network
@@ -351,6 +409,8 @@ def config_from_flags(args: argparse.Namespace) -> TrainConfig:
     may change.
     """
     preset = MODELS[args.preset]
+    if not args.root and not args.capture:
+        raise ValueError("--root or --capture: what to train on")
     if args.what == "prior":
         if args.vae is None:
             raise ValueError("train prior: needs --vae, the file of `train.py vae`")
@@ -376,12 +436,13 @@ def config_from_flags(args: argparse.Namespace) -> TrainConfig:
 def read_data(args: argparse.Namespace, config: TrainConfig) -> PackedScenes:
     """The pictures of all sequences of the training split, packed by the first process of a machine."""
     least = 2 if args.what == "prior" else 1
-    load = partial(load_packed, args.root, args.category, config.frames, config.model.image_size, least)
+    load = partial(load_packed, args.root, args.category, config.frames, config.model.image_size, least, args.capture)
     with ranks.agreed():
         data = load() if is_first("LOCAL_RANK") else None
     with ranks.agreed():
         data = data or load()
-    print(f"{len(data)} sequences of {data.counts.min()} to {data.counts.max()} pictures")
+    print(f"{len(data)} sequences of {data.counts.min()} to {data.counts.max()} pictures, {len(data.drawn)} of them to "
+          "train on")
     return data
 
 
@@ -399,8 +460,8 @@ def make_training(args: argparse.Namespace, config: TrainConfig, data: PackedSce
         training = PerceptualTraining(data, config, attributes(data), args.device)
 
     # Its file will tell what it has seen.
-    seen = {"what": args.what, "sequences": len(data), "frames": config.frames, "steps": config.fit.steps}
-    trained = [seen | {"category": category} for category in args.category]
+    seen = {"what": args.what, "sequences": len(data.drawn), "frames": config.frames, "steps": config.fit.steps}
+    trained = [seen | {"category": category} for category in dict.fromkeys(x[1] for x in data.sequences)]
     vae = files.fingerprint(args.vae) if args.what == "prior" else None
     settings = {"what": args.what, "data": data.fingerprint, "vae": vae, "config": asdict(config)}
     fit = Fit(training, config.fit, args.out, args.seed, args.device, settings, history, trained)
@@ -419,6 +480,10 @@ def command(args: argparse.Namespace) -> None:
         with ranks.agreed():
             fit = make_training(args, config, data)
         fit.run(f"train {args.what}", args.minutes)
+        if fit.completed == config.fit.steps:
+            tree = ["--root", *args.root[:1], "--category", args.category[0]]
+            data = tree if args.root else ["--capture", args.capture[0]]
+            print("next: python", NEXT[args.what], shlex.join(map(str, [args.out, *data])))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -432,9 +497,11 @@ def parser() -> argparse.ArgumentParser:
 
     # What is given.
     given = p.add_argument_group("what is given")
-    given.add_argument("--root", type=Path, nargs="+", required=True, metavar="DIR", help="CO3Dv2 folders")
+    given.add_argument("--root", type=Path, nargs="+", default=[], metavar="DIR", help="CO3Dv2 folders")
     given.add_argument("--category", nargs="+", default=["toys"], metavar="C",
                        help="categories in them (default: toys)")
+    given.add_argument("--capture", type=Path, nargs="+", default=[], metavar="DIR",
+                       help="folders of own photographs with masks and poses, one object each")
     given.add_argument("--frames", type=cli.count, metavar="N", help="most frames of a sequence to use (default: 16)")
     given.add_argument("--preset", choices=MODELS, default="nano",
                        help="vae, perceptual: numbers of the model (default: nano)")
@@ -444,7 +511,7 @@ def parser() -> argparse.ArgumentParser:
     # How long and how.
     how = p.add_argument_group("how it is trained")
     how.add_argument("--min-views", type=cli.count, metavar="N", help="prior: fewest input views (default: 1)")
-    how.add_argument("--max-views", type=cli.count, metavar="N", help="prior: most input views (default: 4)")
+    how.add_argument("--max-views", type=cli.count, metavar="N", help="prior: most input views (default: 8)")
     how.add_argument("--steps", type=cli.count, metavar="N", help="updates in all (default: 10000)")
     how.add_argument("--minutes", type=cli.positive, metavar="M", help="stop after that long")
     how.add_argument("--seed", type=cli.seed, default=0, metavar="N",

@@ -1,6 +1,7 @@
 """The released files -> one weights file of this program. Nothing in them is run.
 
     python -m checkpoints.convert --eft eft.pt --vldm vldm.pt --vae sd-v1-4.ckpt --category hydrant --out hydrant.pt
+    python -m checkpoints.convert --vae sd-v1-4.ckpt --out vae.pt     # a prior to train: `train.py prior --vae vae.pt`
     python -m checkpoints.convert --eft eft.pt     # without --out: what a file, or several, hold
 """
 from __future__ import annotations
@@ -14,22 +15,24 @@ from torch import Tensor
 from cameras import Cameras, look_at
 from checkpoints.released import describe, load_part, our_name, read_part
 from common import cli, files
+from common.machine import stream_seed
 from presets import MODELS
 from sparsefusion import SparseFusion, blank, ready, save
 
 
-def from_released(eft_file: Path, vldm_file: Path, vae_file: Path, device: str = "cpu") -> SparseFusion:
+def from_released(eft_file: Path | None, vldm_file: Path | None, vae_file: Path, device: str = "cpu") -> SparseFusion:
     """The released model: EFT and VLDM checkpoints, and the VAE of a Stable Diffusion v1 file, of its own file, or of
-    Diffusers.
+    Diffusers. Without the first two, an untrained EFT and UNet on that VAE.
 
     Prints the numbers of parameters. Raises `ValueError` with one line for a file that is not exactly that; runs
     nothing in it.
     """
-    # Three files of three authors, each matched key by key.
-    model = blank(MODELS["paper"], device)
-    load_part(model.eft, "eft", eft_file)
-    load_part(model.vldm, "vldm", vldm_file)
-    load_part(model.vae, "vae", vae_file)
+    # Three files of three authors, each matched key by key; what has none is random, the same every time.
+    torch.manual_seed(stream_seed(0, "untrained weights"))
+    model = blank(MODELS["paper"], device) if eft_file else SparseFusion(MODELS["paper"])
+    for part, file in {"eft": eft_file, "vldm": vldm_file, "vae": vae_file}.items():
+        if file:
+            load_part(getattr(model, part), part, file)
     return ready(model, device)
 
 
@@ -79,18 +82,20 @@ def forward_pass(model: SparseFusion, part: str) -> Tensor:
 def convert(args: argparse.Namespace) -> None:
     """Read, match, write; without --out, list."""
     parts = {"eft": args.eft, "vldm": args.vldm, "vae": args.vae}
-    if not any(parts.values()) or args.out and not all(parts.values()):
-        raise ValueError("--eft, --vldm, --vae and --out are needed; without --out any of the three is listed")
+    alone = parts == {"eft": None, "vldm": None, "vae": args.vae}
+    if not any(parts.values()) or args.out and not alone and not all(parts.values()):
+        raise ValueError("--eft, --vldm, --vae and --out are needed, or --vae and --out for a prior to train; without "
+                         "--out any of the three is listed")
     if args.out is None:
         for part in filter(parts.get, parts):
             list_file(part, parts[part])
         return
     files.require_writable(args.out)
     model = from_released(args.eft, args.vldm, args.vae)
-    trained_on = [{"what": "prior", "category": args.category}] if args.category else []
-    save(model, args.out, half=args.half, trained_on=trained_on)
+    trained_on = [{"what": "prior", "category": args.category}] if args.category and not alone else []
+    save(model, args.out, half=args.half, stage="vae" if alone else "prior", trained_on=trained_on)
     size = args.out.stat().st_size / 1e9
-    print(f"{args.out}: {size:.2f} GB in {'half' if args.half else 'full'} precision, for --weights")
+    print(f"{args.out}: {size:.2f} GB in {'half' if args.half else 'full'} precision")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -87,9 +87,13 @@ def save_tensors(data: dict, path: str | Path) -> None:
 
 def save_json(data, path: str | Path) -> None:
     """Write plain data as indented JSON. Raises `ValueError` for a number that JSON does not have (infinity, NaN)."""
-    text = json.dumps(data, indent=1, allow_nan=False)
+    save_bytes((json.dumps(data, indent=1, allow_nan=False) + "\n").encode(), path)
+
+
+def save_bytes(content: bytes, path: str | Path) -> None:
+    """Write a file that is in memory."""
     with write_atomically(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_bytes(content)
 
 
 def read_json(path: str | Path) -> dict:
@@ -184,10 +188,10 @@ def below(root: Path, name: object, where: str | Path) -> Path:
     """A path that a file gives, which has to stay below `root`. Raises `ValueError` with `where` it stands."""
     if not isinstance(name, str) or not name:
         raise ValueError(f"{where}: {name!r:.40} is no name of a file")
-    path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or ":" in path.as_posix().partition("/")[0]:
+    parts = name.replace("\\", "/").split("/")  # (by pathlib this takes a fifth of the opening of 50,000 frames)
+    if not parts[0] or ".." in parts or ":" in parts[0]:
         raise ValueError(f"{where}: {name!r} leads out of the folder {root}")
-    return root / path
+    return root / "/".join(parts)
 
 
 def check_weights(weights: dict[str, Tensor], module: nn.Module) -> None:

@@ -94,9 +94,9 @@ def uninterruptible() -> Iterator[None]:
 
 def is_first(rank: str = "RANK") -> bool:
     """Whether this is the process that speaks for all that `torchrun` has started for one command, or the only one;
-    by "LOCAL_RANK" of those on this machine.
+    by "LOCAL_RANK" of those on this machine. Those of `map_processes` never do.
     """
-    return os.environ.get(rank, "0") == "0"
+    return os.environ.get(rank, "0") == "0" and multiprocessing.parent_process() is None
 
 
 def map_processes(function: Callable, jobs: list, workers: int) -> Iterator:

@@ -62,10 +62,10 @@ class Annotations:
 
     def frames(self, sequence: str, split: str | None = None) -> list[Frame]:
         """The frames of a sequence in order of time, or those in the split; of an unknown sequence, none."""
-        if sequence not in self.archive.namelist():
-            return []
         try:
             rows = json.loads(self.archive.read(sequence))
+        except KeyError:
+            return []
         except Exception:
             # Broken bytes in a cached file raise nearly anything. It is made anew.
             os.unlink(self.archive.filename)
@@ -109,8 +109,7 @@ def _open_archive(folder: Path, stamp: bytes) -> zipfile.ZipFile:
     # A cache that cannot be written only costs time.
     content = _pack(folder, stamp)
     try:
-        with files.write_atomically(cached) as temporary:
-            temporary.write_bytes(content)
+        files.save_bytes(content, cached)
     except OSError:
         pass
     return zipfile.ZipFile(io.BytesIO(content))

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.files import write_atomically
+from common.files import save_bytes
 from ngp import CHUNK, Field, in_chunks
 from volume import Occupancy, evaluate_samples, sampled_box, weights_of_lengths
 
@@ -283,8 +283,7 @@ def write_ply(path: str | Path, mesh: Mesh) -> None:
     faces["vertex"] = mesh.faces.cpu().numpy()
 
     header = PLY_HEADER.format(vertices=len(vertices), faces=len(faces))
-    with write_atomically(path) as temporary:
-        temporary.write_bytes(header.encode() + vertices.tobytes() + faces.tobytes())
+    save_bytes(header.encode() + vertices.tobytes() + faces.tobytes(), path)
 
 
 def write_glb(path: str | Path, mesh: Mesh) -> None:
@@ -331,5 +330,4 @@ def write_glb(path: str | Path, mesh: Mesh) -> None:
     text = json.dumps(document).encode()
     text += b" " * (-len(text) % 4)
     chunks = struct.pack("<I4s", len(text), b"JSON") + text + struct.pack("<I4s", len(data), b"BIN\0") + data
-    with write_atomically(path) as temporary:
-        temporary.write_bytes(struct.pack("<4sII", b"glTF", 2, 12 + len(chunks)) + chunks)
+    save_bytes(struct.pack("<4sII", b"glTF", 2, 12 + len(chunks)) + chunks, path)

@@ -54,9 +54,7 @@ def write_page(path: Path, data: dict, result: dict) -> None:
     """Write the page of `page_data` and of what `metrics.json` holds."""
     # No text in the data can end the element that holds it.
     text = json.dumps(data | {"result": result}, allow_nan=False).replace("<", "\\u003c")
-    page = TEMPLATE.read_text(encoding="utf-8").replace(PLACE, text)
-    with files.write_atomically(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    files.save_bytes(TEMPLATE.read_text(encoding="utf-8").replace(PLACE, text).encode(), path)
 
 
 def _turntable(views: Views, rows: int) -> dict:

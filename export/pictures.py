@@ -5,7 +5,6 @@ Shapes: `T` target views, `S` side of an image in pixels.
 """
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,33 +49,31 @@ def comparison(scene: Scene, inputs: list[int], targets: list[int], pictures: di
     """A sheet: on top the input views, `WIDEST` in a row; below, for up to `rows` target views, the photograph and
     what every method shows.
     """
-    # An empty sheet: a column a method and one for the truth, a line of text above every picture.
-    size = scene.images.shape[-1]
+    # What was given.
     shown = evenly_spaced(len(targets), rows)
     columns = max(min(len(inputs), WIDEST), 1 + len(pictures))
-    input_rows = math.ceil(len(inputs) / columns)
-    height = (size + TEXT) * (input_rows + len(shown))
-    sheet = Image.new("RGB", (columns * size, height), BACKDROP)
-    draw = ImageDraw.Draw(sheet)
-
-    def place(row: int, column: int, label: str, image: Tensor) -> None:
-        """Paste an image (3, S, S) under its label."""
-        left = column * size
-        top = row * (size + TEXT)
-        draw.text((left + 4, top + 2), label, fill="white")
-        sheet.paste(to_image(image), (left, top + TEXT))
-
-    # What was given.
-    for i, view in enumerate(inputs):
-        place(i // columns, i % columns, f"input, frame {scene.names[view]}", scene.images[view])
+    given = [(f"input, frame {scene.names[view]}", scene.images[view]) for view in inputs]
+    tiles = [given[first:first + columns] for first in range(0, len(given), columns)]
 
     # What there is to see, and what every method made of it.
-    for row, position in enumerate(shown, input_rows):
+    for position in shown:
         target = targets[position]
-        place(row, 0, f"truth, frame {scene.names[target]}", scene.images[target])
-        for column, (method, views) in enumerate(pictures.items(), 1):
-            place(row, column, LABELS[method], views.images[position])
-    return sheet
+        truth = f"truth, frame {scene.names[target]}", scene.images[target]
+        tiles.append([truth, *((LABELS[method], views.images[position]) for method, views in pictures.items())])
+    return sheet(tiles)
+
+
+def sheet(rows: list[list[tuple[str, Tensor]]]) -> Image.Image:
+    """Rows of images (3, S, S) in [0, 1], of one size, each under its label, a line of text."""
+    size = rows[0][0][1].shape[-1]
+    columns = max(map(len, rows))
+    picture = Image.new("RGB", (columns * size, len(rows) * (size + TEXT)), BACKDROP)
+    draw = ImageDraw.Draw(picture)
+    for i, row in enumerate(rows):
+        for j, (label, image) in enumerate(row):
+            draw.text((j * size + 4, i * (size + TEXT) + 2), label, fill="white")
+            picture.paste(to_image(image), (j * size, i * (size + TEXT) + TEXT))
+    return picture
 
 
 def save_picture(image: Image.Image, path: Path) -> None:

@@ -62,7 +62,7 @@ class GraphedAdam(torch.optim.Adam):
 
     def _rate(self, rate: float) -> float | Tensor:
         """A graph reads a rate where it stood when it was captured, so there it is a tensor."""
-        return torch.tensor(rate, device=self.device) if self.device.type == "cuda" else rate
+        return torch.tensor(float(rate), device=self.device) if self.device.type == "cuda" else rate
 
     def set_rates(self, fraction: float) -> None:
         """Learning rates at a fraction of their peaks."""
@@ -74,16 +74,18 @@ class GraphedAdam(torch.optim.Adam):
 
     def load_state_dict(self, state: dict) -> None:
         """Resume from what Adam remembered, maybe on another device. Graphs must be forgotten. See `check_moments`."""
+        check_moments(self, state)
         unwrap(torch.optim.Adam.load_state_dict)(self, state)
-        check_moments(self)
         for group, peak in zip(self.param_groups, self.peak_rates):
             group["lr"] = self._rate(peak)
             group["capturable"] = self.device.type == "cuda"
 
 
-def check_moments(adam: torch.optim.Adam) -> None:
-    """Raises `ValueError` where what Adam remembers is of other parameters, or not finite."""
-    for parameter, moments in adam.state.items():
+def check_moments(adam: torch.optim.Adam, state: dict) -> None:
+    """Raises `ValueError` where what Adam is to remember is of other parameters, or not finite and real."""
+    parameters = [parameter for group in adam.param_groups for parameter in group["params"]]
+    for i, moments in state["state"].items():
         for name in ("exp_avg", "exp_avg_sq"):
-            if moments[name].shape != parameter.shape or not moments[name].isfinite().all():
+            x = moments[name]
+            if x.shape != parameters[i].shape or not x.is_floating_point() or not x.isfinite().all():
                 raise ValueError(f"{name} of an optimizer is not one of its parameter")

@@ -11,7 +11,8 @@ The tree (`tree.py`) mimics what CO3D has (Sec. 4 of the paper): rectangular off
 masks, turntable cameras with jitter, and CO3D's scale (the toy fits the field's cube [-4, 4]^3, the cameras are about
 10 units away).
 
-Seeds: 1-99 train the nano models, 1000 is the shipped `sample/co3d`, 2000 the reported evaluation, 3000 tuning.
+Seeds: 1-99 train the nano models, 1000 is the shipped `sample/co3d`, 2000 and 5000 are the reported evaluations, 3000
+is tuning.
 
 The files beside this one: `toy_shapes.py`, what a toy is; `toy_design.py`, what the dice decide; `toy_parts.py`, how a
 toy is built; `toy_render.py` and `tracing.py`, how it is drawn.

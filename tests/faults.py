@@ -44,10 +44,13 @@ COMMANDS = {
     "distill": ["distill", *SHARED],
     "evaluate": ["evaluate", *SHARED, "--instances", "0"],
     "train": ["train", *fuzz.TRAIN, "steps=102", "fit.save_seconds=0"],
+    # Nearly all of it is the packing of many sequences, by two processes.
+    "pack": ["train", *fuzz.TRAIN, "--root", "tree/many", "--frames", "8"],
 }
 ROOM = 2**28  # bytes of a disk that is large enough
 SECONDS = 120  # of a run, at most
-VARYING = {"seconds", "distillation_seconds", "peak_gb", "command"}  # of results: what no two runs have in common
+VARYING = {"seconds", "distillation_seconds", "peak_gb", "command",  # of results: what no two runs have in common
+           "per_second", "seconds_left", "memory_gb"}
 
 
 # ---------------------------------------------------------------------------------------------- a run
@@ -96,9 +99,11 @@ def content(file: Path):
     """What a file of results holds, less times."""
     if file.suffix in (".pt", ".state"):
         return plain(torch.load(file, "cpu", weights_only=True))
+    if file.suffix == ".jsonl":
+        return [plain(json.loads(line)) for line in file.read_text().splitlines()]
     if file.suffix == ".json":
         return plain(json.loads(file.read_text()))
-    # A preview is added with every checkpoint.
+    # A preview is added with every checkpoint, and a picture of how far a training is.
     return None if file.name == "previews.png" else file.read_bytes()
 
 
@@ -115,10 +120,11 @@ def results(home: Path) -> dict:
     """All files below a folder but the pictures of the tree, with their content."""
     found = {}
     for file in sorted(home.rglob("*")):
-        if file.is_file() and file.relative_to(home).parts[0] not in ("tree", "cache"):
-            found[str(file.relative_to(home))] = content(file)
-    # The cache of annotations is an archive with dates in it.
-    return found | {f"cache/{file.name}": None for file in (home / "cache").rglob("*.*")}
+        name = str(file.relative_to(home))
+        # The cache of annotations is an archive with dates in it; how often a training is saved is chance.
+        if file.is_file() and not name.startswith("tree"):
+            found[name] = None if file.suffix == ".zip" else content(file)
+    return {name: x for name, x in found.items() if not name.endswith(".jpg")}
 
 
 def difference(found: dict, expected: dict) -> str:
@@ -143,8 +149,10 @@ def copy(originals: Path, home: Path) -> None:
 
 
 def originals_in(folder: Path) -> Path:
-    """A CO3D tree of three sequences, one of them to train on, and networks."""
+    """A CO3D tree of three sequences, one of them to train on, and networks; a tree of many sequences."""
     trees.write(folder / "tree", {"a": 11, "b": 11, "c": 11}, training=("c",))
+    many = {f"s{i:03d}": 8 for i in range(100)}
+    trees.write(folder / "tree" / "many", many, training=many)
     sparsefusion.save(small.tiny_model(), folder / "tiny.pt")
     shutil.copy(sparsefusion.ROOT / "sample" / "perceptual.pt", folder / "net.pt")
     return folder

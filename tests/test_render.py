@@ -1,6 +1,7 @@
 """A finished field, opened again: the same pictures and mesh; what `render.py` writes; bad input."""
 import json
 import math
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -175,7 +176,8 @@ def test_what_is_no_field_is_one_line(capture, tmp_path, capsys):
     other = state["field"] | {"mlp.0.weight": torch.zeros(2, 2)}
     wrong = [{name: x for name, x in state.items() if name != "cameras"}, state | {"field": other},
              state | {"settings": {}}, state | {"cameras": {name: [] for name in state["cameras"]}},
-             state | {"unit": "x"}, state | {"world": [1]}]
+             state | {"unit": "x"}, state | {"unit": 0}, state | {"world": [1]},
+             state | {"world": state["world"] | {"scale": math.inf}}]
     for bad in wrong:
         files.save_tensors(bad, tmp_path / "field.pt")
         one_line(capsys, render.main, [str(tmp_path)], f"{tmp_path}/field.pt: no field that can be opened")

@@ -49,9 +49,11 @@ def plain_toy(axes, center, radii, box, pair=False) -> Toy:
     return figure.finish(place, [], "cpu")
 
 
-def test_same_seed_same_bytes_whatever_the_number(tree, tmp_path):
+def test_same_seed_same_bytes_whatever_the_number(tree, tmp_path, monkeypatch):
+    """Of toys, and of processes."""
     command = ["--seed", "4000", "--views", "3", "--device", "cpu"]
-    for name in ("fewer", "again"):
+    for name, toys_a_process in (("fewer", 2), ("again", 1)):
+        monkeypatch.setattr("sample.tree.OBJECTS_A_WORKER", toys_a_process)
         toys.main(["--root", str(tmp_path / name), "--instances", "2", *command])
     fewer = files(tmp_path / "fewer")
     assert files(tmp_path / "again") == fewer

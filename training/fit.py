@@ -8,6 +8,7 @@ The schedule is not the released one, which is one sequence per step and Adam at
 """
 from __future__ import annotations
 
+import copy
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,15 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from common import files
-from common.machine import stream_seed
+from common.machine import peak_gb, stream_seed
 from common.processes import Interrupted, is_first, uninterruptible
 from common.progress import Progress
 from common.settings import check_ranges, differences
+from export.pictures import save_picture
 from gpu.graphs import map_tensors
 from gpu.update import check_moments
 from training import ranks
+from training.record import save_log
 
 NEVER = 2**62  # a step that no training reaches
+LOGGED = 100   # steps from one line of the log to the next
+HELD_OUT = 16  # samples that its held-out losses are means over
 Losses = dict[str, Tensor]  # name -> scalar
 UNIMPORTANT = ("config.fit.save_seconds",)  # settings that do not decide the result
 
@@ -52,13 +57,15 @@ class Fit:
     """A training in progress: of `training.module`, in one process or in several (`training/ranks.py`).
 
     `training.module(batch)` gives the losses, `Losses`, of which a step minimizes the sum; `training.batch(draws)` is
-    the batch of a step on the CPU, drawn by another thread, of `training.config.batch` samples in all processes;
+    the batch of a step on the CPU, drawn by another thread, of `training.config.batch` samples in all processes, from
+    `training.data`, of which `held_out()` is never trained on;
     `training.finish(average, out, trained_on)` writes the weights file from the averaged weights of the module, by
-    name, and what they were trained on.
+    name, and what they were trained on; it returns a picture of what they can do, or None.
 
     What is random follows from the seed, the step and a sample's place, so an interrupted run resumes as if it had not
-    been. Every two minutes and at the end the state goes to `<out>.state`, and the training writes `out`. `settings` is
-    plain data that decides the result: a state with other settings is an error.
+    been. Every two minutes and at the end the state goes to `<out>.state`, the training writes `out`, and the picture
+    goes to the folder of `record.py`. `settings` is plain data that decides the result: a state with other settings is
+    an error.
     """
 
     def __init__(self, training, config: FitConfig, out: Path, seed: int, device: str, settings: dict,
@@ -89,7 +96,12 @@ class Fit:
         # Where it goes, how far it is, and the first step whose loss or gradient was not finite.
         self.broken = torch.full((), NEVER, device=device)
         self.state_file = out.with_name(out.name + ".state")
+        self.folder = out.with_name(out.name + ".run")
         self.completed = 0
+
+        # How it goes: running means of the losses, a line of the log every hundred steps.
+        self.shown: Losses = {}
+        self.log = []
 
     def resume(self, fork: bool = False) -> None:
         """Resume from the state file, if there is one; a longer training may resume a shorter one. `ValueError` where
@@ -115,9 +127,10 @@ class Fit:
                 self.history = self.history + [one for one in others if one not in self.history]
             else:
                 self.history = [dict(one) for one in state["history"]]
+                check_moments(self.optimizer, state["optimizer"])
                 self.optimizer.load_state_dict(state["optimizer"])
-                check_moments(self.optimizer)
                 self.completed = range(self.config.steps + 1)[state["completed"]]
+                self.log, self.shown = state["record"]
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
             raise ValueError(f"{self.state_file}: not a whole state of a `train.py {self.settings['what']}` "
                              f"({type(e).__name__}); delete it to start again") from None
@@ -148,12 +161,15 @@ class Fit:
                 "optimizer": self.optimizer.state_dict(),
                 "average": self.average,
                 "completed": self.completed,
+                "record": [self.log, self.shown],
                 "settings": self.settings,
                 "history": self.history,
                 "trained": self.trained,
             }
             files.save_tensors(state, self.state_file)
-            self.training.finish(self.average, self.out, self.history + self.trained)
+            picture = self.training.finish(self.average, self.out, self.history + self.trained)
+            if picture:
+                save_picture(picture, self.folder / f"{self.completed:08}.jpg")
         ranks.largest(0)
 
     def step(self, step: int) -> Losses:
@@ -165,7 +181,7 @@ class Fit:
         batch = self.ahead.pop(step, None) or self.thread.submit(self.draw, step)
         if step + 1 < self.config.steps:
             self.ahead[step + 1] = self.thread.submit(self.draw, step + 1)
-        batch = map_tensors(lambda x: x.to(self.device, non_blocking=True), batch.result())
+        batch = self.on_device(batch.result())
 
         # The global generator is dropout's, and has numbers of its own in every process.
         torch.manual_seed(stream_seed(self.seed, f"dropout {step} {self.places[0]}"))
@@ -191,6 +207,10 @@ class Fit:
         batch = self.training.batch(draws)
         return map_tensors(Tensor.pin_memory, batch) if self.device == "cuda" else batch
 
+    def on_device(self, batch: tuple) -> tuple:
+        """The batch where the training computes."""
+        return map_tensors(lambda x: x.to(self.device, non_blocking=True), batch)
+
     def run(self, title: str, minutes: float | None = None) -> None:
         """All steps that are left, or as many as fit into so many minutes. An interrupted run is saved."""
         # All processes of a training begin with the same.
@@ -212,20 +232,21 @@ class Fit:
         total = self.config.steps
         progress = Progress(range(self.completed, total), title, self.completed, total, ranks.check_interrupt)
         began = saved = time.monotonic()
-        shown = {}
         for step in progress:
             with torch.backends.cudnn.flags(enabled=True, benchmark=True):  # the same shapes in every step
                 losses = self.step(step)
             self.completed = step + 1
             for name, x in losses.items():
-                shown[name] = 0.98 * shown.get(name, x) + 0.02 * x
+                self.shown[name] = 0.98 * self.shown.get(name, x) + 0.02 * x
 
             # Once in a while: say how it goes, stop in time, save. The slowest clock counts.
-            if step % 50 and self.completed < total:
+            if self.completed % 50 > 1 and self.completed < total:
                 continue
             self.check()
-            progress.note = ", ".join(f"{name} {x:.4f}" for name, x in shown.items())
+            progress.note = ", ".join(f"{name} {x:.4f}" for name, x in self.shown.items())
             now = time.monotonic()
+            if self.completed % LOGGED == 0 and is_first():
+                self.add_line(self.completed - progress.start, now - began)
             passed, unsaved = ranks.largest(now - began, now - saved)
             if minutes and passed > 60 * minutes:
                 print(f"stopped after {minutes} minutes; the same command resumes")
@@ -234,6 +255,32 @@ class Fit:
                 self.save()
                 saved = now
         print(f"step {self.completed} of {total}, {time.monotonic() - began:.0f} s: {progress.note}")
+
+    def add_line(self, steps: int, seconds: float) -> None:
+        """Write a line of the log; this run has so far taken so many steps and seconds."""
+        self.log.append({
+            "step": self.completed,
+            "losses": {name: float(x) for name, x in (self.shown | self.held_out_losses()).items()},
+            "per_second": round(steps / seconds * self.training.config.batch, 2),
+            "memory_gb": peak_gb(self.device),
+            "seconds": round(seconds, 1),
+            "seconds_left": round((self.config.steps - self.completed) / steps * seconds),
+        })
+        save_log(self.log, self.folder)
+
+    @torch.no_grad()
+    def held_out_losses(self) -> Losses:
+        """Of the same `HELD_OUT` samples every time, by the weights of this moment; none where nothing is held out."""
+        training = copy.copy(self.training)
+        training.data = self.training.data.held_out()
+        if training.data is None:
+            return {}
+        batch = training.batch(ranks.Draws(self.seed, "held out", HELD_OUT, range(HELD_OUT)))
+        self.module.eval()
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+            losses = self.module(self.on_device(batch))
+        self.module.train()
+        return {f"held-out {name}": x for name, x in losses.items()}
 
 
 def learning_rate(step: int, config: FitConfig) -> float:

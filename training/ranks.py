@@ -123,7 +123,7 @@ class Draws:
     seeded by the training's seed, the step and the sample's place in the whole batch.
     """
 
-    def __init__(self, seed: int, step: int, batch: int, places: range):
+    def __init__(self, seed: int, step: int | str, batch: int, places: range):
         self.batch = batch                           # B
         self.places = torch.tensor(places)           # (b,) of the samples in the whole batch
         # For what all samples share, the same in all processes; then one for every sample.
@@ -168,6 +168,9 @@ def batch_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
 
     (torch.nn.SyncBatchNorm is for GPUs only.)
     """
+    if not norm.training:
+        return nn.BatchNorm2d.forward(norm, x)
+
     # Mean and variance of every channel, in float32; the square after the mean, or it would lose its last digits.
     average = mean(x.float().mean((0, 2, 3)))
     centered = x.float() - average[:, None, None]
@@ -186,6 +189,7 @@ def batch_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
 
 def distributed(module: nn.Module) -> nn.Module:
     """The module for a step: where there are several processes with their gradients' mean, and their batch norms'."""
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # of torch's own graphed networks
     if not dist.is_initialized():
         return module
     for part in module.modules():

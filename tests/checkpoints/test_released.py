@@ -9,19 +9,22 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import distill
 import presets
+import train
 import vae
 from cameras import Cameras
 from checkpoints import reading, released
 from checkpoints.convert import from_released, main
 from metrics import VGG16LPIPS
-from sparsefusion import SparseFusion, blank, load, ready
+from sparsefusion import ROOT, SparseFusion, blank, load, ready
 from vldm import cosine_log_snr
 from tests.support import parity
 from tests.support.helpers import Evil, one_line, same
@@ -29,6 +32,7 @@ from tests.support.released_files import (diffusers_state, foreign_module, lpips
                                           released_state, write_safetensors, write_sd)
 from tests.support.thin import SMALL
 
+SAMPLE = ROOT / "sample" / "co3d"
 MODEL = ("eft", "vldm", "vae")  # the parts of the model, each with a file of its own
 FORMATS = [{}, {"pickle_protocol": 4}, {"_use_new_zipfile_serialization": False}]  # of torch.save
 
@@ -121,6 +125,31 @@ def test_what_files_hold_is_listed(small, capsys, tmp_path):
     printed = capsys.readouterr()
     assert len(printed.out.splitlines()) == len(less) and len(printed.err.splitlines()) == 1
     one_line(capsys, main, ["--out", tmp_path / "out.pt"], "--eft, --vldm, --vae and --out are needed")
+    argv = ["--vae", files["vae"], "--eft", files["eft"], "--out", tmp_path / "out.pt"]
+    one_line(capsys, main, argv, "--eft, --vldm, --vae and --out are needed")
+
+
+def test_a_prior_is_trained_on_a_released_autoencoder(small, tmp_path, capsys, monkeypatch):
+    """Of the paper's architecture and on its frozen autoencoder, from weights that are the same every time."""
+    files, _ = small
+    full = released_model(files)
+    # (On a CPU torch 2.13 crashes in the gradient of a 1x1 convolution of 8 channels with a stride, channels last.)
+    wider = replace(SMALL, image_size=64, eft=replace(SMALL.eft, stem=16, stages=(16, 16, 24)))
+    monkeypatch.setitem(presets.MODELS, "paper", wider)
+    out = tmp_path / "vae.pt"
+    main(["--vae", str(files["vae"]), "--out", str(out)])
+    blank = load(out, stage="vae")
+    assert same(blank.vae, full.vae) and not same(blank.eft, full.eft)
+    main(["--vae", str(files["vae"]), "--out", str(tmp_path / "again.pt")])
+    assert same(blank, load(tmp_path / "again.pt", stage="vae"))
+    one_line(capsys, distill.main, ["--weights", out, "--out", tmp_path / "x"], "only its autoencoder is trained")
+
+    argv = ["prior", "--preset", "paper", "--vae", out, "--root", SAMPLE, "--frames", 3, "--max-views", 1, "--steps", 1,
+            "--set", "batch=1", "noisings=2", "warmup=1", "--device", "cpu", "--out", tmp_path / "prior.pt"]
+    train.main([str(x) for x in argv])
+    prior = load(tmp_path / "prior.pt")
+    assert same(prior.vae, full.vae.half().float()) and not same(prior.eft, blank.eft) and prior.preset.name == "paper"
+    assert torch.isfinite(prior.vldm.unet.final_conv.weight).all() and prior.vldm.unet.final_conv.weight.any()
 
 
 def test_foreign_classes(small, tmp_path):
@@ -514,7 +543,7 @@ def test_full_size():
     views, cameras = f["in_views1"], Cameras(*(f["in_cam_" + k] for k in "RTfc"))
     images, (near, far), query = f["in_images"][views], f["mid_depth_range"], [int(f["in_query"])]
     size = f["out_set1_rgb"].shape[1]
-    parity.assert_close(torch.tensor(model.eft_units(cameras)), torch.tensor([1.0, near, far]), rtol=1e-6)
+    parity.assert_close(torch.tensor(model.eft_world(cameras)[1:]), torch.tensor([1.0, near, far]), rtol=1e-6)
     condition = model.condition(images, cameras[views], cameras[query], cameras, torch.ones(1, size, size) > 0)
     parity.assert_close(condition.images[0].permute(1, 2, 0)[None], f["out_set1_rgb"], std=1e-4)
 

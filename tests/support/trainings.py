@@ -3,6 +3,8 @@
     python -m tests.support.trainings ranks FOLDER    every part in one process and in two, on the same batches
     python -m tests.support.trainings kills FOLDER N  one training whole, and one that is killed N times and resumed
 
+Twelve sequences, the sample's twice, so that one is held out.
+
 What the processes saw is written to FOLDER, for the tests. (A process that has used several threads cannot be forked,
 so the tests start this one.)
 """
@@ -34,7 +36,7 @@ def start(folder: Path, name: str, argv: list, **environment: str) -> int:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.environ |= environment
-        train.main([str(x) for x in [*argv, "--device", "cpu", "--root", SAMPLE, "--frames", 5]])
+        train.main([str(x) for x in [*argv, "--device", "cpu", "--root", SAMPLE, SAMPLE, "--frames", 5]])
         code = 0
     except SystemExit as e:
         code = e.code
@@ -138,6 +140,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.optim.Adam([torch.zeros(1)])  # loads a thousand modules more
     presets.MODELS["nano"] = TINY
+    fit.LOGGED = 1  # a line whenever a training says how it goes
     what, folder, *numbers = sys.argv[1:]
     if what == "ranks":
         ranks(Path(folder))

@@ -1,4 +1,5 @@
 """Several processes of one training: the same numbers as one, one end for all; and trainings that are killed."""
+import json
 import os
 import signal
 import subprocess
@@ -47,10 +48,17 @@ def test_two_processes_train_as_one(part, two):
             assert torch.allclose(a, b, rtol=0, atol=1e-5)
         assert torch.allclose(torch.tensor(seen["losses"]), torch.tensor(one["losses"]), rtol=1e-5)
     assert max(g.abs().max() for g in one["gradients"]) > 0.1
+
+    # Held-out losses are the first process's alone.
+    logs = [[json.loads(line)["losses"] for line in (folder / f"{part}.{count}.pt.run/log.jsonl").open()]
+            for count in (1, 2)]
+    assert [len(log) for log in logs] == [2, 2] and any(name.startswith("held-out ") for name in logs[0][0])
+    for a, b in zip(*logs):
+        assert a == pytest.approx(b, rel=1e-3)
     one, other = (files.read_tensors(folder / f"{part}.{count}.pt.state", "average")["average"] for count in (1, 2))
     for name in one:  # moments of batch norms, too
         assert torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-4), name
-    assert said(folder, f"{part}.2.0")[-1].split()[0] in ("step", "VAE:") and said(folder, f"{part}.2.1") == []
+    assert said(folder, f"{part}.2.0")[-1].startswith("next: python ") and said(folder, f"{part}.2.1") == []
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(two):
@@ -87,5 +95,8 @@ def test_a_training_that_is_killed_again_and_again_is_the_same(tmp_path):
     assert "resuming killed.pt at step" in log and "Traceback" not in log
     whole, killed = (files.read_tensors(tmp_path / f"{name}.pt.state", "module") for name in ("whole", "killed"))
     assert whole["completed"] == killed["completed"] == 300
+    logs = [(tmp_path / f"{name}.pt.run" / "log.jsonl").read_text().splitlines() for name in ("whole", "killed")]
+    whole_log, killed_log = ({x["step"]: x["losses"] for x in map(json.loads, log)} for log in logs)
+    assert len(killed_log) == len(logs[1]) >= len(whole_log) and killed_log | whole_log == killed_log
     for part in ("module", "average"):
         assert all(torch.equal(x, killed[part][name]) for name, x in whole[part].items())
