@@ -14,7 +14,7 @@ import torch
 
 from common.machine import randn
 from sample.thing_render import OCTAVES, PATTERNS, WAVES, Paint, Thing
-from sample.thing_shapes import Part, assemble
+from sample.thing_shapes import Part, Room, Shape, assemble
 from sample.toy_design import Dice, random_place
 
 UPRIGHT = np.eye(3)
@@ -40,7 +40,9 @@ def super_ellipse(width: float, height: float, dice: Dice) -> np.ndarray:
     """From a spindle (1.5) over an ellipse (2) to nearly a rectangle (6)."""
     angle = np.linspace(0, math.pi, 48)
     power = 2 / dice.choice([2.0, dice.uniform(1.5, 2.5), dice.uniform(2.5, 6)])
-    return np.stack([width * np.sin(angle) ** power, height * np.sign(np.cos(angle)) * np.abs(np.cos(angle)) ** power], 1)
+    rho = np.sin(angle) ** power
+    y = np.sign(np.cos(angle)) * np.abs(np.cos(angle)) ** power
+    return np.stack([width * rho, height * y], 1)
 
 
 def rectangle(width: float, height: float, rounding: float) -> np.ndarray:
@@ -168,8 +170,7 @@ def vessel(dice: Dice) -> tuple[list[Part], list[Part]]:
     cut = []
     if dice.uniform() < 0.67:
         wall = dice.uniform(0.06, 0.12)
-        inner = np.maximum(outline - [wall, 0], 0)
-        inner = np.maximum(inner * [1, 1], [0, wall - height])
+        inner = np.maximum(outline - [wall, 0], [0, wall - height])
         mouth = inner[:, 0][inner[:, 1] > 0.9 * height].max()
         inner = np.concatenate([[[0, 1.2 * height], [mouth, 1.2 * height]], inner[1:]])
         cut = [replace(parts[0], outline=inner)]
@@ -248,39 +249,48 @@ def random_paint(dice: Dice, dark: bool, glossy: bool) -> dict[str, np.ndarray]:
     }
 
 
-def make_thing(generator: torch.Generator, device="cpu") -> Thing:
-    """A random thing; its numbers are the next ones of the generator, which lives on the CPU."""
-    dice = Dice(generator)
-
-    # Until all of it hangs together: what is cut may leave pieces.
+def random_shape(dice: Dice, device) -> tuple[Shape, Room, tuple[np.ndarray, float]]:
+    """A shape in one piece, the room around it, and its ball: middle (3,) and radius, own units."""
+    # Drawn anew until all of it hangs together: what is cut may leave pieces.
     whole = False
     while not whole:
         solid, cut = dice.choice(FAMILIES, [15, 25, 12, 48])(dice)
         turn = dice.choice([UPRIGHT, random_axes(dice)], [3, 1])
         solid, cut = ([part.moved(turn) for part in parts] for parts in (solid, cut))
+
+        # Ripples, the lower the closer they are; parts that touch or that melt together.
         frequencies = dice.uniform(2, 14) * normals(dice, 3, 8) / math.sqrt(3)
         waves = np.concatenate([frequencies, 7 * normals(dice, 1, 8)])
-        ripple = dice.choice([0.0, dice.uniform(0.02, 0.6) / np.linalg.norm(frequencies, axis=0).mean()], [3, 2])
+        steepness = dice.choice([0.0, dice.uniform(0.02, 0.6)], [3, 2])
+        ripple = min(steepness / np.linalg.norm(frequencies, axis=0).mean(), 0.08)
         blend = dice.choice([0.0, dice.uniform(0.02, 0.1)])
-        shape = assemble(solid, cut, blend, waves, min(ripple, 0.08), device)
-        around = shape.room()
-        *ball, whole = around.extent()
 
-    # Paint: one for all, or one a part.
+        shape = assemble(solid, cut, blend, waves, ripple, device)
+        room = shape.room()
+        middle, radius, whole = room.extent()
+    return shape, room, (middle, radius)
+
+
+def random_paints(dice: Dice, parts: int, device) -> Paint:
+    """The paint of so many parts: one for all, or others."""
     dark = dice.uniform() < DARK
     glossy = dice.uniform() < 0.4
     one = random_paint(dice, dark, glossy)
-    rows = [one] * len(solid)
+    rows = [one] * parts
     if dice.uniform() < 0.6:
-        rows = [dice.choice([one, random_paint(dice, dark, glossy)], [1, 2]) for _ in solid]
+        rows = [dice.choice([one, random_paint(dice, dark, glossy)], [1, 2]) for _ in range(parts)]
+
+    # Noise: waves of all directions, in every octave as many.
     octave = np.repeat(2.0 ** np.arange(OCTAVES), WAVES // OCTAVES)
     directions = normals(dice, 3, WAVES)
     directions *= octave / np.linalg.norm(directions, axis=0)
-    paint = Paint.of(rows, np.concatenate([directions, 7 * normals(dice, 1, WAVES)]), device)
+    return Paint.of(rows, np.concatenate([directions, 7 * normals(dice, 1, WAVES)]), device)
 
-    # Where it stands, and one to three lights above it: the first is the strongest.
-    middle, radius = ball
-    place = random_place(middle - radius / math.sqrt(3), middle + radius / math.sqrt(3), dice)
+
+def random_lights(dice: Dice) -> tuple[np.ndarray, np.ndarray]:
+    """One to three lights from above, the first of them the strongest, and light from below and above all around:
+    `Thing.lights` and `Thing.sky`.
+    """
     lights = []
     for i in range(dice.choice([1, 2, 3])):
         direction = normals(dice, 3) * [1, 0.5, 1] + [0, 0.9, 0]
@@ -289,4 +299,17 @@ def make_thing(generator: torch.Generator, device="cpu") -> Thing:
         lights.append([*direction / np.linalg.norm(direction), *color, hardness])
     above = dice.color((0, 0.2), (1, 1)) * dice.uniform(0.3, 0.7)
     below = dice.color((0, 0.3), (1, 1)) * dice.uniform(0.05, 0.3)
-    return Thing.of(shape, around, ball, paint, place, np.array(lights), np.stack([below, above]), device)
+    return np.array(lights), np.stack([below, above])
+
+
+def make_thing(generator: torch.Generator, device="cpu") -> Thing:
+    """A random thing; its numbers are the next ones of the generator, which lives on the CPU."""
+    dice = Dice(generator)
+    shape, room, (middle, radius) = random_shape(dice, device)
+    paint = random_paints(dice, shape.solid, device)
+
+    # A cube whose corners are on the ball.
+    half = radius / math.sqrt(3)
+    place = random_place(middle - half, middle + half, dice)
+    lights, sky = random_lights(dice)
+    return Thing.of(shape, room, (middle, radius), paint, place, lights, sky, device)

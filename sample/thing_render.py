@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cameras import Cameras
 from sample import tracing
-from sample.thing_shapes import Room, Shape
+from sample.thing_shapes import Room, Shape, tensor
 from sample.toy_render import TAP, TETRAHEDRON
 from sample.toy_shapes import Place
 from sample.tracing import CHUNK
@@ -50,7 +50,7 @@ class Paint:
     def of(cls, rows: list[dict], waves: np.ndarray, device) -> Paint:
         """From rows of the first fields, and the waves."""
         columns = {name: np.stack([row[name] for row in rows]) for name in rows[0]} | {"waves": waves}
-        return cls(**{name: _tensor(x, device) for name, x in columns.items()})
+        return cls(**{name: tensor(x, device) for name, x in columns.items()})
 
     def colors(self, part: Tensor, q: Tensor) -> Tensor:
         """Colors (R, 3) at points (R, 3) in the axes of the parts with numbers (R,)."""
@@ -105,16 +105,11 @@ class Thing:
            device) -> Thing:
         """A thing at a place; `ball` is the middle (3,) and radius of all of it, own units."""
         middle, radius = ball
-        rotation = _tensor(place.rotation, device)
-        offset = _tensor(place.offset, device)
-        middle = offset + place.scale * _tensor(middle, device) @ rotation
+        rotation = tensor(place.rotation, device)
+        offset = tensor(place.offset, device)
+        middle = offset + place.scale * tensor(middle, device) @ rotation
         return cls(shape, room, paint, rotation, offset, place.scale, middle, radius * place.scale,
-                   _tensor(lights, device), _tensor(sky, device))
-
-
-def _tensor(x, device) -> Tensor:
-    """Numbers of any shape in float32, on a device."""
-    return torch.as_tensor(np.asarray(x), dtype=torch.float32, device=device)
+                   tensor(lights, device), tensor(sky, device))
 
 
 # ---------------------------------------------------------------------------------------------- light
@@ -164,8 +159,8 @@ def _shade_some(thing: Thing, points: Tensor, directions: Tensor) -> Tensor:
     start = points + LIFT * normal
     for light in thing.lights:
         toward = light[:3]
-        arriving = light[3:6] * (normal @ toward).clamp_min(0)[:, None] * _visible(thing.room, start, toward,
-                                                                                  light[6])[:, None]
+        seen = _visible(thing.room, start, toward, light[6])
+        arriving = light[3:6] * (seen * (normal @ toward).clamp_min(0))[:, None]
         half = F.normalize(toward - directions, dim=-1)
         spread = (half * normal).sum(-1, keepdim=True) ** 2 * (alpha ** 2 - 1) + 1
         diffuse = diffuse + arriving

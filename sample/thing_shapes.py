@@ -9,6 +9,7 @@ Own axes: +y up. Own units: a thing's largest part is about 2 high; `Thing.scale
 """
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -97,7 +98,8 @@ class Shape:
         x, y, z = self.local(points)
         rho = torch.hypot(x, z)
         if self.boxes:
-            rho[self.boxes] = (x[self.boxes].abs() ** self.power + z[self.boxes].abs() ** self.power) ** (1 / self.power)
+            powers = x[self.boxes].abs() ** self.power + z[self.boxes].abs() ** self.power
+            rho[self.boxes] = powers ** (1 / self.power)
 
         # There into the picture, which is as wide as high from -1 to 1.
         width, height = self.reach[..., None].unbind(1)
@@ -161,24 +163,30 @@ class Room(NamedTuple):
         return middle.cpu().numpy(), radius, bool((deepest == taken).all())
 
 
+def tensor(x, device) -> Tensor:
+    """Numbers of any shape in float32, on a device."""
+    return torch.as_tensor(np.asarray(x), dtype=torch.float32, device=device)
+
+
 def assemble(solid: list[Part], cut: list[Part], blend: float, waves: np.ndarray, ripple: float, device) -> Shape:
     """The shape of some parts, on a device; `waves` (4, W) and the other numbers are those of `Shape`."""
-    def tensor(x) -> Tensor:
-        """Numbers of any shape in float32, on the device."""
-        return torch.as_tensor(np.asarray(x), dtype=torch.float32, device=device)
-
-    # Shorter outlines stay at their last point.
+    # Outlines; shorter ones stay at their last point.
     parts = solid + cut
     longest = max(len(part.outline) for part in parts)
-    outlines = tensor(np.stack([np.pad(part.outline, ((0, longest - len(part.outline)), (0, 0)), "edge")
-                                for part in parts]))
-    reach = tensor(np.stack([part.size() for part in parts])) * MARGIN + 0.02
-    scales = [np.array([[1], [1], [1 / part.squash]]) for part in parts]
-    frames = tensor(np.stack([scale * np.column_stack([part.axes, -part.axes @ part.center])
-                              for scale, part in zip(scales, parts)], 1))
+    padded = [np.pad(part.outline, ((0, longest - len(part.outline)), (0, 0)), "edge") for part in parts]
+    outlines = tensor(np.stack(padded), device)
+    reach = tensor(np.stack([part.size() for part in parts]), device) * MARGIN + 0.02
+
+    # Frames and norms.
+    frames = []
+    for part in parts:
+        frame = np.column_stack([part.axes, -part.axes @ part.center])
+        frames.append(frame / np.array([[1], [1], [part.squash]]))
     boxes = [i for i, part in enumerate(parts) if part.power != 2]
-    power = tensor([[parts[i].power] for i in boxes])
-    squash = tensor([[part.squash] for part in parts])
-    half = max(np.linalg.norm(part.center) + np.linalg.norm(MARGIN * part.size() * [1.2, 1]) for part in parts)
-    return Shape(len(solid), boxes, frames, power, squash, reach, _pictures(outlines, reach), blend, tensor(waves),
-                 ripple, float(half))
+    power = tensor([[parts[i].power] for i in boxes], device)
+    squash = tensor([[part.squash] for part in parts], device)
+
+    # The corners of boxes are farthest from the axis; melting and ripples add some.
+    half = max(np.linalg.norm(part.center) + np.linalg.norm(part.size() * [math.sqrt(2), 1]) for part in parts) + 0.15
+    return Shape(len(solid), boxes, tensor(np.stack(frames, 1), device), power, squash, reach,
+                 _pictures(outlines, reach), blend, tensor(waves, device), ripple, float(half))

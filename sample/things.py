@@ -1,4 +1,4 @@
-"""Synthetic *things*, written to disk as a CO3Dv2 tree: what a prior for any object is trained on. None is a photograph.
+"""Synthetic *things*, written to disk as a CO3Dv2 tree, to train a prior for any object. None of it is a photograph.
 
     python sample/things.py --root things --instances 10000 --seed 1
     python sample/things.py --root unseen --instances 24 --seed 2000 --clean
@@ -9,8 +9,8 @@ shapes with random materials train reconstruction nearly as well as scanned obje
 
 The photographs are like hand-held ones: highlights that move with the camera, exposure and white balance that differ
 between views, blur, noise, JPEG, and masks that are some pixels too large or too small, ragged or bitten into. With
-`--clean`, masks are exact and exposures alike: the truth of an evaluation must be fair. A tree says by its names, `things`
-and `thing_...`, that it is drawn.
+`--clean`, masks are exact, exposures alike, and blur, noise and JPEG slight: the truth of an evaluation must be fair.
+The names in a tree, `things` and `thing_...`, say that it is drawn.
 
 Seeds: 1-99 training, 1000 shipped, 2000 reported, 3000 tuning.
 
@@ -66,7 +66,8 @@ def hand_held(thing: Thing, generator: torch.Generator, views: int) -> Cameras:
     way = torch.stack([level * azimuth.cos(), elevation.sin(), level * azimuth.sin()], -1)
 
     # They look at its middle and are held nearly upright.
-    R, T = look_at(middle + distance[:, None] * way, middle.expand(views, -1), torch.tensor([0.0, 1, 0]).expand(views, -1))
+    up = torch.tensor([0.0, 1, 0]).expand(views, -1)
+    R, T = look_at(middle + distance[:, None] * way, middle.expand(views, -1), up)
     roll = torch.deg2rad(_jitter(dice, ROLL, views))
     turn = torch.zeros(views, 3, 3)
     turn[:, 0, 0] = turn[:, 1, 1] = roll.cos()
