@@ -94,7 +94,7 @@ def test_a_training_that_is_killed_again_and_again_is_the_same(tmp_path):
     log = (tmp_path / "killed.log").read_text()
     assert "resuming killed.pt at step" in log and "Traceback" not in log
     whole, killed = (files.read_tensors(tmp_path / f"{name}.pt.state", "module") for name in ("whole", "killed"))
-    assert whole["completed"] == killed["completed"] == 300
+    assert whole["completed"] == killed["completed"] == 100
     logs = [(tmp_path / f"{name}.pt.run" / "log.jsonl").read_text().splitlines() for name in ("whole", "killed")]
     whole_log, killed_log = ({x["step"]: x["losses"] for x in map(json.loads, log)} for log in logs)
     assert len(killed_log) == len(logs[1]) >= len(whole_log) and killed_log | whole_log == killed_log
