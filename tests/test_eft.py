@@ -343,7 +343,8 @@ def test_masks_are_seen_and_opacity_is_told():
     everywhere = torch.ones(2, 1, 16, 16)
     with torch.no_grad():
         def see(images, maps):
-            return model(maps, images[1:], scene.cameras[1:], scene.cameras[0], pixel_grid(4, 4), None, None, everywhere)
+            xy = pixel_grid(4, 4)
+            return model(maps, images[1:], scene.cameras[1:], scene.cameras[0], xy, None, None, everywhere)
 
         maps = model.encode(empty[1:])
         assert (model.encode(full[1:]) - maps).abs().max() > 1e-3
@@ -370,7 +371,8 @@ FORMS = [{}, {"relative": True}, {"relative": True, "hull": True}, {"masks": Tru
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_gradients_reach_every_parameter(form):
-    model, cameras, images = EFT(dataclasses.replace(presets.NANO.eft, **form)).train(), ring(3), torch.rand(1, 2, 5, 64, 64)
+    model = EFT(dataclasses.replace(presets.NANO.eft, **form)).train()
+    cameras, images = ring(3), torch.rand(1, 2, 5, 64, 64)
     maps = model.encode(images)
     color = model(maps, images, Cameras.stack([cameras[1:]]), cameras[:1], pixel_grid(3, 3, 64), 2.0, 6.0).color
     color.square().sum().backward()
