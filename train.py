@@ -245,7 +245,9 @@ class PriorLosses(nn.Module):
         side = self.preset.map_size
         xy = pixel_grid(side, side, full=self.preset.image_size, device=views.target.device)
         maps = self.eft.encode(views.images)
-        possible = torch.maximum(possible_pixels(views.images), batch.whole[:, None, None, None, None])
+        possible = None
+        if self.preset.eft.hull:
+            possible = torch.maximum(possible_pixels(views.images), batch.whole[:, None, None, None, None])
         seen = self.eft(maps, views.images, views.cameras, views.query, xy, batch.near, batch.far, possible)
         target = colors_at(views.target, xy)
         error = pseudo_huber(seen.color.float() - target[..., :seen.color.shape[-1]])

@@ -190,7 +190,8 @@ def test_a_state_without_a_part(training, tmp_path, capsys):
     optimizer = state["optimizer"]
     moments = {i: x | {"exp_avg": x["exp_avg"].cfloat()} for i, x in optimizer["state"].items()}
     for broken in ({name: x for name, x in state.items() if name != "average"}, state | {"history": "a\nb"},
-                   state | {"optimizer": optimizer | {"state": moments}}):
+                   state | {"optimizer": optimizer | {"state": moments}}, state | {"record": ["ab", {}]},
+                   state | {"record": [[{"step": 0, "losses": {"loss": 1.0}}], {}]}, state | {"record": [[], {"loss": 1}]}):
         files.save_tensors(broken, tmp_path / "vae.pt.state")
         one_line(capsys, train.main, argv, "vae.pt.state: not a whole state")
 
