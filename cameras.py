@@ -65,6 +65,10 @@ class Cameras:
         """The same cameras in a world `factor` times as large; a tensor is broadcast to T (*, 3)."""
         return replace(self, T=self.T * factor)
 
+    def about(self, center: Tensor) -> Cameras:
+        """The same cameras in a world whose origin is at `center` of this one; a tensor, broadcast to (*, 3)."""
+        return replace(self, T=self.T + torch.einsum("...i,...ij->...j", center.to(self.T), self.R))
+
     def zoomed(self, factor: float) -> Cameras:
         """The same cameras, whose pictures show everything `factor` times as large about their middle."""
         return replace(self, focal=self.focal * factor, principal=self.principal * factor)
@@ -185,6 +189,19 @@ def object_half_side(cameras: Cameras) -> float:
     """
     shown = cameras.centers().norm(dim=-1) / cameras.focal.amin(-1)
     return shown.quantile(0.9).item() / (1 + CONTEXT)
+
+
+def object_sphere(cameras: Cameras) -> tuple[Tensor, float]:
+    """A sphere round the object that crops (B,) show, in any world: its center (3,), float64, and its radius.
+
+    A crop has the object in its middle, so the center is the point nearest to the rays there. The radius is half the
+    width that the largest views show, but for one in ten.
+    """
+    cameras = cameras.to("cpu", torch.float64)
+    rays_o, rays_d = cameras.rays(torch.zeros(len(cameras), 1, 2, dtype=torch.float64))
+    center = nearest_point(rays_o[:, 0], rays_d[:, 0])
+    shown = cameras.about(center).centers().norm(dim=-1) / cameras.focal.amin(-1)
+    return center, shown.quantile(0.9).item()
 
 
 def nearest_point_to_axes(cameras: Cameras) -> Tensor:

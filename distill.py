@@ -74,7 +74,10 @@ def parser() -> argparse.ArgumentParser:
 
 def capture_meant(word: str) -> str:
     """What to do instead of giving a word that belongs to no flag."""
-    folder = find_poses(Path(word))
+    try:
+        folder = find_poses(Path(word))
+    except OSError:  # no name of a file
+        folder = None
     if folder is None:
         return "own photographs, with cameras and masks (docs/photographs.md): python distill.py --capture DIR"
     return f"own photographs: python distill.py --capture {shlex.quote(str(folder))}"

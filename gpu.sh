@@ -3,10 +3,10 @@
 device=${1:-cuda}
 toys=${2:-400}
 export PYTHONDONTWRITEBYTECODE=1 XDG_CACHE_HOME=$(mktemp -d)
-timeout 52 python gpu_measure.py "$device" 2>&1 | grep -v USDT | cut -c1-160
+timeout 75 python gpu_measure.py "$device" 2>&1 | grep -v USDT | cut -c1-160
 began=$(date +%s.%N)
-timeout 22 python sample/toys.py --root "$XDG_CACHE_HOME" --instances "$toys" --seed 1 --device "$device" 2>&1 | tail -3
+timeout 30 python sample/toys.py --root "$XDG_CACHE_HOME" --instances "$toys" --seed 1 --device "$device" 2>&1 | tail -3
 echo "$toys toys: $(awk -v a="$began" -v b="$(date +%s.%N)" 'BEGIN { print b - a }') s, start of the processes included"
-timeout 14 python -m pytest -q tests/gpu/test_layernorm.py tests/gpu/test_training_graph.py 2>&1 | tail -4
-timeout 12 torchrun --nproc_per_node=1 train.py prior --root sample/co3d --vae sample/nano.pt --steps 8 --frames 6 \
+timeout 30 python -m pytest -q tests/gpu/test_layernorm.py tests/gpu/test_training_graph.py 2>&1 | tail -4
+timeout 40 torchrun --nproc_per_node=1 train.py prior --root sample/co3d --vae sample/nano.pt --steps 8 --frames 6 \
     --device "$device" --set batch=2 --out "$XDG_CACHE_HOME/t.pt" 2>&1 | tail -3

@@ -83,7 +83,7 @@ class FieldConfig:
 _RANGES = {"levels": (1, 64), "features_per_level": (1, 64), "log2_hashmap_size": (1, 28),
            "base_resolution": (1, 2**20), "finest_resolution": (1, 2**20), "bound": (1e-3, 1e6), "width": (1, 4096),
            "hidden_layers": (0, 64), "view_degree": (0, 4), "blob_radius": (1e-6, math.inf),
-           "samples_per_ray": (1, 1024), "importance_samples": (0, 1024), "bins_per_ray": (0, 4096),
+           "samples_per_ray": (1, 4096), "importance_samples": (0, 1024), "bins_per_ray": (0, 4096),
            "near": (0, math.inf), "occupancy_cells": (1, 512), "occupancy_decay": (0, 1),
            "occupancy_alpha": (1e-9, 0.999), "mask_threshold": (0, 0.999), "forgiven_views": (1, 10**6)}
 

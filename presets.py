@@ -1,8 +1,9 @@
 """The numbers side by side: models (`MODELS`), distillations (`PRESETS`), and what `--released` stands for.
 
 The defaults of every config are the paper's, or the released code's where the paper says nothing: `PAPER` changes none
-of them. `NANO` has the same classes, small, for the sample categories and for CPUs; `plain` is for photographs without
-a prior. docs/differences.md says where and why they differ from the released code.
+of them. `NANO` has the same classes, small, for the sample categories and for CPUs, and is what the shipped weights
+are; `SMALL` is what to train. `plain` is for photographs without a prior. docs/differences.md says where and why they
+differ from the released code.
 """
 from __future__ import annotations
 
@@ -36,7 +37,15 @@ NANO = Preset(
                     kernels=(3,), heads=4, head_dim=32, time_dim=192, token_dim=96),
     diffusion=DiffusionConfig(prediction="v", snr_gamma=0.0, noisings=12),
 )
-MODELS = {preset.name: preset for preset in (PAPER, NANO)}
+# An EFT that knows no units, a finer latent.
+SMALL = replace(
+    NANO,
+    name="small",
+    eft=replace(NANO.eft, relative=True),
+    vae=replace(NANO.vae, channels=8),
+    unet=replace(NANO.unet, channels=8),
+)
+MODELS = {preset.name: preset for preset in (PAPER, NANO, SMALL)}
 
 
 # ---------------------------------------------------------------------------------------------- distillations
@@ -71,6 +80,8 @@ PRESETS = {
                       view_degree=4),
     ),
 }
+
+PRESETS["small"] = PRESETS["nano"]
 
 # What `--released` stands for: the released code's behavior, where ours differs in some preset and a field can say so.
 # Sizes, learning rates and lengths stay the preset's.

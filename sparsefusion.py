@@ -24,7 +24,7 @@ import metrics
 import unet
 import vae
 import vldm
-from cameras import Cameras, depth_range
+from cameras import Cameras, depth_range, object_sphere
 from common import files
 from common.machine import randn, stream_seed
 from common.progress import Progress
@@ -93,7 +93,7 @@ class Preset:
 class Condition(NamedTuple):
     """What the EFT says about query views."""
     features: Tensor  # (Q, C, s, s), s the preset's `map_size`
-    images: Tensor    # (Q, 3, s, s) in [0, 1], the EFT image
+    images: Tensor    # (Q, 3 or 4, s, s) in [0, 1], the EFT image; with `masks` its opacity, too
 
 
 class SparseFusion(nn.Module):
@@ -108,37 +108,42 @@ class SparseFusion(nn.Module):
         self.vae = vae.VAE(preset.vae)
         self.vldm = vldm.VLDM(preset.unet, preset.diffusion)
 
-    def eft_units(self, cameras: Cameras) -> tuple[float, float, float]:
-        """What brings a scene with cameras (B,) about the origin to the EFT: the scale of its lengths, and after that
-        the least and the largest depth of a ray's points.
+    def eft_world(self, cameras: Cameras) -> tuple[Tensor, float, float, float]:
+        """What brings a scene with cameras (B,) to the EFT: the new origin (3,), then the scale of its lengths, and
+        after that the least and the largest depth of a ray's points.
 
-        Where the weights know how far cameras stand, the scene is brought there. The range stays as wide as in
+        In the relative form the sphere round the object is the unit sphere. Otherwise the object is at the origin, and
+        where the weights know how far cameras stand, the scene is brought there. The range stays as wide as in
         training: narrower ones, for objects that a long lens shows from afar, made better EFT images and a worse
         result.
         """
+        if self.preset.eft.relative:
+            center, radius = object_sphere(cameras)
+            return center, 1 / radius, -1.0, 1.0
+        origin = torch.zeros(3)
         margin = self.preset.eft.depth_margin
         near, far = depth_range(cameras, margin)
         if self.trained_distance is None:
-            return 1.0, near, far
+            return origin, 1.0, near, far
         distance = (near + far) / 2  # of the cameras, on average
         scale = self.trained_distance / distance
-        return scale, self.trained_distance - margin, self.trained_distance + margin
+        return origin, scale, self.trained_distance - margin, self.trained_distance + margin
 
     @torch.no_grad()
     def condition(self, images: Tensor, cameras: Cameras, queries: Cameras, all_cameras: Cameras,
                   where: Tensor | None = None, dropout_seed: int | None = None, title: str | None = None) -> Condition:
         """Features and EFT images of Q query viewpoints.
 
-        images (V, 3, S, S) in [0, 1] with black background, `cameras` (V,) theirs, `queries` (Q,). `all_cameras` (B,):
-        those of the scene, whose object is at the origin; they decide on its units. `where` (Q, s, s): the rays to
+        images (V, 3 or 5, S, S) in [0, 1] with black background, as `EFT.encode` takes them, `cameras` (V,) theirs,
+        `queries` (Q,). `all_cameras` (B,): those of the scene; they decide on its units. `where` (Q, s, s): the rays to
         evaluate, boolean; the others are zero (default: all of s x s, s the preset's `map_size`). A `dropout_seed`
         turns dropout and batch statistics on; a view's dropout follows from it, the view's position among the queries
         and the rays. `title` shows a progress bar.
         """
         # In the units that the weights know.
-        scale, *depth_range = self.eft_units(all_cameras)
-        cameras = cameras.scaled(scale)
-        queries = queries.scaled(scale)
+        origin, scale, *depth_range = self.eft_world(all_cameras)
+        cameras = cameras.about(origin).scaled(scale)
+        queries = queries.about(origin).scaled(scale)
 
         # As many rays at once as suit the machine: several views, or a part of one. Dropout goes view by view, and so
         # do views of different rays.
@@ -212,7 +217,7 @@ class SparseFusion(nn.Module):
         return self.decode(vldm.ancestral_sampling(denoiser, draw, sampler))
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Latents (B, 4, h, h) -> images (B, 3, S, S), clamped to [0, 1]."""
+        """Latents (B, channels, h, h) -> images (B, 3, S, S), clamped to [0, 1]."""
         return self.vae.decode(latent).clamp(0, 1)
 
     def feature_distance(self, a: Tensor, b: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from common.machine import stream_seed
 from common.processes import is_first
 from common.settings import check_ranges
 from distillation import pseudo_huber
+from eft import possible_pixels
 from evaluation.attributes import AttributeNet
 from export.pictures import LABELS, sheet
 from presets import MODELS, PRESETS
@@ -45,6 +46,8 @@ from training.ranks import Draws
 from vae import VAE
 from vldm import latent_mask
 
+LEVELS = torch.tensor([255, 255, 255, 255, 1])[:, None, None]  # of 1 in packed colors, masks and valid regions
+WHOLE = 0.15  # of the samples of a prior's step, whose EFT does without the visual hull: masks may be wrong
 MOST_PARAMETERS = 2**31  # of a model; the paper's has 492 million
 NEXT = {"vae": "train.py prior --out prior.pt --vae", "prior": "distill.py --weights",
         "perceptual": "evaluate.py --feature-net"}  # commands that use the weights
@@ -57,7 +60,7 @@ class TrainConfig:
     batch: int = 32     # B: pictures per step; for the prior sequences per step
     frames: int = 16    # evenly spaced frames of each sequence that are used, if it has as many
     min_views: int = 1  # fewest input views of the prior [released: 2, train.py:594]
-    max_views: int = 4  # most input views of the prior [released: 5, train.py:594]
+    max_views: int = 8  # most input views of the prior [released: 5, train.py:594]
     fit: FitConfig = FitConfig()
     model: Preset = MODELS["nano"]  # a prior's comes from its --vae file
 
@@ -80,36 +83,36 @@ def draw_images(data: PackedScenes, draws: Draws) -> tuple[Tensor, Tensor]:
 
 
 def pictured(data: PackedScenes, device: str) -> tuple[str, list[tuple[Tensor, Cameras]]]:
-    """Some evenly spaced pictures (V, 3, S, S) in [0, 1] and cameras (V,) of each of the first held-out sequences, or
-    of trained ones where none is held out; and what to call them.
+    """Some evenly spaced pictures (V, 5, S, S) with masks and valid regions and cameras (V,) of each of the first
+    held-out sequences, or of trained ones where none is held out; and what to call them.
     """
     shown = data.held_out() or data
     scenes = []
     for n in shown.drawn[:PICTURED].tolist():
         frames = evenly_spaced(len(data.pixels[n]), PICTURED)
-        scenes.append((data.pixels[n][frames, :3].to(device) / 255, data.cameras[n][frames].to(device)))
+        scenes.append(((data.pixels[n][frames] / LEVELS).to(device), data.cameras[n][frames].to(device)))
     return "trained on" if shown is data else "held out", scenes
 
 
 class Views(NamedTuple):
     """From each of b sequences a query view and V input views."""
-    target: Tensor    # (b, 3, S, S) the query's picture
-    valid: Tensor     # (b, 1, S, S) where it shows anything
+    target: Tensor    # (b, 5, S, S) the query's colors, mask, and where it shows anything
     query: Cameras    # (b,)
-    images: Tensor    # (b, V, 3, S, S) the inputs
+    images: Tensor    # (b, V, 5, S, S) the inputs'
     cameras: Cameras  # (b, V)
     scene: Tensor     # (b,) indices of the sequences
 
 
 def draw_views(data: PackedScenes, draws: Draws, views: tuple[int, int]) -> Views:
     """Random sequences, and of each a random query view and random others as inputs, between `views` = (fewest, most)
-    of them.
+    of them: the more, the rarer.
 
     (In the released code a query view may be among its own inputs [released: camera_utils.py:159-161].)
     """
     # The number of input views is the same for all; sequences that have fewer frames wait for another step.
-    inputs = int(torch.randint(views[0], views[1] + 1, (), generator=draws.common))
-    inputs = min(inputs, int(data.counts[data.drawn].max()) - 1)
+    fewest = views[0]
+    most = min(views[1], int(data.counts[data.drawn].max()) - 1)
+    inputs = int(fewest * ((most + 1) / fewest) ** float(torch.rand((), generator=draws.common)))
     enough = data.drawn[data.counts[data.drawn] > inputs]
     scene = enough[draws.choose(len(enough))]
 
@@ -121,8 +124,8 @@ def draw_views(data: PackedScenes, draws: Draws, views: tuple[int, int]) -> View
     pixels = torch.stack([data.pixels[n][frames] for n, frames in chosen])
     cameras = Cameras.stack([data.cameras[n][frames] for n, frames in chosen])
 
-    images = pixels[:, :, :3].float() / 255
-    return Views(images[:, 0], pixels[:, 0, 4:].float(), cameras[:, 0], images[:, 1:], cameras[:, 1:], scene)
+    images = pixels / LEVELS
+    return Views(images[:, 0], cameras[:, 0], images[:, 1:], cameras[:, 1:], scene)
 
 
 def colors_at(images: Tensor, xy: Tensor, aligned: bool = False) -> Tensor:
@@ -146,8 +149,8 @@ class VAELosses(nn.Module):
         self.vae = vae
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> Losses:
-        """Of images (b, 3, S, S) in [0, 1], and of the noise (b, 4, h, h) of the posterior samples: one scalar, the
-        mean over the pictures.
+        """Of images (b, 3, S, S) in [0, 1], and of the noise (b, channels, h, h) of the posterior samples: one scalar,
+        the mean over the pictures.
         """
         # Encode to a posterior, draw from it, decode.
         images, noise = batch
@@ -203,7 +206,8 @@ class VAETraining:
 
         rows = []
         label, scenes = pictured(self.data, self.device)
-        for images, _ in scenes:
+        for pixels, _ in scenes:
+            images = pixels[:, :3]
             again = model.vae.decode(model.vae.encode(images))
             rows.append([tile for pair in zip(images, again) for tile in zip((label, "reconstruction"), pair)])
         return sheet(rows)
@@ -216,13 +220,16 @@ class PriorBatch(NamedTuple):
     views: Views
     near: Tensor    # (b,) the depth range of each sequence
     far: Tensor     # (b,)
+    whole: Tensor   # (b,) 1 where the EFT's points lie in all of the sphere round the object, not in the hull alone
     times: Tensor   # (b, n) of the noisings, in [0, 1]
     keep: Tensor    # (b, n) 1, or 0 where the UNet does without features
-    noise: Tensor   # (b, n, 4, h, h) standard normal
+    noise: Tensor   # (b, n, channels, h, h) standard normal
 
 
 class PriorLosses(nn.Module):
-    """A training step of EFT and UNet (Sec. 3.1): the diffusion loss of the query latents and the EFT's color loss."""
+    """A training step of EFT and UNet (Sec. 3.1): the diffusion loss of the query latents and the EFT's color loss, of
+    whose opacity, too, if it has one.
+    """
 
     def __init__(self, model: SparseFusion):
         super().__init__()
@@ -238,16 +245,20 @@ class PriorLosses(nn.Module):
         side = self.preset.map_size
         xy = pixel_grid(side, side, full=self.preset.image_size, device=views.target.device)
         maps = self.eft.encode(views.images)
-        seen = self.eft(maps, views.images, views.cameras, views.query, xy, batch.near, batch.far)
-        error = pseudo_huber(seen.color.float() - colors_at(views.target, xy))
-        color = (error * (colors_at(views.valid, xy) > 0.5)).mean()
+        possible = None
+        if self.preset.eft.hull:
+            possible = torch.maximum(possible_pixels(views.images), batch.whole[:, None, None, None, None])
+        seen = self.eft(maps, views.images, views.cameras, views.query, xy, batch.near, batch.far, possible)
+        target = colors_at(views.target, xy)
+        error = pseudo_huber(seen.color.float() - target[..., :seen.color.shape[-1]])
+        color = (error * (target[..., 4:] > 0.5)).mean()
 
         # The clean latent of the query view, once for each of its noisings.
         n = batch.times.shape[1]
         with torch.no_grad(), torch.autocast(views.target.device.type, enabled=False):
-            latent = self.encode(views.target).float()
+            latent = self.encode(views.target[:, :3]).float()
         x0 = latent.repeat_interleave(n, 0)
-        mask = latent_mask(views.valid, self.preset.latent_size).repeat_interleave(n, 0)
+        mask = latent_mask(views.target[:, 4:], self.preset.latent_size).repeat_interleave(n, 0)
 
         # Now and then the features are dropped, so that the UNet learns the unconditional distribution as well.
         features = seen.features.transpose(1, 2).unflatten(-1, (side, side)).repeat_interleave(n, 0)
@@ -260,8 +271,8 @@ class PriorTraining:
     """EFT and UNet of a model jointly, on top of its frozen autoencoder."""
 
     def __init__(self, data: PackedScenes, config: TrainConfig, model: SparseFusion, device: str):
-        if config.max_views >= data.counts.max():
-            raise ValueError(f"--max-views {config.max_views}: of {data.counts.max()} frames one is the query view")
+        if config.min_views >= data.counts.max():
+            raise ValueError(f"--min-views {config.min_views}: of {data.counts.max()} frames one is the query view")
         self.data = data
         self.config = config
         self.device = device
@@ -270,17 +281,19 @@ class PriorTraining:
         self.model.vldm.config = config.model.diffusion
         self.module = PriorLosses(model).requires_grad_(True)
 
-        # Every sequence is brought to one distance, and has its own depth range.
+        # Every sequence is brought to one distance, or its object to one size, and has its own depth range.
         self.model.trained_distance = sparsefusion.TRAINED_DISTANCE
-        units = [self.model.eft_units(cameras) for cameras in data.cameras]
-        self.scale, self.near, self.far = torch.tensor(units).T
+        origins, *units = zip(*(self.model.eft_world(cameras) for cameras in data.cameras))
+        self.origin = torch.stack(origins).float()
+        self.scale, self.near, self.far = torch.tensor(units)
 
     def batch(self, draws: Draws) -> PriorBatch:
         """The batch of a step."""
         views = draw_views(self.data, draws, (self.config.min_views, self.config.max_views))
         scale = self.scale[views.scene]
-        query = views.query.scaled(scale[:, None])
-        cameras = views.cameras.scaled(scale[:, None, None])
+        origin = self.origin[views.scene]
+        query = views.query.about(origin).scaled(scale[:, None])
+        cameras = views.cameras.about(origin[:, None]).scaled(scale[:, None, None])
         views = views._replace(query=query, cameras=cameras)
 
         # Noise levels: stratified over (0, t_max), those of all sequences between one another. (Released: independent
@@ -293,7 +306,8 @@ class PriorTraining:
 
         model = self.config.model
         noise = draws.randn(n, model.vae.channels, model.latent_size, model.latent_size)
-        return PriorBatch(views, self.near[views.scene], self.far[views.scene], times, keep, noise)
+        whole = (draws.rand() < WHOLE).float()
+        return PriorBatch(views, self.near[views.scene], self.far[views.scene], whole, times, keep, noise)
 
     def finish(self, average: dict[str, Tensor], out: Path, trained_on: list[dict]) -> Image.Image:
         """Write a weights file: the averaged EFT and UNet, and the autoencoder as it was. Returns a query view of each
@@ -312,11 +326,11 @@ class PriorTraining:
             inputs = [0, *range(2, len(images))]
             seen = result.condition(images[inputs], cameras[inputs], cameras[[1]], cameras)
             features.append(seen.features)
-            color = F.interpolate(seen.images, images.shape[-2:])[0]
-            rows.append([(label, images[1]), (LABELS["eft"], color), *(("input", x) for x in images[inputs])])
+            color = F.interpolate(seen.images[:, :3], images.shape[-2:])[0]
+            rows.append([(label, images[1, :3]), (LABELS["eft"], color), *(("input", x) for x in images[inputs, :3])])
 
         # What the VLDM samples, from the same noise every time.
-        sampler = replace(PRESETS[result.preset.name].sampler, sample_steps=50)
+        sampler = replace(PRESETS[result.preset.name].sampler, sample_steps=20)
         generators = [torch.Generator(self.device).manual_seed(stream_seed(n, "picture")) for n in range(len(rows))]
         for row, sample in zip(rows, result.sample_view(torch.cat(features), generators, sampler)):
             row.insert(2, (LABELS["vldm"], sample))
@@ -484,7 +498,7 @@ def parser() -> argparse.ArgumentParser:
     # How long and how.
     how = p.add_argument_group("how it is trained")
     how.add_argument("--min-views", type=cli.count, metavar="N", help="prior: fewest input views (default: 1)")
-    how.add_argument("--max-views", type=cli.count, metavar="N", help="prior: most input views (default: 4)")
+    how.add_argument("--max-views", type=cli.count, metavar="N", help="prior: most input views (default: 8)")
     how.add_argument("--steps", type=cli.count, metavar="N", help="updates in all (default: 10000)")
     how.add_argument("--minutes", type=cli.positive, metavar="M", help="stop after that long")
     how.add_argument("--seed", type=cli.seed, default=0, metavar="N",

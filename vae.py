@@ -207,7 +207,8 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.channels, config.channels, 1)
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) in [0, 1] -> mean and log variance of the posterior, before scaling: (B, 4, h, w) each.
+        """Images (B, 3, H, W) in [0, 1] -> mean and log variance of the posterior, before scaling: (B, channels, h, w)
+        each.
 
         What is outside [0, 1] is clipped [released: common_utils.py:9-19]; the log variance is clamped to [-30, 20].
         """
@@ -216,13 +217,13 @@ class VAE(nn.Module):
         return mean, log_var.clamp(-30, 20)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] -> latents (B, 4, h, w): the posterior's mode times the scale."""
+        """Images (B, 3, H, W) in [0, 1] -> latents (B, channels, h, w): the posterior's mode times the scale."""
         mean, _ = self.moments(images)
         return mean * self.config.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, 4, h, w) -> images (B, 3, H, W), float32, about [0, 1]; not clamped, so that gradients pass
-        everywhere.
+        """Latents (B, channels, h, w) -> images (B, 3, H, W), float32, about [0, 1]; not clamped, so that gradients
+        pass everywhere.
         """
         z = (latents / self.config.scale).to(self.quant_conv.weight.dtype)
         return (self.decoder(self.post_quant_conv(z)).float() + 1) / 2

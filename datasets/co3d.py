@@ -96,7 +96,7 @@ def load_sequence(root: str | Path, category: str, sequence: str, size: int = 25
     known = set(usable)
     absent = [number for number in chosen if number not in known]
     if absent:
-        raise ValueError(f"{root}/{category}: sequence {sequence!r} has no usable frame {absent[0]}; "
+        raise ValueError(f"{root}/{category}: sequence {sequence!r} has no usable frame {str(absent[0])[:40]}; "
                          f"it has {_some(usable)}")
     return source.load(sequence, size, chosen)
 

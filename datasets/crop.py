@@ -86,7 +86,11 @@ def check_lens(focal: list[float], principal: list[float], sides: tuple[float, f
 
 
 def check_place(T: Tensor, principal: Tensor, where: str) -> None:
-    """Raises `ValueError` for translations T (*, 3) or principal points (*, 2) with which float32 cannot calculate."""
+    """Raises `ValueError` for translations T (*, 3) or principal points (*, 2) with which float32 cannot calculate, and
+    for a camera in the middle of the object.
+    """
+    if not T.any(-1).all():
+        raise ValueError(f"{where}: T is 0, so a camera stands at the origin, where the object is")
     if max(T.abs().max(), principal.abs().max()) > FAR:
         raise ValueError(f"{where}: a number in them is above {FAR:g}: another unit?")
 

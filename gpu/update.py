@@ -64,7 +64,7 @@ class GraphedAdam(torch.optim.Adam):
 
     def _rate(self, rate: float) -> float | Tensor:
         """A graph reads a rate where it stood when it was captured, so there it is a tensor."""
-        return torch.tensor(rate, device=self.device) if self.device.type == "cuda" else rate
+        return torch.tensor(float(rate), device=self.device) if self.device.type == "cuda" else rate
 
     def set_rates(self, fraction: float) -> None:
         """Learning rates at a fraction of their peaks."""

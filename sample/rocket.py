@@ -27,7 +27,8 @@ from common.files import save_json  # noqa: E402
 from sample.toy_design import Dice, random_place  # noqa: E402
 from sample.toy_render import render  # noqa: E402
 from sample.toy_shapes import Figure, Toy, upright_axes  # noqa: E402
-from sample.toys import toy_generator, turntable  # noqa: E402
+from sample.toys import turntable  # noqa: E402
+from sample.tree import generator_of  # noqa: E402
 
 SEED = 3999  # of place, light and cameras; `toys.py` says which seeds are taken
 WHITE = np.array([0.93, 0.92, 0.88])
@@ -69,7 +70,7 @@ def camera_to_world(cameras: Cameras) -> np.ndarray:
 
 def write_rocket(folder: Path, views: int, size: int) -> None:
     """The capture: V photographs of size x size pixels with their cameras."""
-    generator = toy_generator(SEED, 0)
+    generator = generator_of(SEED, 0)
     rocket = make_rocket(generator)
     cameras = turntable(generator, views)
     color, mask = render(rocket, cameras, size, size)

@@ -1,37 +1,24 @@
-"""Pictures of a toy: signed distances, sphere tracing, shading. Plain torch, on any device.
+"""Pictures of a toy: signed distances and shading, which `tracing.py` renders. Plain torch, on any device.
 
-Coarse rays come first, one per block of 8 x 8 rays (4 x 4 pixels): each marches until the cone around it may touch the
-toy. Then the rays of those blocks start from there, 2 x 2 per pixel. Shading does not depend on the view, because the
-field does not, either.
+Shading does not depend on the view, because the field does not, either.
 
-Shapes: `P` primitives, `R` rays or points, `V` views, `N` blocks (of all views), `H W` rows and columns of pixels.
+Shapes: `P` primitives, `R` rays or points, `V` views, `H W` rows and columns of pixels.
 Points are in the toy's own axes and units (see `toy_shapes.py`) unless a docstring says otherwise.
 """
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cameras import Cameras
+from sample import tracing
 from sample.toy_shapes import SHAPES, Decal, Toy
+from sample.tracing import CHUNK
 
-SUPER = 2          # rays per pixel side
-BLOCK = 8          # rays per side of a coarse block
-COARSE_STEPS = 16  # of sphere tracing, multiples of CHECK_EVERY
-FINE_STEPS = 40
-CHECK_EVERY = 4    # steps after which finished rays are dropped
-SURFACE = 0.003    # toy units: a ray this near has arrived
-STRIDE = 0.004     # toy units: step n is at least n strides, so that grazing rays get on
 BLEND = 0.09       # toy units: how far body parts melt into each other
-REACH = 4.0        # CO3D units: no toy is farther from the world's origin
-
-# Points at a time: a CPU wants (3, P, R) numbers in its caches, a GPU wants to be full.
-CHUNK = {"cpu": 1 << 12, "cuda": 1 << 21}
-
 AMBIENT = 0.66     # light from all around
 SKY = 0.12         # more of it from above, less from below
 SUN = 0.36         # light from the direction `Toy.light`
@@ -83,62 +70,14 @@ def _homogeneous(points: Tensor) -> Tensor:
     return torch.stack([x, x.abs(), y, z, torch.ones_like(x)])
 
 
-# ---------------------------------------------------------------------------------------------- sphere tracing
-
-class Rays(NamedTuple):
-    """Rays o + t d with unit directions, (R, 3) each."""
-    origins: Tensor
-    directions: Tensor
-
-    def at(self, t: Tensor) -> Tensor:
-        """The points (R, 3) at lengths (R,)."""
-        return self.origins + t[:, None] * self.directions
-
-    def pick(self, index: Tensor) -> Rays:
-        """Some of them, by number or by mask."""
-        return Rays(self.origins[index], self.directions[index])
-
-
-def _march(toy: Toy, rays: Rays, start: Tensor, far: Tensor, cone: float, steps: int) -> tuple[Tensor, Tensor]:
-    """Sphere tracing of rays (R) with cones of half width `cone * t` around them, from `start` to `far`, (R,) each.
-
-    Returns how far each came, (R,), and whether it arrived, (R,) bool. A cone that runs out of steps may yet touch the
-    toy, so it counts as arrived; a ray does not.
-    """
-    length = start.clone()
-    arrived = torch.zeros_like(start, dtype=torch.bool)
-    alive = torch.arange(len(start), device=start.device)
-    t = start
-
-    for step in range(steps):
-        # The free space around the cone's end; it has arrived where that is no wider than itself.
-        width = cone * t
-        free = distance(toy, rays.at(t)) - width
-        near_by = free < width.clamp_min(SURFACE)
-
-        # Go on through the free space, or back out if already inside.
-        forward = (free * (0.95 / (1 + cone))).clamp_min(STRIDE * step)
-        t = t + torch.where(near_by, free.clamp_max(0), forward)
-
-        # Every few steps, keep what was found and drop the rays that have arrived or left.
-        if (step + 1) % CHECK_EVERY == 0:
-            length[alive] = t
-            arrived[alive] = near_by
-            keep = (~near_by & (t < far)).nonzero()[:, 0]
-            alive = alive[keep]
-            rays = rays.pick(keep)
-            t = t[keep]
-            far = far[keep]
-            if len(alive) == 0:
-                break
-
-    arrived[alive] = cone > 0
-    return length, arrived
-
-
 # ---------------------------------------------------------------------------------------------- shading
 
-def _shade(toy: Toy, points: Tensor) -> Tensor:
+def render(toy: Toy, cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Color over black (V, 3, H, W) and coverage (V, 1, H, W), as `tracing.render` says."""
+    return tracing.render(toy, partial(distance, toy), partial(_shade, toy), cameras, height, width)
+
+
+def _shade(toy: Toy, points: Tensor, directions: Tensor) -> Tensor:
     """Colors (R, 3) of surface points (R, 3): paint, Lambert's law, light from the sky, ambient occlusion."""
     result = []
     for chunk in points.split(CHUNK[points.device.type] // 4):
@@ -189,81 +128,3 @@ def _cover(decal: Decal, homogeneous: Tensor, belongs: Tensor) -> Tensor:
     on_parts = belongs[decal.parts].sum(0)
     facing = (z > 0) | decal.through
     return inside * on_parts * facing
-
-
-# ---------------------------------------------------------------------------------------------- pictures
-
-@torch.no_grad()
-def render(toy: Toy, cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """One toy from V cameras (isotropic NDC: half the shorter side is 1), `height` and `width` multiples of 4 pixels.
-
-    Returns color over black (V, 3, H, W) and coverage (V, 1, H, W), both in [0, 1] on the toy's device.
-    """
-    # The cone of a coarse ray: half a block's diagonal at distance 1.
-    cone = BLOCK / (min(height, width) * SUPER) * math.sqrt(2) / cameras.focal.min().item()
-    cameras = cameras.to(toy.frames.device)
-
-    # Coarse: which blocks does the toy touch, and how far away?
-    rays = _rays(toy, cameras, _grid(toy, height, width, BLOCK))           # (N, 3)
-    origin = toy.to_toy(torch.zeros_like(toy.offset)[None])                # the world's
-    depth = (rays.origins - origin).norm(dim=-1)
-    near = depth - REACH / toy.scale
-    far = depth + REACH / toy.scale
-    start, touched = _march(toy, rays, near, far, cone, COARSE_STEPS)
-    blocks = touched.nonzero()[:, 0]
-
-    # Fine: all rays of those blocks, from there on.
-    rays = _rays(toy, cameras, _fine_grid(toy, height, width))
-    origins = rays.origins.reshape(-1, BLOCK ** 2, 3)[blocks].flatten(0, 1)
-    directions = rays.directions.reshape(-1, BLOCK ** 2, 3)[blocks].flatten(0, 1)
-    rays = Rays(origins, directions)
-    start = start[blocks].repeat_interleave(BLOCK ** 2)
-    far = far[blocks].repeat_interleave(BLOCK ** 2)
-    length, hit = _march(toy, rays, start, far, 0.0, FINE_STEPS)
-
-    # A ray that hits has a color and covers; one that misses is black and does not.
-    found = torch.zeros(len(hit), 4, device=hit.device)
-    color = _shade(toy, rays.pick(hit).at(length[hit]))
-    found[hit] = F.pad(color, (0, 1), value=1.0)
-
-    image = torch.zeros(len(touched), BLOCK ** 2, 4, device=hit.device)    # (N, BLOCK^2, 4)
-    image[blocks] = found.reshape(-1, BLOCK ** 2, 4)
-    image = _assemble(image, height, width)
-    return image[:, :3], image[:, 3:]
-
-
-def _grid(toy: Toy, height: int, width: int, step: int) -> Tensor:
-    """NDC of the centers of squares of `step` x `step` rays in a picture of H x W pixels: (rows, columns, 2)."""
-    rows = height * SUPER
-    columns = width * SUPER
-    unit = 2 / min(rows, columns)
-    y = (rows / 2 - torch.arange(step / 2, rows, step, device=toy.frames.device)) * unit
-    x = (columns / 2 - torch.arange(step / 2, columns, step, device=toy.frames.device)) * unit
-    y, x = torch.meshgrid(y, x, indexing="ij")
-    return torch.stack([x, y], -1)
-
-
-def _fine_grid(toy: Toy, height: int, width: int) -> Tensor:
-    """NDC of every ray, block by block: (rows, columns of blocks, BLOCK, BLOCK, 2)."""
-    grid = _grid(toy, height, width, 1)
-    grid = grid.reshape(height * SUPER // BLOCK, BLOCK, width * SUPER // BLOCK, BLOCK, 2)
-    return grid.transpose(1, 2)
-
-
-def _rays(toy: Toy, cameras: Cameras, xy: Tensor) -> Rays:
-    """The rays of V cameras through the same NDC (..., 2), in the toy's axes: view by view, (V * ..., 3)."""
-    xy = xy.reshape(1, -1, 2).expand(len(cameras), -1, -1)
-    origins, directions = cameras.rays(xy)
-    directions = F.normalize(directions @ toy.rotation.T, dim=-1)
-    origins = toy.to_toy(origins[:, :1]).expand_as(directions)
-    return Rays(origins.reshape(-1, 3), directions.reshape(-1, 3))
-
-
-def _assemble(blocks: Tensor, height: int, width: int) -> Tensor:
-    """Pictures (V, C, H, W) from blocks of rays (N, BLOCK^2, C): each pixel is the mean of its rays."""
-    rows = height * SUPER // BLOCK
-    columns = width * SUPER // BLOCK
-    pixels = BLOCK // SUPER  # per side of a block
-    channels = blocks.shape[-1]
-    image = blocks.reshape(-1, rows, columns, pixels, SUPER, pixels, SUPER, channels).mean((4, 6))
-    return image.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, height, width)

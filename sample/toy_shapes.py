@@ -57,10 +57,6 @@ class Toy:
     backdrop: Tensor       # (2, 3) colors at the top and at the bottom of its photographs, in [0, 1]
     attributes: list[float] = field(repr=False)  # what a network can learn to tell from its pictures, each in [0, 1]
 
-    def to_toy(self, points: Tensor) -> Tensor:
-        """World points (R, 3) in toy units (R, 3)."""
-        return (points - self.offset) @ self.rotation.T / self.scale
-
 
 # ---------------------------------------------------------------------------------------------- frames
 

@@ -1,7 +1,6 @@
 """A finished field, opened again: the same pictures and mesh; what `render.py` writes; bad input."""
 import json
 import math
-import math
 from dataclasses import replace
 
 import numpy as np

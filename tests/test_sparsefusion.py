@@ -10,13 +10,13 @@ import torch
 import presets
 import sparsefusion
 import vldm
-from cameras import depth_range
+from cameras import Similarity, depth_range
 from checkpoints import convert
 from common import files
 from datasets.co3d import load_sequence
 from tests.support import parity
 from tests.support.helpers import Evil, one_line, same
-from tests.support.small import SHORT, TINY, ball, tiny_model
+from tests.support.small import RELATIVE, SHORT, TINY, ball, tiny_model
 from tests.support.thin import SMALL
 
 SAMPLE = Path(__file__).resolve().parent.parent / "sample" / "co3d"
@@ -25,7 +25,7 @@ FRAMES = [1, 8, 16, 24]  # of a toy, from all around
 
 # --- files ---
 
-@pytest.mark.parametrize("preset", [*presets.MODELS.values(), TINY, SMALL], ids=lambda p: p.name)
+@pytest.mark.parametrize("preset", [*presets.MODELS.values(), TINY, RELATIVE, SMALL], ids=lambda p: p.name)
 def test_presets_survive_a_file(preset, tmp_path):
     files.save_tensors({"preset": asdict(preset), "weights": {}}, tmp_path / "p")
     assert sparsefusion.read_preset(tmp_path / "p") == preset
@@ -153,14 +153,35 @@ def test_the_eft_sees_the_same_scene_in_any_unit(scale):
     torch.testing.assert_close(features(1.0), features(scale), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("scale, shift", [(1.0, 0.0), (7.0, 0.0), (0.01, 0.0), (1.0, 20.0), (3.0, -5.0)])
+def test_the_relative_eft_sees_the_same_scene_in_any_world(scale, shift):
+    """Turned, scaled and moved; nor does the order of the inputs matter."""
+    model = tiny_model(preset=RELATIVE)
+    scene = load_sequence(SAMPLE, "toys", "toy_1000_00000", TINY.image_size, FRAMES)
+    images = torch.cat([scene.images, scene.masks, scene.valid], 1)
+    axes = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))[0]
+    world = Similarity(axes * axes.det(), scale, shift * torch.tensor([1.0, -0.5, 0.3], dtype=torch.float64))
+
+    def condition(inputs, cameras):
+        return model.condition(images[inputs], cameras[inputs], cameras[3:], cameras)
+
+    as_is = condition([0, 1, 2], scene.cameras)
+    assert as_is.images.shape == (1, 4, TINY.map_size, TINY.map_size)
+    for other in (condition([0, 1, 2], world.cameras(scene.cameras).to(torch.float32)), condition([2, 0, 1],
+                                                                                                  scene.cameras)):
+        for a, b in zip(other, as_is):
+            parity.assert_close(a, b, atol=1e-5)
+    assert (condition([0, 1], scene.cameras).features - as_is.features).abs().max() > 1e-3
+
+
 def test_units_of_the_eft():
     """Cameras are brought to the distance that the weights know; the points reach as far as in training."""
     model = tiny_model()
     cameras = ball(4, 32).cameras
     near, far = depth_range(cameras)
-    assert model.eft_units(cameras) == (1.0, near, far)
+    assert model.eft_world(cameras)[1:] == (1.0, near, far)
     model.trained_distance = 20.0
-    scale, *depths = model.eft_units(cameras)
+    _, scale, *depths = model.eft_world(cameras)
     assert scale == pytest.approx(20 / cameras.centers().norm(dim=-1).mean().item()) and depths == [15.0, 25.0]
 
 

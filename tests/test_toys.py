@@ -13,10 +13,12 @@ from PIL import Image
 from cameras import Cameras, look_at
 from evaluation import views
 from photographs.reading import read_capture
-from sample import rocket, toy_render, toys
+from sample import rocket, toys, tracing
 from sample.toy_design import ATTRIBUTES
 from sample.toy_render import distance, distances, render
 from sample.toy_shapes import Figure, Place, Toy, upright_axes
+from sample.tracing import to_own
+from sample.tree import generator_of
 from tests.support.helpers import one_line
 
 SHIPPED = Path(__file__).resolve().parents[1] / "sample" / "co3d"
@@ -50,8 +52,8 @@ def plain_toy(axes, center, radii, box, pair=False) -> Toy:
 def test_same_seed_same_bytes_whatever_the_number(tree, tmp_path, monkeypatch):
     """Of toys, and of processes."""
     command = ["--seed", "4000", "--views", "3", "--device", "cpu"]
-    for name, toys_a_worker in (("fewer", 2), ("again", 1)):
-        monkeypatch.setattr(toys, "TOYS_A_WORKER", toys_a_worker)
+    for name, toys_a_process in (("fewer", 2), ("again", 1)):
+        monkeypatch.setattr("sample.tree.OBJECTS_A_WORKER", toys_a_process)
         toys.main(["--root", str(tmp_path / name), "--instances", "2", *command])
     fewer = files(tmp_path / "fewer")
     assert files(tmp_path / "again") == fewer
@@ -115,7 +117,7 @@ def test_annotated_cameras_agree_with_the_masks(tree):
         origin, direction = annotated_rays(f)
         depths = torch.linspace(6, 15, 200)
         points = origin + depths[:, None, None] * direction  # (200, R, 3)
-        nearest = distance(toy, toy.to_toy(points.reshape(-1, 3))).reshape(200, -1).amin(0)
+        nearest = distance(toy, to_own(toy, points.reshape(-1, 3))).reshape(200, -1).amin(0)
 
         mask = torch.tensor(np.asarray(Image.open(tree / f["mask"]["path"])))
         value = mask[1::3, 1::3].flatten()
@@ -147,8 +149,8 @@ def test_turntable():
 def test_toys_fit_the_field_and_stand_apart_from_black():
     sphere = torch.nn.functional.normalize(torch.randn(4000, 3, generator=torch.Generator().manual_seed(0)), dim=-1)
     for toy in toys.make_toys(40, 4002):
-        assert distance(toy, toy.to_toy(sphere * 3.7)).min() > 0
-        inner = distance(toy, toy.to_toy(sphere * 2.2))
+        assert distance(toy, to_own(toy, sphere * 3.7)).min() > 0
+        inner = distance(toy, to_own(toy, sphere * 2.2))
         assert inner.min() < 0.6, "a toy fills a good part of the cube"
         assert toy.colors.mean(-1).min() > 0.15
 
@@ -204,20 +206,20 @@ def test_rendering_of_a_ball():
 @pytest.mark.parametrize("index", [0, 8])
 def test_more_steps_change_little(index, monkeypatch):
     """No cracks and no missing blocks where rays graze a surface."""
-    generator = toys.toy_generator(1000, index)
+    generator = generator_of(1000, index)
     toy, cameras = toys.make_toy(generator, "cpu"), toys.turntable(generator, 24)[:3]
     _, mask = render(toy, cameras, 144, 192)
     for name, value in (("COARSE_STEPS", 80), ("FINE_STEPS", 240), ("STRIDE", 0.001)):
-        monkeypatch.setattr(toy_render, name, value)
+        monkeypatch.setattr(tracing, name, value)
     _, exact = render(toy, cameras, 144, 192)
     assert (mask - exact).abs().mean() < 5e-4 and ((mask - exact).abs() > 0.3).sum() <= 5
 
 
 def test_coarse_cones_out_of_steps_lose_nothing(monkeypatch):
-    generator = toys.toy_generator(1000, 0)
+    generator = generator_of(1000, 0)
     toy, cameras = toys.make_toy(generator, "cpu"), toys.turntable(generator, 2)
     _, mask = render(toy, cameras, 48, 64)
-    monkeypatch.setattr(toy_render, "COARSE_STEPS", 4)
+    monkeypatch.setattr(tracing, "COARSE_STEPS", 4)
     _, hasty = render(toy, cameras, 48, 64)
     assert (mask - hasty).abs().mean() < 1e-3
 
@@ -236,7 +238,7 @@ def test_attributes_show_in_the_pictures():
     """The color that the attributes name is the color that dominates the pictures."""
     named, seen = [], []
     for i in range(12):
-        generator = toys.toy_generator(4004, i)
+        generator = generator_of(4004, i)
         toy, cameras = toys.make_toy(generator, "cpu"), toys.turntable(generator, 2)
         rgb, mask = render(toy, cameras, 48, 64)
         named.append(toy.attributes[:3])
@@ -249,7 +251,7 @@ def test_shipped_toys_are_those_of_seed_1000():
     sequences, frames = annotations(SHIPPED, "sequence"), annotations(SHIPPED, "frame")
     assert [s["sequence_name"] for s in sequences] == [f"toy_1000_{i:05d}" for i in range(6)] and len(frames) == 6 * 24
     assert sum(len(b) for b in files(SHIPPED).values()) < 3e6
-    generator = toys.toy_generator(1000, 0)
+    generator = generator_of(1000, 0)
     toy, cameras = toys.make_toy(generator, "cpu"), toys.turntable(generator, 24)
     assert sequences[0]["attributes"] == pytest.approx(toy.attributes)
     assert np.array([f["viewpoint"]["R"] for f in frames[:24]]) == pytest.approx(cameras.R.numpy(), abs=1e-5)

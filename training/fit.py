@@ -27,7 +27,7 @@ from export.pictures import save_picture
 from gpu.graphs import map_tensors, tensors
 from gpu.update import GraphedAdam, Graphs
 from training import ranks
-from training.record import save_log
+from training.record import check_log, save_log
 
 NEVER = 2**62  # a step that no training reaches
 LOGGED = 100   # steps from one line of the log to the next
@@ -129,8 +129,10 @@ class Fit:
                 self.history = [dict(one) for one in state["history"]]
                 self.optimizer.load_state_dict(state["optimizer"])
                 self.completed = range(self.config.steps + 1)[state["completed"]]
-                self.log, self.shown = state["record"]
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+                log, shown = state["record"]
+                self.log = check_log(log)
+                self.shown = {name: x.reshape(()).float() for name, x in shown.items()}
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
             raise ValueError(f"{self.state_file}: not a whole state of a `train.py {self.settings['what']}` "
                              f"({type(e).__name__}); delete it to start again") from None
         print(f"starting {self.out.name} from the weights of another training ({other})" if other else

@@ -21,6 +21,14 @@ def save_log(lines: list[dict], folder: Path) -> None:
     files.save_bytes(draw_losses(lines).encode(), folder / "losses.svg")
 
 
+def check_log(lines: list[dict]) -> list[dict]:
+    """The lines of a log as they are. Raises nearly anything where they cannot be written and drawn."""
+    if lines:
+        json.dumps([dict(line) for line in lines], allow_nan=False)
+        draw_losses(lines)
+    return list(lines)
+
+
 def draw_losses(lines: list[dict]) -> str:
     """The losses of some lines over their steps, on a logarithmic scale, as an SVG picture."""
     # The scale goes from the least of all losses to the largest.

@@ -329,6 +329,7 @@ BROKEN = {
                                "focal_length, .*another unit"),
     "focal length of 1e-30": (lambda t: break_camera(t, lambda v: v.update(focal_length=[1e-30, 2])), ValueError,
                               "focal_length"),
+    "T of 0": (lambda t: break_camera(t, lambda v: v.update(T=[0, 0, 0])), ValueError, "T is 0, so a camera stands at"),
     "huge numbers": (lambda t: break_camera(t, lambda v: v.update(T=[0, 0, 10**400])), ValueError, "not a camera"),
     "format of another type": (
         lambda t: break_camera(t, lambda v: v.update(intrinsics_format=3)), ValueError, "annotations.jgz: .*format 3"),

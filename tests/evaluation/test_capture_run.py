@@ -200,6 +200,7 @@ def test_photographs_without_their_flag(given, shoot, tmp_path, capsys):
     one_line(capsys, distill.main, [folder / given, "--views", 2], "unrecognized arguments: ", command_line)
     one_line(capsys, distill.main, ["--views", 2, folder / given, folder], "unrecognized arguments: ", command_line)
     one_line(capsys, distill.main, ["a.jpg", "b.jpg"], "python distill.py --capture DIR", "docs/photographs.md")
+    one_line(capsys, distill.main, ["x" * 5000], "unrecognized arguments: xxx", "python distill.py --capture DIR")
     one_line(capsys, distill.main, ["--no-such-flag"], "error: unrecognized arguments: --no-such-flag")
 
 

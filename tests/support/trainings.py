@@ -122,7 +122,7 @@ def ranks(folder: Path) -> None:
 def kills(folder: Path, times: int, seed: int) -> None:
     """The same training whole, and with so many signals at random moments; then both are the same."""
     draw = random.Random(seed)
-    argv = ["perceptual", "--set", "batch=2", "save_seconds=0.01", "--steps", 100 * times, "--out"]
+    argv = ["perceptual", "--set", "batch=2", "save_seconds=0.01", "--steps", 50 * times, "--out"]
     began = time.monotonic()
     assert exit_code(start(folder, "whole", [*argv, folder / "whole.pt"])) == 0
     duration = time.monotonic() - began

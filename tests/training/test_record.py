@@ -12,7 +12,6 @@ from torch import nn
 import presets
 import sparsefusion
 import train
-from common import files
 from tests.support import captures, trees
 from tests.support.helpers import one_line, same
 from tests.support.small import TINY

@@ -17,7 +17,7 @@ SETTINGS = ["model.image_size=32", "model.vae.widths=8,8,8", "model.vae.groups=4
 
 def start(folder):
     command = ["bash", ROOT / "sample" / "train.sh", folder, "0.00001", *SETTINGS]
-    environment = os.environ | {"PYTHON": sys.executable, "XDG_CACHE_HOME": str(folder)}
+    environment = os.environ | {"PYTHON": sys.executable, "XDG_CACHE_HOME": str(folder), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.DEVNULL)
 
 

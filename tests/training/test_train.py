@@ -20,9 +20,11 @@ import train
 import vldm
 from checkpoints import convert
 from common import files
+from datasets import co3d
+from reconstruction import reconstruct
 from tests.support import parity
 from tests.support.helpers import one_line, same
-from tests.support.small import TINY, tiny_model
+from tests.support.small import RELATIVE, SHORT, TINY, tiny_model
 from training import fit
 from training.packed import load_packed
 from training.ranks import Draws
@@ -73,6 +75,14 @@ def test_a_query_view_is_none_of_its_inputs():
         for b in range(3):
             assert all(not torch.equal(batch.target[b], x) for x in batch.images[b])
             assert all(not torch.equal(batch.query.R[b], R) for R in batch.cameras.R[b])
+
+
+def test_every_number_of_input_views_is_seen():
+    """The fewer, the oftener; as many as there are frames for."""
+    data = load_packed([SAMPLE], ["toys"], 5, 32, workers=1)
+    for views, most in (((1, 3), 3), ((1, 8), 4), ((2, 2), 2)):
+        seen = [train.draw_views(data, Draws(0, step, 1, range(1)), views).images.shape[1] for step in range(100)]
+        assert set(seen) == set(range(views[0], most + 1)) and sorted(seen)[50] <= 2
 
 
 def test_sequences_of_few_frames_wait_for_steps_with_few_inputs():
@@ -180,9 +190,38 @@ def test_a_state_without_a_part(training, tmp_path, capsys):
     optimizer = state["optimizer"]
     moments = {i: x | {"exp_avg": x["exp_avg"].cfloat()} for i, x in optimizer["state"].items()}
     for broken in ({name: x for name, x in state.items() if name != "average"}, state | {"history": "a\nb"},
-                   state | {"optimizer": optimizer | {"state": moments}}):
+                   state | {"optimizer": optimizer | {"state": moments}}, state | {"record": ["ab", {}]},
+                   state | {"record": [[{"step": 0, "losses": {"loss": 1.0}}], {}]}, state | {"record": [[], {"loss": 1}]}):
         files.save_tensors(broken, tmp_path / "vae.pt.state")
         one_line(capsys, train.main, argv, "vae.pt.state: not a whole state")
+
+
+def test_an_eft_without_units_is_trained_and_used(training, monkeypatch):
+    """Its opacity is learned from the masks; the same sequences in another unit give the same losses."""
+    monkeypatch.setitem(presets.MODELS, "small", RELATIVE)
+    vae = training("vae", "vae.pt", "--preset", "small")
+    model = load(training("prior", "prior.pt", "--vae", vae))
+    assert model.preset.eft.relative and model.eft.color.out_features == 4 and model.preset.vae.channels == 8
+    data = load_packed([SAMPLE], ["toys"], 5, 32, workers=1)
+    config = train.TrainConfig(batch=2, model=model.preset)
+
+    def losses(data):
+        work = train.PriorTraining(data, config, model, "cpu")
+        return work, work.batch(Draws(0, 0, 2, range(2)))
+
+    work, batch = losses(data)
+    before = work.module(batch)
+    _, scaled = losses(replace(data, cameras=[cameras.scaled(7.0) for cameras in data.cameras]))
+    parity.assert_close(torch.stack(list(work.module(scaled).values())), torch.stack(list(before.values())), rtol=1e-4)
+    assert before["color"].backward() is None and model.eft.color.weight.grad[3].abs().max() > 0
+    target = batch.views.target.clone()
+    target[:, 3] = 1 - target[:, 3]
+    other = work.module(batch._replace(views=batch.views._replace(target=target)))
+    assert (other["color"] - before["color"]).abs() > 1e-3 and torch.equal(other["diffusion"], before["diffusion"])
+
+    scene = co3d.load_sequence(SAMPLE, "toys", "toy_1000_00000", 32)
+    result = reconstruct(scene, [0, 3], model.eval().requires_grad_(False), SHORT)
+    assert result.render(scene.cameras[:1], 32).images.isfinite().all()
 
 
 # --- what a weights file says about its trainings ---
@@ -322,7 +361,7 @@ def test_the_learning_rate_warms_up_and_falls():
     (["--steps", "0"], "--steps"), (["--steps", "x"], "--steps"), (["--frames", "1.5"], "--frames"),
     (["--set", "batch=-1"], "batch"), (["--set", "lr=0"], "lr"), (["--set", "lr=nan"], "lr"),
     (["--set", "ema=1"], "ema"), (["--set", "ema=x"], "ema"),
-    (["--set", "min_views=5"], "min_views"), (["--set", "betas=0.9,x"], "betas"),
+    (["--set", "min_views=9"], "min_views"), (["--set", "betas=0.9,x"], "betas"),
     (["--minutes", "-3"], "--minutes"), (["--seed", "x"], "--seed"), (["--seed", "2147483648"], "--seed"),
     (["--preset", "huge"], "--preset"),
     (["--device", "tpu"], "--device"),
@@ -346,8 +385,8 @@ def test_prior_needs(training, tmp_path, capsys):
     vae = training("vae", "vae.pt")
     argv = ["prior", "--root", SAMPLE, "--out", tmp_path / "x"]
     one_line(capsys, train.main, argv, "--vae")
-    one_line(capsys, train.main, [*argv, "--vae", vae, "--min-views", 5], "min_views 5", "max_views 4")
-    one_line(capsys, train.main, [*argv, "--vae", vae, "--frames", 4], "--max-views 4", "4 frames")
+    one_line(capsys, train.main, [*argv, "--vae", vae, "--min-views", 9], "min_views 9", "max_views 8")
+    one_line(capsys, train.main, [*argv, "--vae", vae, "--frames", 4, "--min-views", 4], "--min-views 4", "4 frames")
 
 
 def test_commands_are_needed(capsys):
