@@ -40,6 +40,7 @@ from torch.nn import functional as F
 from cameras import Cameras, pixel_grid, relative_to
 from common.machine import map_threads
 from common.settings import check_numbers, check_ranges
+from gpu.layernorm import layer_norm
 
 
 MASK_THRESHOLD = 0.1  # above it a pixel of a mask may be object, as in carving
@@ -116,9 +117,9 @@ class EncoderLayer(nn.TransformerEncoderLayer):
         """Tokens (..., L, N) attend to each other along L. The same shape."""
         dropped = self.training and self.self_attn.dropout > 0
         attended = self.attend(x) if dropped else self.attend_folded(x)
-        x = normalize(self.norm1, x + self.dropout1(attended))
+        x = layer_norm(self.norm1, x + self.dropout1(attended))
         hidden = self.dropout(F.relu(self.linear1(x)))
-        return normalize(self.norm2, x + self.dropout2(self.linear2(hidden)))
+        return layer_norm(self.norm2, x + self.dropout2(self.linear2(hidden)))
 
     def attend(self, x: Tensor) -> Tensor:
         """softmax(Q K^T / sqrt(d)) V of every head (Vaswani et al., Eq. 1): (..., L, N) -> (..., L, N)."""
@@ -169,16 +170,6 @@ class EncoderLayer(nn.TransformerEncoderLayer):
             fold_bias = torch.einsum("hdn,hd->hn", key, query_bias).flatten()
             unfold = torch.einsum("nhd,hdm->nhm", out, value).flatten(1)
             return fold, fold_bias, unfold, attention.out_proj(value_bias.flatten())
-
-
-def normalize(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """Layer normalization (Ba et al., 2016) of tokens (..., N) in their own precision, the statistics in float32.
-
-    Autocast would return float32, and every later addition would read and write twice the bytes, which is what a layer
-    on a million short tokens spends its time on.
-    """
-    with torch.autocast(x.device.type, enabled=False):
-        return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
 
 
 # ---------------------------------------------------------------------------------------------- the trunk

@@ -42,7 +42,7 @@ from sparsefusion import Preset, SparseFusion
 from training import ranks
 from training.fit import Fit, FitConfig, Losses
 from training.packed import PackedScenes, load_packed
-from training.ranks import Draws, places
+from training.ranks import Draws
 from vae import VAE
 from vldm import latent_mask
 
@@ -286,21 +286,6 @@ class PriorTraining:
         origins, *units = zip(*(self.model.eft_world(cameras) for cameras in data.cameras))
         self.origin = torch.stack(origins).float()
         self.scale, self.near, self.far = torch.tensor(units)
-        if device == "cuda":
-            self.capture_unet()
-
-    def capture_unet(self) -> None:
-        """The UNet's forward and backward pass as CUDA graphs: a thousand small kernels in one launch (110 -> 30 ms a
-        step on an H100).
-        """
-        preset = self.model.preset
-        n = len(places(self.config.batch)) * preset.diffusion.noisings
-        side, map_side = preset.latent_size, preset.map_size
-        latent = torch.randn(n, preset.vae.channels, side, side, device="cuda")
-        log_snr = torch.zeros(n, device="cuda")
-        features = torch.randn(n, preset.unet.cond_channels, map_side, map_side, device="cuda", requires_grad=True)
-        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-            torch.cuda.make_graphed_callables(self.model.vldm.unet.train(), (latent, log_snr, features))
 
     def batch(self, draws: Draws) -> PriorBatch:
         """The batch of a step."""

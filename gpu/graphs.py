@@ -48,7 +48,7 @@ def recording(graph: torch.cuda.CUDAGraph, **where) -> Iterator[None]:
 class Replay:
     """A function of a batch as a CUDA graph: the first calls run as usual, then one is captured and replayed.
 
-    A batch is a tuple of tensors whose shapes never change, or of such tuples.
+    A batch is a tuple of tensors whose shapes never change, or of such tuples; later ones may be on the CPU.
     """
 
     def __init__(self, function: Callable[[tuple], Tensor], batch: tuple, pool: tuple[int, int], warm_ups: int):
@@ -63,7 +63,8 @@ class Replay:
 
     def __call__(self, batch: tuple) -> Tensor:
         # The graph's own batch takes the new numbers.
-        _copy(self.batch, batch)
+        for own, given in zip(tensors(self.batch), tensors(batch), strict=True):
+            own.copy_(given, non_blocking=True)
         self.calls += 1
         if self.calls <= self.warm_ups:
             return self.run_on_stream()
@@ -99,13 +100,11 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch):
     return type(batch)(*mapped) if hasattr(batch, "_fields") else tuple(mapped)
 
 
-def _copy(own: tuple, given: tuple) -> None:
-    """Take over the numbers of another batch of the same shapes."""
-    for mine, theirs in zip(own, given):
-        if isinstance(mine, Tensor):
-            mine.copy_(theirs)
-        else:
-            _copy(mine, theirs)
+def tensors(batch) -> list[Tensor]:
+    """Every tensor of a batch, in order."""
+    found = []
+    map_tensors(found.append, batch)
+    return found
 
 
 @cache

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gpu.graphs import Replay
+from gpu.graphs import Replay, map_tensors
 
 WARM_UPS = 2  # calls before one is captured: torch picks algorithms and allocates memory in the first ones
 
@@ -24,6 +24,7 @@ class Graphs:
     """Functions of batches of tensors: on a GPU each is a CUDA graph after its first calls."""
 
     def __init__(self, device: torch.device):
+        self.device = device
         self.enabled = device.type == "cuda"
         self.forget()
 
@@ -32,7 +33,8 @@ class Graphs:
         if not self.enabled:
             return function(batch)
         if name not in self.graphs:
-            self.graphs[name] = Replay(function, batch, self.pool, WARM_UPS)
+            own = map_tensors(lambda x: x.to(self.device), batch)
+            self.graphs[name] = Replay(function, own, self.pool, WARM_UPS)
         return self.graphs[name](batch)
 
     def forget(self) -> None:

@@ -24,8 +24,8 @@ from common.processes import Interrupted, is_first, uninterruptible
 from common.progress import Progress
 from common.settings import check_ranges, differences
 from export.pictures import save_picture
-from gpu.graphs import map_tensors
-from gpu.update import check_moments
+from gpu.graphs import map_tensors, tensors
+from gpu.update import GraphedAdam, Graphs
 from training import ranks
 from training.record import check_log, save_log
 
@@ -83,13 +83,13 @@ class Fit:
         # What a step changes: weights, the optimizer's moments, the average.
         self.places = ranks.places(training.config.batch)
         self.module = training.module.train()
+        self.weights = self.module.state_dict()
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, betas=config.betas, fused=device == "cuda")
-        self.average = {}
-        for name, x in self.module.state_dict().items():
-            self.average[name] = x.detach().clone()
+        self.optimizer = GraphedAdam([(self.parameters, 1.0)], config.betas, 1e-8, torch.device(device))
+        self.average = {name: x.clone() for name, x in self.weights.items()}
 
-        # A thread draws batches ahead, by step.
+        # How it is done: a graph for every shape of a batch; a thread that draws batches, by step.
+        self.graphs = Graphs(torch.device(device))
         self.thread = ThreadPoolExecutor(1)
         self.ahead = {}
 
@@ -127,7 +127,6 @@ class Fit:
                 self.history = self.history + [one for one in others if one not in self.history]
             else:
                 self.history = [dict(one) for one in state["history"]]
-                check_moments(self.optimizer, state["optimizer"])
                 self.optimizer.load_state_dict(state["optimizer"])
                 self.completed = range(self.config.steps + 1)[state["completed"]]
                 log, shown = state["record"]
@@ -176,38 +175,46 @@ class Fit:
 
     def step(self, step: int) -> Losses:
         """One update; returns the losses, means over all processes."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.config)
-
-        # The batch of this step; that of the next one is drawn meanwhile.
         batch = self.ahead.pop(step, None) or self.thread.submit(self.draw, step)
-        if step + 1 < self.config.steps:
-            self.ahead[step + 1] = self.thread.submit(self.draw, step + 1)
-        batch = self.on_device(batch.result())
+        batch = batch.result()
 
         # The global generator is dropout's, and has numbers of its own in every process.
         torch.manual_seed(stream_seed(self.seed, f"dropout {step} {self.places[0]}"))
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-            losses = self.losses(batch)
-            loss = sum(losses.values())
+        self.optimizer.set_rates(learning_rate(step, self.config))
+        shapes = [tuple(x.shape) for x in tensors(batch)]
+        *losses, norm = self.graphs.run(str(shapes), self.update, batch)
 
-        # Down the clipped gradient; the average follows, faster at first.
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        shown = ranks.mean(torch.stack(list(losses.values())).detach())
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
-        now = torch.where((shown.sum() + norm).isfinite(), NEVER, step)
+        # The next batch is drawn while the graph runs, but not while it is captured.
+        if step + 1 < self.config.steps:
+            self.ahead[step + 1] = self.thread.submit(self.draw, step + 1)
+
+        # The average follows, faster at first.
+        now = torch.where((sum(losses) + norm).isfinite(), NEVER, step)
         self.broken = torch.minimum(self.broken, now)
-        self.optimizer.step()
         decay = min(self.config.ema, (step + 1) / (step + 10))
-        update_average(self.average, self.module, decay)
-        return dict(zip(losses, shown))
+        update_average(self.average, self.weights, decay)
+        return dict(zip(self.names, losses))
 
     def draw(self, step: int) -> tuple:
         """The batch of a step, on the CPU. Everything random in it follows from the seed and its number."""
         draws = ranks.Draws(self.seed, step, self.training.config.batch, self.places)
         batch = self.training.batch(draws)
         return map_tensors(Tensor.pin_memory, batch) if self.device == "cuda" else batch
+
+    def update(self, batch: tuple) -> Tensor:
+        """Down the clipped gradient of a batch's losses: these, means over all processes, and the gradient's norm."""
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+            losses = self.module(batch)
+            loss = sum(losses.values())
+        self.names = list(losses)
+
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        ranks.average_gradients(self.parameters)
+        shown = ranks.mean(torch.stack(list(losses.values())).detach())
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+        self.optimizer.step()
+        return torch.cat([shown, norm[None]])
 
     def on_device(self, batch: tuple) -> tuple:
         """The batch where the training computes."""
@@ -219,7 +226,7 @@ class Fit:
         most, least = ranks.largest(self.completed, -self.completed)
         if most != -least:
             ranks.fail(ValueError(f"{self.state_file}: not the same for all processes; nodes need a common folder"))
-        self.losses = ranks.distributed(self.module)
+        ranks.join_norms(self.module)
 
         with uninterruptible():
             try:
@@ -293,10 +300,9 @@ def learning_rate(step: int, config: FitConfig) -> float:
 
 
 @torch.no_grad()
-def update_average(average: dict[str, Tensor], module: nn.Module, decay: float) -> None:
+def update_average(average: dict[str, Tensor], weights: dict[str, Tensor], decay: float) -> None:
     """average <- decay * average + (1 - decay) * weights; buffers that are not floating point are copied."""
     # Floating point numbers in one call: there are hundreds of tensors.
-    weights = module.state_dict()
     names = [name for name, x in weights.items() if x.is_floating_point()]
     averages = [average[name] for name in names]
     torch._foreach_lerp_(averages, [weights[name] for name in names], 1 - decay)

@@ -1,8 +1,8 @@
 """One training in several processes, a GPU each, on any number of nodes: `torchrun` starts them.
 
 Every process takes its part of each batch. What they compute is what one process would: a sample's random numbers
-follow from its place in the whole batch (`Draws`), gradients are means over all processes (DistributedDataParallel),
-and so are the moments of batch norms. NCCL joins GPUs, gloo CPUs. Without `torchrun` the one process is all of them.
+follow from its place in the whole batch (`Draws`), gradients are means over all processes, and so are the moments of
+batch norms. NCCL joins GPUs, gloo CPUs. Without `torchrun` the one process is all of them.
 
 Dropout is the exception: its masks depend on the number of processes.
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
@@ -21,7 +20,6 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from common import processes
 from common.machine import stream_seed
@@ -187,13 +185,24 @@ def batch_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     return (centered * scale[:, None, None] + norm.bias[:, None, None]).to(x.dtype)
 
 
-def distributed(module: nn.Module) -> nn.Module:
-    """The module for a step: where there are several processes with their gradients' mean, and their batch norms'."""
-    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # of torch's own graphed networks
+def join_norms(module: nn.Module) -> None:
+    """From now on the batch norms of a module take the moments of all processes' maps."""
     if not dist.is_initialized():
-        return module
+        return
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):
             part.forward = partial(batch_norm, part)
-    warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 convolutions: any order is theirs
-    return DistributedDataParallel(module)
+
+
+@torch.no_grad()
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Every gradient becomes its mean over all processes.
+
+    All at once after the backward pass, so that a CUDA graph can capture it. (DistributedDataParallel sends while the
+    pass still runs, and is captured after eleven steps at the earliest.)
+    """
+    if not dist.is_initialized():
+        return
+    total = mean(torch.cat([p.grad.flatten() for p in parameters]))
+    for p, gradient in zip(parameters, total.split([p.numel() for p in parameters])):
+        p.grad.copy_(gradient.view_as(p))

@@ -344,7 +344,7 @@ def test_the_average_follows_the_weights():
     average = {k: v.clone() for k, v in layer.state_dict().items()}
     with torch.no_grad():
         layer.weight.add_(1.0), layer.num_batches_tracked.add_(5)
-    fit.update_average(average, layer, 0.75)
+    fit.update_average(average, layer.state_dict(), 0.75)
     assert torch.allclose(average["weight"], torch.full((2,), 1.25)) and average["num_batches_tracked"] == 5
 
 
