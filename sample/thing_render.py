@@ -116,7 +116,7 @@ class Thing:
 
 def render(thing: Thing, cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Linear color over black (V, 3, H, W), to `BRIGHTEST`, and coverage (V, 1, H, W), as `tracing.render` says."""
-    return tracing.render(thing, thing.shape.distance, partial(_shade, thing), cameras, height, width)
+    return tracing.render(thing, thing.shape.surface(), partial(_shade, thing), cameras, height, width)
 
 
 def _shade(thing: Thing, points: Tensor, directions: Tensor) -> Tensor:
