@@ -384,9 +384,9 @@ class EFT(nn.Module):
         query = relative_to(query, query, not relative)
         rays_o, rays_d = query.rays(xy.expand(*leading, *xy.shape[-2:]))             # (*, R, 3) each
 
-        # Where points are: (*, 1), or of every ray (*, R).
+        # The range of the points' depths, (*, 1), or of every ray (*, R).
         if relative:
-            # From where they are nearest to the object's center; those beside the sphere as long as those just inside.
+            # They count from where a ray is nearest to the center; beside the sphere they reach as far as just inside.
             rays_d = F.normalize(rays_d, dim=-1)
             rays_o = rays_o - (rays_o * rays_d).sum(-1, keepdim=True) * rays_d
             far = (1 - rays_o.square().sum(-1)).clamp(min=0.01).sqrt()
