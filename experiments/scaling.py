@@ -64,7 +64,7 @@ def milliseconds(run: Callable[[], object]) -> float:
 def measure(fit: Fit) -> tuple[dict[str, float], list[list[float]]]:
     """Speed, memory and communication of a training, and the losses of its first steps."""
     losses: list[dict[str, Tensor]] = []
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, benchmark_limit=4):
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
         for step in range(WARM_UP):
             losses.append(fit.step(step))
         passed = milliseconds(lambda: losses.extend(fit.step(step) for step in range(WARM_UP, STEPS)))
@@ -105,6 +105,7 @@ def main(argv: list[str] | None = None) -> None:
             print(row, flush=True)
             if world == 1 and is_first():
                 files.save_bytes(json.dumps([row, losses]).encode(), one)
+            fit.graphs.forget()  # or NCCL could not end
             del fit
             if device == "cuda":
                 torch.cuda.empty_cache()

@@ -235,6 +235,8 @@ class Fit:
                 e.add_note(f"{self.state_file} has {self.completed} of {self.config.steps} steps")
                 self.save()
                 ranks.fail(e, 128 + e.args[0])
+            finally:
+                self.graphs.forget()  # NCCL cannot end while one has its calls
             self.save()
 
     def _run(self, title: str, minutes: float | None) -> None:
@@ -242,7 +244,7 @@ class Fit:
         progress = Progress(range(self.completed, total), title, self.completed, total, ranks.check_interrupt)
         began = saved = logged = time.monotonic()
         for step in progress:
-            with torch.backends.cudnn.flags(enabled=True, benchmark=True, benchmark_limit=4):  # the same shapes in every step
+            with torch.backends.cudnn.flags(enabled=True, benchmark=True):  # the same shapes in every step
                 losses = self.step(step)
             self.completed = step + 1
             for name, x in losses.items():
