@@ -73,7 +73,7 @@ class Prior(NamedTuple):
     perceptual_loss: Callable[[Tensor, Tensor], Tensor]  # images (B, 3, S, S) twice -> (B,)
 
     def eft_images(self) -> Tensor:
-        """The EFT's images of the viewpoints, as large as the model's, (Q, 3 or 4, S, S)."""
+        """The EFT's images of the viewpoints, as large as the model's, (Q, 3, S, S)."""
         size = self.model.preset.image_size
         return F.interpolate(self.condition.images, size, mode="bilinear", align_corners=True)
 
@@ -320,11 +320,7 @@ class Distillation:
         view, lattice, _ = self.query(i)
         rays = self.cast(self.prior.viewpoints[view], lattice)
         target = lattice.pick(self.eft_images[view:view + 1])
-        color = target[:, :3]
-
-        # Its silhouette is its opacity, if the EFT knows one.
-        mask = target[:, 3:] if target.shape[1] > 3 else brightness_mask(color)
-        return EFTPixels(rays, as_rows(color), as_rows(mask))
+        return EFTPixels(rays, as_rows(target), as_rows(brightness_mask(target)))
 
     def sample_query(self, i: int, x_hat: Tensor) -> DenoisedView:
         """The query view's lattice, and its denoised version x_hat (1, 3, S, S)."""
@@ -469,7 +465,7 @@ class Distillation:
         # What was denoised ahead; a finished run has no prior and needs none of it.
         targets = {} if self.prior is None else state["targets"]
         for i, x_hat in targets.items():
-            if x_hat.shape != self.eft_images[:1, :3].shape:
+            if x_hat.shape != self.eft_images[:1].shape:
                 raise ValueError(f"a target has the shape {tuple(x_hat.shape)}")
             self.targets[i] = x_hat.to(self.input_views.images)
 
@@ -665,12 +661,9 @@ class DistillConfig:
         return guess_exposures(input_views.images, input_views.masks)
 
     def exposed_alike(self, input_views: Scene) -> Tensor:
-        """Input views for a prior, as if they had been exposed as most are: colors, masks and valid regions, (V, 5, S,
-        S).
-        """
+        """The images (V, 3, S, S) of input views for a prior, as if they had been exposed as most are."""
         gains = self.guess_exposures(input_views).exp()[:, None, None, None]
-        colors = (input_views.images / gains).clamp(0, 1)
-        return torch.cat([colors, input_views.masks, input_views.valid], 1)
+        return (input_views.images / gains).clamp(0, 1)
 
     def fitted(self, views: int) -> DistillConfig:
         """The same for a number of input views and the size of their pictures: what they show more of, a finer grid and
