@@ -706,8 +706,9 @@ _ANY = (0, math.inf)
 _RANGES = {"half_side": _ANY, "iterations": (1, 10**7), "viewpoints": (1, 2000), "jitter": _ANY,
            "image_size": (1, 4096), "render_size": (2, 4096), "input_pixels": (0, 2**24),
            "pixel_side": (1, 64), "picture_side": (1, 64), "lr_grid": _ANY, "lr_mlp": _ANY,
-           "final_lr_fraction": (1e-9, 1e9), "eps": _ANY, "lr_exposure": _ANY, "weight_exposure": _ANY, "blur": (1, 255), "weight_background": _ANY,
-           "weight_opacity": _ANY, "prior_views": _ANY, "weight_perceptual": _ANY, "min_noise_level": (0, 1),
+           "final_lr_fraction": (1e-9, 1e9), "eps": _ANY, "lr_exposure": _ANY, "weight_exposure": _ANY,
+           "blur": (1, 255), "weight_background": _ANY, "weight_opacity": _ANY, "prior_views": _ANY,
+           "weight_perceptual": _ANY, "min_noise_level": (0, 1),
            "denoise_batch": (1, 1024), "reference_views": (0, 10**6), "iterations_per_view": (0, 10**6),
            "occupancy_every": (1, 10**7), "mesh_resolution": (1, 1024), "mesh_faces": (100, 10**7),
            "turntable_frames": (0, 3600)}
