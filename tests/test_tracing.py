@@ -42,15 +42,15 @@ def test_surfaces_fit_their_kernels(make):
 
 def marches(monkeypatch, body, surface, cameras):
     """What a kernel and plain torch find of the coarse and the fine rays of a picture: pairs of `march`'s results."""
+    choose = tracing.marcher
     found = []
 
     def both(surface, device):
         def march(*args):
-            found.append((as_ever(surface, device)(*args), tracing.march(surface.distance, *args)))
+            found.append((choose(surface, device)(*args), tracing.march(surface.distance, *args)))
             return found[-1][1]
         return march
 
-    as_ever = tracing.marcher
     with monkeypatch.context() as patch:
         patch.setattr(tracing, "marcher", both)
         tracing.render(body, surface, lambda points, directions: points, cameras, 96, 72)
