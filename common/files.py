@@ -121,7 +121,7 @@ def load(path: str | Path, mapped: bool) -> object:
         if isinstance(x, (dict, list, tuple)):
             waiting += x.values() if isinstance(x, dict) else x
         elif isinstance(x, Tensor) and x.layout is torch.strided and x.nbytes > x.untyped_storage().nbytes() + REPEATED:
-            raise ValueError(f"a tensor of {x.nbytes / 1e9:.0f} GB that the file does not hold")
+            raise MemoryError(f"a tensor of {x.nbytes / 1e9:.0f} GB that the file does not hold")
     return data
 
 
