@@ -115,13 +115,15 @@ def load(path: str | Path, mapped: bool) -> object:
     with warnings.catch_warnings(action="ignore"):  # of sparse tensors, which nothing here takes
         data = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
 
-    # A few bytes can stand for any amount of memory, since a tensor may repeat its numbers.
-    waiting = [data]
-    for x in waiting:
+    # A few bytes can stand for any amount of memory, since a tensor may repeat its numbers. Nothing here is complex.
+    waiting = [("it", data)]
+    for name, x in waiting:
         if isinstance(x, (dict, list, tuple)):
-            waiting += x.values() if isinstance(x, dict) else x
+            waiting += x.items() if isinstance(x, dict) else ((name, item) for item in x)
+        elif isinstance(x, Tensor) and x.is_complex():
+            raise TypeError(f"{name!s:.80} is made of {x.dtype}")
         elif isinstance(x, Tensor) and x.layout is torch.strided and x.nbytes > x.untyped_storage().nbytes() + REPEATED:
-            raise MemoryError(f"a tensor of {x.nbytes / 1e9:.0f} GB that the file does not hold")
+            raise TypeError(f"{name!s:.80} has {x.nbytes / 1e9:.0f} GB that the file does not hold")
     return data
 
 
@@ -140,7 +142,8 @@ def read_tensors(path: str | Path, entry: str = "weights") -> dict:
     try:
         data = load(path, mapped)
     except Exception as e:  # broken bytes raise nearly anything
-        raise ValueError(f"{path}: not a checkpoint that can be read safely ({type(e).__name__})") from None
+        reason = " ".join(str(e).split())[:120] if isinstance(e, TypeError) else type(e).__name__
+        raise ValueError(f"{path}: not a checkpoint that can be read safely ({reason})") from None
 
     # A checkpoint, but of this program?
     if not isinstance(data, dict) or not isinstance(data.get(entry), dict):
@@ -201,11 +204,17 @@ def safe_name(name: str) -> str:
     return f"{spelled}_{digits}"
 
 
+LONGEST_PART = 255   # bytes of a file's or a folder's name, as nearly all file systems have it
+LONGEST_PATH = 2048  # characters of a path in a file
+
+
 def below(root: Path, name: object, where: str | Path) -> Path:
     """A path that a file gives, which has to stay below `root`. Raises `ValueError` with `where` it stands."""
     if not isinstance(name, str) or not name:
         raise ValueError(f"{where}: {name!r:.40} is no name of a file")
     parts = name.replace("\\", "/").split("/")  # (by pathlib this takes a fifth of the opening of 50,000 frames)
+    if len(name) > LONGEST_PATH or any(len(part.encode(errors="surrogatepass")) > LONGEST_PART for part in parts):
+        raise ValueError(f"{where}: {name!r:.40}... is too long for a name of a file")
     if not parts[0] or ".." in parts or ":" in parts[0]:
         raise ValueError(f"{where}: {name!r} leads out of the folder {root}")
     return root / "/".join(parts)
@@ -217,7 +226,7 @@ def check_weights(weights: dict[str, Tensor], module: nn.Module) -> None:
     """
     kinds = {name: x.is_floating_point() for name, x in module.state_dict().items()}
     for name, x in weights.items():
-        if x.is_complex() or x.is_floating_point() != kinds.get(name, x.is_floating_point()):
+        if x.is_floating_point() != kinds.get(name, x.is_floating_point()):
             raise ValueError(f"{name} is made of {x.dtype}")
         if not x.isfinite().all():
             raise ValueError(f"{name} has numbers that are not finite")

@@ -61,9 +61,9 @@ def read_model(folder: Path) -> tuple[list[Frame], Tensor, str]:
     frames = []
     for name, camera, numbers in _parsed(folder / f"images{ending}", _image):
         if camera not in lenses:
-            raise ValueError(f"{folder / f'images{ending}'}: image {name!r} has the camera {camera}, which "
+            raise ValueError(f"{folder / f'images{ending}'}: image {name!r:.80} has the camera {camera}, which "
                              f"{cameras_file.name} does not list")
-        where = f"{folder}: image {name!r}"
+        where = f"{folder}: image {name!r:.80}"
         frames.append(Frame(where, name, None, pose(_matrix(numbers), where), lenses[camera]))
     frames.sort(key=lambda frame: frame.name)
     return frames, torch.tensor(points, dtype=torch.float64).reshape(-1, 3), kind

@@ -188,7 +188,7 @@ def test_a_state_without_a_part(training, tmp_path, capsys):
     state = files.read_tensors(tmp_path / "vae.pt.state", "module")
     argv = ["vae", "--root", SAMPLE, "--frames", 5, "--steps", 3, "--set", "batch=2", "--out", tmp_path / "vae.pt"]
     optimizer = state["optimizer"]
-    moments = {i: x | {"exp_avg": x["exp_avg"].cfloat()} for i, x in optimizer["state"].items()}
+    moments = {i: x | {"exp_avg": x["exp_avg"].int()} for i, x in optimizer["state"].items()}
     for broken in ({name: x for name, x in state.items() if name != "average"}, state | {"history": "a\nb"},
                    state | {"optimizer": optimizer | {"state": moments}}, state | {"record": ["ab", {}]},
                    state | {"record": [[{"step": 0, "losses": {"loss": 1.0}}], {}]}, state | {"record": [[], {"loss": 1}]}):
@@ -409,7 +409,7 @@ def test_a_training_that_breaks_stops_and_writes_nothing(training, tmp_path, cap
 @pytest.mark.parametrize("change, words", [
     (lambda x: x * float("nan"), "not finite"),
     (lambda x: x.to(torch.int8), "torch.int8"),
-    (lambda x: x.to(torch.complex64), "torch.complex64"),
+    (lambda x: x.to(torch.complex64), "final_conv.weight is made of torch.comp"),
     (lambda x: x[..., :1], "size mismatch|shape"),
 ])
 def test_weights_that_are_none_are_named(change, words, tmp_path):
@@ -417,7 +417,7 @@ def test_weights_that_are_none_are_named(change, words, tmp_path):
     data = files.read_tensors(tmp_path / "w.pt")
     data["weights"]["vldm.unet.final_conv.weight"] = change(data["weights"]["vldm.unet.final_conv.weight"])
     files.save_tensors(data, tmp_path / "w.pt")
-    with pytest.raises(ValueError, match=f"w.pt: preset and weights do not fit together .*({words})"):
+    with pytest.raises(ValueError, match=f"w.pt: .*({words})"):
         sparsefusion.load(tmp_path / "w.pt")
 
 
