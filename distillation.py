@@ -73,7 +73,7 @@ class Prior(NamedTuple):
     perceptual_loss: Callable[[Tensor, Tensor], Tensor]  # images (B, 3, S, S) twice -> (B,)
 
     def eft_images(self) -> Tensor:
-        """The EFT's images of the viewpoints, as large as the model's, (Q, 3 or 4, S, S)."""
+        """The EFT's images of the viewpoints, as large as the model's, (Q, 3, S, S)."""
         size = self.model.preset.image_size
         return F.interpolate(self.condition.images, size, mode="bilinear", align_corners=True)
 
@@ -320,11 +320,7 @@ class Distillation:
         view, lattice, _ = self.query(i)
         rays = self.cast(self.prior.viewpoints[view], lattice)
         target = lattice.pick(self.eft_images[view:view + 1])
-        color = target[:, :3]
-
-        # Its silhouette is its opacity, if the EFT knows one.
-        mask = target[:, 3:] if target.shape[1] > 3 else brightness_mask(color)
-        return EFTPixels(rays, as_rows(color), as_rows(mask))
+        return EFTPixels(rays, as_rows(target), as_rows(brightness_mask(target)))
 
     def sample_query(self, i: int, x_hat: Tensor) -> DenoisedView:
         """The query view's lattice, and its denoised version x_hat (1, 3, S, S)."""
@@ -469,7 +465,7 @@ class Distillation:
         # What was denoised ahead; a finished run has no prior and needs none of it.
         targets = {} if self.prior is None else state["targets"]
         for i, x_hat in targets.items():
-            if x_hat.shape != self.eft_images[:1, :3].shape:
+            if x_hat.shape != self.eft_images[:1].shape:
                 raise ValueError(f"a target has the shape {tuple(x_hat.shape)}")
             self.targets[i] = x_hat.to(self.input_views.images)
 
@@ -665,12 +661,9 @@ class DistillConfig:
         return guess_exposures(input_views.images, input_views.masks)
 
     def exposed_alike(self, input_views: Scene) -> Tensor:
-        """Input views for a prior, as if they had been exposed as most are: colors, masks and valid regions, (V, 5, S,
-        S).
-        """
+        """The images (V, 3, S, S) of input views for a prior, as if they had been exposed as most are."""
         gains = self.guess_exposures(input_views).exp()[:, None, None, None]
-        colors = (input_views.images / gains).clamp(0, 1)
-        return torch.cat([colors, input_views.masks, input_views.valid], 1)
+        return (input_views.images / gains).clamp(0, 1)
 
     def fitted(self, views: int) -> DistillConfig:
         """The same for a number of input views and the size of their pictures: what they show more of, a finer grid and
@@ -713,8 +706,9 @@ _ANY = (0, math.inf)
 _RANGES = {"half_side": _ANY, "iterations": (1, 10**7), "viewpoints": (1, 2000), "jitter": _ANY,
            "image_size": (1, 4096), "render_size": (2, 4096), "input_pixels": (0, 2**24),
            "pixel_side": (1, 64), "picture_side": (1, 64), "lr_grid": _ANY, "lr_mlp": _ANY,
-           "final_lr_fraction": (1e-9, 1e9), "eps": _ANY, "lr_exposure": _ANY, "weight_exposure": _ANY, "blur": (1, 255), "weight_background": _ANY,
-           "weight_opacity": _ANY, "prior_views": _ANY, "weight_perceptual": _ANY, "min_noise_level": (0, 1),
+           "final_lr_fraction": (1e-9, 1e9), "eps": _ANY, "lr_exposure": _ANY, "weight_exposure": _ANY,
+           "blur": (1, 255), "weight_background": _ANY, "weight_opacity": _ANY, "prior_views": _ANY,
+           "weight_perceptual": _ANY, "min_noise_level": (0, 1),
            "denoise_batch": (1, 1024), "reference_views": (0, 10**6), "iterations_per_view": (0, 10**6),
            "occupancy_every": (1, 10**7), "mesh_resolution": (1, 1024), "mesh_faces": (100, 10**7),
            "turntable_frames": (0, 3600)}

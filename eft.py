@@ -12,9 +12,7 @@ camera, so for a given depth range the result does not depend on the world's ori
 
 Our own `relative` form knows no units either, so that it may be asked about any scene. The sphere round the object is
 the unit sphere: points lie in it, depths count from where a ray is nearest to its center, and the moments of lines are
-about the center. Three more parts are in no preset yet: points in the visual hull of the input masks (`hull`); masks
-as a fourth channel of the inputs and opacity as a fourth output, so that dark is not empty (`masks`); how the
-direction of a reference ray differs from the query ray's (`angles`).
+about the center.
 
 Differences from the released code (its `sparsefusion/eft.py`): the trunk ends after its third stage; the linear layer
 that opens a transformer is applied to each part of its input, before the parts are sampled, broadcast and added
@@ -43,10 +41,6 @@ from common.settings import check_numbers, check_ranges
 from gpu.layernorm import layer_norm
 
 
-MASK_THRESHOLD = 0.1  # above it a pixel of a mask may be object, as in carving
-HULL_STEPS = 64       # points of a ray at which its way through the visual hull is looked for
-
-
 @dataclass(frozen=True)
 class EFTConfig:
     """The numbers of an EFT. [paper]: Sec. 3.1 and the supplement. Range of depths: [released: train.py:349-351]."""
@@ -62,22 +56,12 @@ class EFTConfig:
     harmonics: int = 6                             # frequencies 1, 2, ..., 2^5 of the harmonic embedding [paper]
     depth_margin: float = 5.0                      # rays run so far before and behind the mean camera distance
     relative: bool = False                         # lengths in radii of the sphere round the object
-    hull: bool = False                             # points lie in the visual hull; takes `relative`
-    masks: bool = False                            # masks are seen and opacities told
-    angles: bool = False                           # between query ray and reference rays
 
     def __post_init__(self):
         check_numbers(self)
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of {self.heads} heads")
-        if self.hull and not self.relative:
-            raise ValueError("hull=true takes relative=true")
         check_ranges(self, {"blocks": (1, 64), "layers": (1, 64), "dropout": (0, 0.999), "depth_margin": (1e-6, 1e6)})
-
-    @property
-    def colors(self) -> int:
-        """Numbers of a pixel, seen or predicted: its color, with `masks` its mask or opacity, too."""
-        return 4 if self.masks else 3
 
 
 # ---------------------------------------------------------------------------------------------- encoder layers
@@ -206,7 +190,7 @@ class ResNetTrunk(nn.Module):
     def __init__(self, config: EFTConfig):
         super().__init__()
         first, second, third = config.stages
-        self.conv1 = nn.Conv2d(config.colors, config.stem, 7, stride=2, padding=3, bias=False)
+        self.conv1 = nn.Conv2d(3, config.stem, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(config.stem)
         self.layer1 = resnet_stage(config.stem, first, config.blocks, stride=1)
         self.layer2 = resnet_stage(first, second, config.blocks, stride=2)
@@ -275,71 +259,10 @@ def sample_maps(maps: Tensor, xy: Tensor) -> Tensor:
     border pixel; outside, the border's values continue [released: eft.py:251-257, 289-296].
     """
     views = xy.shape[:-3]
-    images = maps.expand(*views, *maps.shape[-3:]).flatten(0, -4).float()
+    images = maps.expand(*views, *maps.shape[-3:]).flatten(0, -4).to(xy.dtype)
     grid = -xy.flatten(0, -4)  # NDC run left and up, columns and rows right and down
     samples = F.grid_sample(images, grid, padding_mode="border", align_corners=True)  # (* V, C, R, D)
     return samples.movedim(1, -1).unflatten(0, views).to(maps.dtype)
-
-
-# ---------------------------------------------------------------------------------------------- the relative form
-
-def possible_pixels(images: Tensor) -> Tensor:
-    """Where images (*, V, 5, H, W) of colors, mask and valid region may show the object, at half their size:
-    (*, V, 1, H/2, W/2) of 0 and 1.
-
-    A mask that touches what the image does not show may continue there.
-    """
-    masks = images[..., 3:4, :, :].flatten(0, -4) > MASK_THRESHOLD
-    unknown = images[..., 4:, :, :].flatten(0, -4) < 0.5
-    masks = F.max_pool2d(masks.float(), 2)
-    unknown = F.max_pool2d(unknown.float(), 2)
-
-    # Is the object cut off?
-    touching = F.max_pool2d(masks, 3, stride=1, padding=1) * unknown
-    cut_off = touching.amax((-2, -1), keepdim=True)
-    return torch.maximum(masks, cut_off * unknown).unflatten(0, images.shape[:-3])
-
-
-def from_middle(rays_o: Tensor, rays_d: Tensor) -> tuple[Tensor, Tensor]:
-    """The same rays (*, R, 3) from their points nearest to the origin, with unit directions."""
-    rays_d = F.normalize(rays_d, dim=-1)
-    along = (rays_o * rays_d).sum(-1, keepdim=True)
-    return rays_o - along * rays_d, rays_d
-
-
-def hull_interval(possible: Tensor | None, cameras: Cameras, rays_o: Tensor, rays_d: Tensor) -> tuple[Tensor, Tensor]:
-    """The part of rays (*, R, 3) from `from_middle` that is in the unit sphere and in the visual hull of input views
-    (Laurentini 1994), (*, R) each: the depths of its ends. Where a ray misses the hull, all of it in the sphere.
-
-    `possible` (*, V, 1, h, w): of `possible_pixels`, None: everywhere; `cameras` (*, V). The hull is wrong only by
-    being too large, by a pixel or two of `possible` and a step along the ray.
-    """
-    # The sphere; rays beside it are as long as those just inside.
-    half = (1 - rays_o.square().sum(-1)).clamp(min=0.01).sqrt()  # (*, R)
-    if possible is None:
-        return -half, half
-
-    # Which of the points along a ray does every view allow?
-    depths = half.unsqueeze(-1) * torch.linspace(-1, 1, HULL_STEPS, device=half.device)
-    points = rays_o.unsqueeze(-2) + depths.unsqueeze(-1) * rays_d.unsqueeze(-2)
-    xy, _ = cameras.project(points.flatten(-3, -2).unsqueeze(-3))
-    allowed = sample_maps(possible, xy.unflatten(-2, depths.shape[-2:])) > 0  # (*, V, R, HULL_STEPS, 1)
-    allowed = allowed.all(-4).squeeze(-1)
-
-    # From one step before the first to one behind the last.
-    step = half * (2 / (HULL_STEPS - 1))
-    near = torch.where(allowed, depths, math.inf).amin(-1) - step
-    far = torch.where(allowed, depths, -math.inf).amax(-1) + step
-    missed = ~allowed.any(-1)
-    return torch.where(missed, -half, near.maximum(-half)), torch.where(missed, half, far.minimum(half))
-
-
-def direction_differences(reference: Tensor, query: Tensor) -> Tensor:
-    """How unit directions (*, 3) of reference rays differ from those of query rays (IBRNet, Wang et al. 2021): their
-    difference and the cosine of their angle, (*, 4).
-    """
-    cosine = (reference * query).sum(-1, keepdim=True)
-    return torch.cat([reference - query, cosine], -1)
 
 
 # ---------------------------------------------------------------------------------------------- transformers
@@ -375,7 +298,7 @@ def weighted_sum(tokens: Tensor, logit: nn.Linear) -> Tensor:
 class Prediction(NamedTuple):
     """Features and colors of query rays."""
     features: Tensor  # (*, R, N), or (*, N, size, size) of a whole view
-    color: Tensor     # (*, R, 3), or (*, 3, size, size) of a whole view; in [0, 1]. With `masks` 4: opacity, too
+    color: Tensor     # (*, R, 3), or (*, 3, size, size) of a whole view; in [0, 1]
 
 
 class EFT(nn.Module):
@@ -387,56 +310,48 @@ class EFT(nn.Module):
         self.trunk = ResNetTrunk(config)
 
         # A token of T1, T2 and T3 is the concatenation of these parts: 606, 425 and 412 numbers in the paper's preset.
-        # With `angles` a reference ray has those to the query ray beside it.
         depth_size = 2 * config.harmonics + 1
         ray_size = 6 * depth_size
-        reference_size = ray_size + 4 if config.angles else ray_size
         channels = self.trunk.channels
         width = config.width
-        self.visual = Transformer(config, reference_ray=reference_size, depth=depth_size, features=channels,
-                                  color=config.colors)
-        self.epipolar = Transformer(config, query_ray=ray_size, reference_ray=reference_size, depth=depth_size,
-                                    visual=width)
-        self.views = Transformer(config, query_ray=ray_size, reference_ray=reference_size, epipolar=width)
+        self.visual = Transformer(config, reference_ray=ray_size, depth=depth_size, features=channels, color=3)
+        self.epipolar = Transformer(config, query_ray=ray_size, reference_ray=ray_size, depth=depth_size, visual=width)
+        self.views = Transformer(config, query_ray=ray_size, reference_ray=ray_size, epipolar=width)
 
         self.depth_logit = nn.Linear(width, 1)
         self.view_logit = nn.Linear(width, 1)
-        self.color = nn.Linear(width, config.colors)
+        self.color = nn.Linear(width, 3)
 
     def ray_bytes(self, views: int) -> int:
         """Bytes of all tokens of a ray in float32, with so many input views."""
         return 4 * views * self.config.depths * self.config.width
 
     def encode(self, images: Tensor) -> Tensor:
-        """Feature maps of the input images (*, V, 3 or 5, H, W) in [0, 1], black background: (*, V, N, H/2, W/2). With
-        `hull` or `masks` there are five channels: colors, mask, and where the image shows anything.
+        """Feature maps of the input images (*, V, 3, H, W) in [0, 1], black background: (*, V, N, H/2, W/2).
 
         T1's tokens are GELU(W [reference ray, depth, feature, color] + b). Bilinear sampling and W are both linear, so
         W's columns for the feature multiply the trunk's maps here, once, and not every sample of them; the other
         columns multiply in `forward`, b and GELU follow in `Transformer.forward`.
         """
-        seen = images[..., :self.config.colors, :, :]
-        trunk_maps = self.trunk(seen.flatten(0, -4))       # (* V, C, H/2, W/2)
+        trunk_maps = self.trunk(images.flatten(0, -4))     # (* V, C, H/2, W/2)
         columns = self.visual.input.columns()["features"]  # (N, C)
         maps = F.conv2d(trunk_maps, columns[..., None, None])
         return maps.unflatten(0, images.shape[:-3])
 
     def forward(self, maps: Tensor, images: Tensor, cameras: Cameras, query: Cameras, xy: Tensor,
-                near: float | Tensor, far: float | Tensor, possible: Tensor | None = None) -> Prediction:
-        """Features (*, R, N) and colors (*, R, 3 or 4) of query rays.
+                near: float | Tensor, far: float | Tensor) -> Prediction:
+        """Features (*, R, N) and colors (*, R, 3) of query rays.
 
-        maps (*, V, N, h, w) from `encode`, images (*, V, 3 or 5, H, W) in [0, 1]; `cameras` (*, V) of the inputs and
-        `query` (*) in the world; xy (R, 2) or (*, R, 2): NDC of the rays in the query view; near, far: depth range,
-        CO3D units, numbers or (*,). In the relative form the world's unit sphere decides instead, which is round the
-        object, and with `hull` also `possible`, (*, V, 1, h, w) from `possible_pixels`.
+        maps (*, V, N, h, w) from `encode`, images (*, V, 3, H, W) in [0, 1]; `cameras` (*, V) of the inputs and `query`
+        (*) in the world; xy (R, 2) or (*, R, 2): NDC of the rays in the query view; near, far: depth range, CO3D units,
+        numbers or (*,); in the relative form the world's unit sphere decides instead, which is round the object.
         """
         with torch.autocast(xy.device.type, enabled=False):  # positions and angles need float32
-            geometry = self.geometry(cameras, query, xy, near, far, possible)
+            geometry = self.geometry(cameras, query, xy, near, far)
 
         # Features and a color of every point, from where the input views see it.
         sampled_features = sample_maps(maps, geometry.xy_views)  # (*, V, R, D, N)
-        seen = images[..., :self.config.colors, :, :]
-        sampled_colors = sample_maps(seen, geometry.xy_views)    # (*, V, R, D, 3 or 4)
+        sampled_colors = sample_maps(images, geometry.xy_views)  # (*, V, R, D, 3)
 
         # T1, across the views of a point: tokens (*, R, D, V, N). `encode` has multiplied the features already.
         depth = geometry.depths.unsqueeze(-4)                    # (*, 1, 1 or R, D, n)
@@ -460,7 +375,7 @@ class EFT(nn.Module):
         return Prediction(features.float(), color)
 
     def geometry(self, cameras: Cameras, query: Cameras, xy: Tensor, near: float | Tensor,
-                 far: float | Tensor, possible: Tensor | None = None) -> Geometry:
+                 far: float | Tensor) -> Geometry:
         """Query rays, their points, and how the input views see them. Arguments as in `forward`."""
         # The world's axes become the query camera's, and so does its origin; in the relative form that is the object.
         leading = query.T.shape[:-1]
@@ -469,10 +384,13 @@ class EFT(nn.Module):
         query = relative_to(query, query, not relative)
         rays_o, rays_d = query.rays(xy.expand(*leading, *xy.shape[-2:]))             # (*, R, 3) each
 
-        # Where points are: (*, 1), or of every ray (*, R).
+        # The range of the points' depths, (*, 1), or of every ray (*, R).
         if relative:
-            rays_o, rays_d = from_middle(rays_o, rays_d)
-            near, far = hull_interval(possible if self.config.hull else None, cameras, rays_o, rays_d)
+            # They count from where a ray is nearest to the center; beside the sphere they reach as far as just inside.
+            rays_d = F.normalize(rays_d, dim=-1)
+            rays_o = rays_o - (rays_o * rays_d).sum(-1, keepdim=True) * rays_d
+            far = (1 - rays_o.square().sum(-1)).clamp(min=0.01).sqrt()
+            near = -far
         else:
             near = torch.as_tensor(near, dtype=xy.dtype, device=xy.device).expand(leading).unsqueeze(-1)
             far = torch.as_tensor(far, dtype=xy.dtype, device=xy.device).expand(leading).unsqueeze(-1)
@@ -491,19 +409,14 @@ class EFT(nn.Module):
 
         # Embed the lines and the depths.
         harmonics = self.config.harmonics
-        query_lines = plucker(rays_o, rays_d)                 # (*, R, 6)
-        query_rays = harmonic(query_lines, harmonics)
+        query_rays = harmonic(plucker(rays_o, rays_d), harmonics)
         reference_rays = harmonic(reference_lines, harmonics).unflatten(-2, grid)
-        if self.config.angles:
-            directions = reference_lines[..., :3].unflatten(-2, grid)
-            angles = direction_differences(directions, query_lines[..., None, :, None, :3])
-            reference_rays = torch.cat([reference_rays, angles], -1)
         embedded_depths = harmonic(depths.unsqueeze(-1), harmonics)
         return Geometry(query_rays, reference_rays, embedded_depths, xy_views.unflatten(-2, grid))
 
     def image(self, maps: Tensor, images: Tensor, cameras: Cameras, query: Cameras, size: int, near: float | Tensor,
               far: float | Tensor, chunk: int = 128, where: Tensor | None = None) -> Prediction:
-        """Feature map (*, N, size, size) and color image (*, 3 or 4, size, size) of whole query views.
+        """Feature map (*, N, size, size) and color image (*, 3, size, size) of whole query views.
 
         `size` is the conditioning map's, the preset's `map_size`, or the image's own, H; the outer rays pass through
         the outermost pixels of the full image. `chunk` rays of every view go at a time: 128 fit a CPU's caches, a GPU
@@ -514,11 +427,9 @@ class EFT(nn.Module):
         if where is not None:
             grid = grid[where.flatten()]
 
-        possible = possible_pixels(images) if self.config.hull else None
-
         def evaluate(xy: Tensor) -> Prediction:
             """Features and colors of the rays at NDC (R, 2)."""
-            return self(maps, images, cameras, query, xy, near, far, possible)
+            return self(maps, images, cameras, query, xy, near, far)
 
         # Dropout draws from one stream of random numbers, so its chunks have an order.
         chunks = grid.split(chunk)

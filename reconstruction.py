@@ -84,6 +84,8 @@ class Reconstruction(NamedTuple):
                 part.to(device).eval()
 
             # Where it is; a first look shows whether all of that fits together.
+            if any(x.is_complex() for name in ("frame", "cameras") for x in state[name].values()):
+                raise ValueError("its cameras are complex numbers")
             frame = Cameras(**state["frame"]).to(device)
             world = state["world"] and Similarity(**state["world"])
             unit = float(state["unit"])

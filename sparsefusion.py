@@ -93,7 +93,7 @@ class Preset:
 class Condition(NamedTuple):
     """What the EFT says about query views."""
     features: Tensor  # (Q, C, s, s), s the preset's `map_size`
-    images: Tensor    # (Q, 3 or 4, s, s) in [0, 1], the EFT image; with `masks` its opacity, too
+    images: Tensor    # (Q, 3, s, s) in [0, 1], the EFT image
 
 
 class SparseFusion(nn.Module):
@@ -134,11 +134,11 @@ class SparseFusion(nn.Module):
                   where: Tensor | None = None, dropout_seed: int | None = None, title: str | None = None) -> Condition:
         """Features and EFT images of Q query viewpoints.
 
-        images (V, 3 or 5, S, S) in [0, 1] with black background, as `EFT.encode` takes them, `cameras` (V,) theirs,
-        `queries` (Q,). `all_cameras` (B,): those of the scene; they decide on its units. `where` (Q, s, s): the rays to
-        evaluate, boolean; the others are zero (default: all of s x s, s the preset's `map_size`). A `dropout_seed`
-        turns dropout and batch statistics on; a view's dropout follows from it, the view's position among the queries
-        and the rays. `title` shows a progress bar.
+        images (V, 3, S, S) in [0, 1] with black background, `cameras` (V,) theirs, `queries` (Q,). `all_cameras` (B,):
+        those of the scene; they decide on its units. `where` (Q, s, s): the rays to evaluate, boolean; the others are
+        zero (default: all of s x s, s the preset's `map_size`). A `dropout_seed` turns dropout and batch statistics on;
+        a view's dropout follows from it, the view's position among the queries and the rays. `title` shows a progress
+        bar.
         """
         # In the units that the weights know.
         origin, scale, *depth_range = self.eft_world(all_cameras)

@@ -34,7 +34,6 @@ from common.machine import stream_seed
 from common.processes import is_first
 from common.settings import check_ranges
 from distillation import pseudo_huber
-from eft import possible_pixels
 from evaluation.attributes import AttributeNet
 from export.pictures import LABELS, sheet
 from presets import MODELS, PRESETS
@@ -46,8 +45,6 @@ from training.ranks import Draws
 from vae import VAE
 from vldm import latent_mask
 
-LEVELS = torch.tensor([255, 255, 255, 255, 1])[:, None, None]  # of 1 in packed colors, masks and valid regions
-WHOLE = 0.15  # of the samples of a prior's step, whose EFT does without the visual hull: masks may be wrong
 MOST_PARAMETERS = 2**31  # of a model; the paper's has 492 million
 NEXT = {"vae": "train.py prior --out prior.pt --vae", "prior": "distill.py --weights",
         "perceptual": "evaluate.py --feature-net"}  # commands that use the weights
@@ -83,22 +80,24 @@ def draw_images(data: PackedScenes, draws: Draws) -> tuple[Tensor, Tensor]:
 
 
 def pictured(data: PackedScenes, device: str) -> tuple[str, list[tuple[Tensor, Cameras]]]:
-    """Some evenly spaced pictures (V, 5, S, S) with masks and valid regions and cameras (V,) of each of the first
-    held-out sequences, or of trained ones where none is held out; and what to call them.
+    """Some evenly spaced pictures (V, 3, S, S) in [0, 1] and cameras (V,) of each of the first held-out sequences, or
+    of trained ones where none is held out; and what to call them.
     """
     shown = data.held_out() or data
     scenes = []
     for n in shown.drawn[:PICTURED].tolist():
         frames = evenly_spaced(len(data.pixels[n]), PICTURED)
-        scenes.append(((data.pixels[n][frames] / LEVELS).to(device), data.cameras[n][frames].to(device)))
+        images = data.pixels[n][frames, :3] / 255
+        scenes.append((images.to(device), data.cameras[n][frames].to(device)))
     return "trained on" if shown is data else "held out", scenes
 
 
 class Views(NamedTuple):
     """From each of b sequences a query view and V input views."""
-    target: Tensor    # (b, 5, S, S) the query's colors, mask, and where it shows anything
+    target: Tensor    # (b, 3, S, S) the query's picture in [0, 1]
+    valid: Tensor     # (b, 1, S, S) where it shows anything
     query: Cameras    # (b,)
-    images: Tensor    # (b, V, 5, S, S) the inputs'
+    images: Tensor    # (b, V, 3, S, S) the inputs
     cameras: Cameras  # (b, V)
     scene: Tensor     # (b,) indices of the sequences
 
@@ -124,8 +123,8 @@ def draw_views(data: PackedScenes, draws: Draws, views: tuple[int, int]) -> View
     pixels = torch.stack([data.pixels[n][frames] for n, frames in chosen])
     cameras = Cameras.stack([data.cameras[n][frames] for n, frames in chosen])
 
-    images = pixels / LEVELS
-    return Views(images[:, 0], cameras[:, 0], images[:, 1:], cameras[:, 1:], scene)
+    images = pixels[:, :, :3].float() / 255
+    return Views(images[:, 0], pixels[:, 0, 4:].float(), cameras[:, 0], images[:, 1:], cameras[:, 1:], scene)
 
 
 def colors_at(images: Tensor, xy: Tensor, aligned: bool = False) -> Tensor:
@@ -206,8 +205,7 @@ class VAETraining:
 
         rows = []
         label, scenes = pictured(self.data, self.device)
-        for pixels, _ in scenes:
-            images = pixels[:, :3]
+        for images, _ in scenes:
             again = model.vae.decode(model.vae.encode(images))
             rows.append([tile for pair in zip(images, again) for tile in zip((label, "reconstruction"), pair)])
         return sheet(rows)
@@ -220,16 +218,13 @@ class PriorBatch(NamedTuple):
     views: Views
     near: Tensor    # (b,) the depth range of each sequence
     far: Tensor     # (b,)
-    whole: Tensor   # (b,) 1 where the EFT's points lie in all of the sphere round the object, not in the hull alone
     times: Tensor   # (b, n) of the noisings, in [0, 1]
     keep: Tensor    # (b, n) 1, or 0 where the UNet does without features
     noise: Tensor   # (b, n, channels, h, h) standard normal
 
 
 class PriorLosses(nn.Module):
-    """A training step of EFT and UNet (Sec. 3.1): the diffusion loss of the query latents and the EFT's color loss, of
-    whose opacity, too, if it has one.
-    """
+    """A training step of EFT and UNet (Sec. 3.1): the diffusion loss of the query latents and the EFT's color loss."""
 
     def __init__(self, model: SparseFusion):
         super().__init__()
@@ -245,20 +240,16 @@ class PriorLosses(nn.Module):
         side = self.preset.map_size
         xy = pixel_grid(side, side, full=self.preset.image_size, device=views.target.device)
         maps = self.eft.encode(views.images)
-        possible = None
-        if self.preset.eft.hull:
-            possible = torch.maximum(possible_pixels(views.images), batch.whole[:, None, None, None, None])
-        seen = self.eft(maps, views.images, views.cameras, views.query, xy, batch.near, batch.far, possible)
-        target = colors_at(views.target, xy)
-        error = pseudo_huber(seen.color.float() - target[..., :seen.color.shape[-1]])
-        color = (error * (target[..., 4:] > 0.5)).mean()
+        seen = self.eft(maps, views.images, views.cameras, views.query, xy, batch.near, batch.far)
+        error = pseudo_huber(seen.color.float() - colors_at(views.target, xy))
+        color = (error * (colors_at(views.valid, xy) > 0.5)).mean()
 
         # The clean latent of the query view, once for each of its noisings.
         n = batch.times.shape[1]
         with torch.no_grad(), torch.autocast(views.target.device.type, enabled=False):
-            latent = self.encode(views.target[:, :3]).float()
+            latent = self.encode(views.target).float()
         x0 = latent.repeat_interleave(n, 0)
-        mask = latent_mask(views.target[:, 4:], self.preset.latent_size).repeat_interleave(n, 0)
+        mask = latent_mask(views.valid, self.preset.latent_size).repeat_interleave(n, 0)
 
         # Now and then the features are dropped, so that the UNet learns the unconditional distribution as well.
         features = seen.features.transpose(1, 2).unflatten(-1, (side, side)).repeat_interleave(n, 0)
@@ -306,8 +297,7 @@ class PriorTraining:
 
         model = self.config.model
         noise = draws.randn(n, model.vae.channels, model.latent_size, model.latent_size)
-        whole = (draws.rand() < WHOLE).float()
-        return PriorBatch(views, self.near[views.scene], self.far[views.scene], whole, times, keep, noise)
+        return PriorBatch(views, self.near[views.scene], self.far[views.scene], times, keep, noise)
 
     def finish(self, average: dict[str, Tensor], out: Path, trained_on: list[dict]) -> Image.Image:
         """Write a weights file: the averaged EFT and UNet, and the autoencoder as it was. Returns a query view of each
@@ -326,8 +316,8 @@ class PriorTraining:
             inputs = [0, *range(2, len(images))]
             seen = result.condition(images[inputs], cameras[inputs], cameras[[1]], cameras)
             features.append(seen.features)
-            color = F.interpolate(seen.images[:, :3], images.shape[-2:])[0]
-            rows.append([(label, images[1, :3]), (LABELS["eft"], color), *(("input", x) for x in images[inputs, :3])])
+            color = F.interpolate(seen.images, images.shape[-2:])[0]
+            rows.append([(label, images[1]), (LABELS["eft"], color), *(("input", x) for x in images[inputs])])
 
         # What the VLDM samples, from the same noise every time.
         sampler = replace(PRESETS[result.preset.name].sampler, sample_steps=20)

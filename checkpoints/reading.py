@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import warnings
 from _compat_pickle import IMPORT_MAPPING
 from collections import OrderedDict
 from pathlib import Path
@@ -19,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from common import files
 
 
 # ---------------------------------------------------------------------------------------------- PyTorch checkpoints
@@ -73,8 +74,8 @@ def read_pickled(path: Path) -> dict:
                 raise ValueError(f"it names {name}, which no weights need and which could run code")
 
         stand_ins = [(InertNumbers if name.startswith("numpy.") else Inert, name) for name in names]
-        with safe_globals(stand_ins), warnings.catch_warnings(action="ignore"):
-            data = torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
+        with safe_globals(stand_ins):
+            data = files.load(path, zipped)
         if not isinstance(data, dict):
             raise ValueError(f"it holds a {type(data).__name__} instead of a dict")
         return dict(data)

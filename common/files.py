@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 MACHINE = re.sub(r"\W", "_", platform.node())[:32]
 TEMPORARY = re.compile(rf"\..*\.{MACHINE}-(\d{{1,9}})\.part(\..*)?", re.DOTALL)  # names of `write_atomically`
+REPEATED = 2**32  # bytes of a tensor that repeat others of its file, at most
 
 
 @contextmanager
@@ -107,6 +108,23 @@ def read_json(path: str | Path) -> dict:
     return data
 
 
+def load(path: str | Path, mapped: bool) -> object:
+    """The tensors and plain data of a file that torch wrote, on the CPU, `mapped` into memory or read; nothing in it is
+    run. Raises nearly anything where its bytes are broken.
+    """
+    with warnings.catch_warnings(action="ignore"):  # of sparse tensors, which nothing here takes
+        data = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
+
+    # A few bytes can stand for any amount of memory, since a tensor may repeat its numbers.
+    waiting = [data]
+    for x in waiting:
+        if isinstance(x, (dict, list, tuple)):
+            waiting += x.values() if isinstance(x, dict) else x
+        elif isinstance(x, Tensor) and x.layout is torch.strided and x.nbytes > x.untyped_storage().nbytes() + REPEATED:
+            raise MemoryError(f"a tensor of {x.nbytes / 1e9:.0f} GB that the file does not hold")
+    return data
+
+
 def read_tensors(path: str | Path, entry: str = "weights") -> dict:
     """The dictionary in a file of `save_tensors`, on the CPU; it must have a dictionary under `entry`. Nothing in it
     is run.
@@ -120,8 +138,7 @@ def read_tensors(path: str | Path, entry: str = "weights") -> dict:
         raise FileNotFoundError(f"{path}: no such file")
     mapped = os.name != "nt"  # what is mapped cannot be replaced on Windows
     try:
-        with warnings.catch_warnings(action="ignore"):  # of sparse tensors, which nothing here takes
-            data = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
+        data = load(path, mapped)
     except Exception as e:  # broken bytes raise nearly anything
         raise ValueError(f"{path}: not a checkpoint that can be read safely ({type(e).__name__})") from None
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -196,9 +195,7 @@ class _Toy:
         self.file = _toy_file(root, category)
         try:
             # Mapped where the format allows it: only what is used is read.
-            mapped = zipfile.is_zipfile(self.file)
-            with warnings.catch_warnings(action="ignore"):  # of sparse tensors
-                data = torch.load(self.file, map_location="cpu", weights_only=True, mmap=mapped)
+            data = files.load(self.file, zipfile.is_zipfile(self.file))
             self.items = {f"toy{i}": item for i, item in enumerate(data[category])}
             self.counts = {name: len(item["R"]) for name, item in self.items.items()}
         except Exception as e:

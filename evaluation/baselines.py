@@ -42,7 +42,7 @@ def eft_images(scene: Scene, inputs: list[int], targets: list[int], model: Spars
     """
     cameras = (scene.whole or scene).cameras[targets]
     condition = _condition(scene, inputs, cameras, model, config, seed, hull, title)
-    return Views(condition.images[:, :3], None)
+    return Views(condition.images, None)
 
 
 def vldm_samples(scene: Scene, inputs: list[int], targets: list[int], model: SparseFusion, config: DistillConfig,

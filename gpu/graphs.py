@@ -33,12 +33,13 @@ TOLERANCE = 0.02
 def recording(graph: torch.cuda.CUDAGraph, **where) -> Iterator[None]:
     """Within, operations are captured in a graph; `where` goes to `torch.cuda.graph`.
 
-    Garbage waits: if another graph among it were freed meanwhile, the capture would fail.
+    Garbage waits: if another graph among it were freed meanwhile, the capture would fail. Other threads, NCCL's among
+    them, may use the GPU.
     """
     collects = gc.isenabled()
     gc.disable()
     try:
-        with torch.cuda.graph(graph, **where):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local", **where):
             yield
     finally:
         if collects:

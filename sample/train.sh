@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The nano prior from nothing: toys, the autoencoder, the prior. `sample/perceptual.pt` stays as it is: it measures.
+# A prior of toys from nothing: toys and things, the autoencoder of both, the prior of the toys. `sample/perceptual.pt`
+# stays as it is: it measures.
 #
 #   sample/train.sh FOLDER [DIAL [SETTING ...]]      writes FOLDER/nano.pt; keeps its log in FOLDER/train.log
 #
@@ -37,13 +38,16 @@ finish() {  # a stage and its process
     touch "$folder/$1.done"
 }
 
-# Most toys are drawn while the autoencoder is trained on the first ones.
+# Most toys are drawn while the autoencoder is trained on the first ones, and on things, whose surfaces are as rich as
+# photographed ones.
+start things "$python" sample/things.py --root "$folder/things" --seed 1 --instances "$(scaled 500 1)" --views 8
+finish things $!
 start toys1 "$python" sample/toys.py --root "$folder/toys/1" --seed 1 --instances "$(scaled 2000 1)"
 finish toys1 $!
 start toys2 "$python" sample/toys.py --root "$folder/toys/2" --seed 2 --instances "$(scaled 6000 1)"
 rest=$!
-start vae "$python" train.py vae --root "$folder/toys/1" --preset "$preset" --out "$folder/vae.pt" \
-    --steps "$(scaled 3000 2)" --set batch="$(scaled 64 2 64)" lr=1e-3 "${@:3}"
+start vae "$python" train.py vae --root "$folder"/{toys/1,things} --category toys things --preset "$preset" \
+    --out "$folder/vae.pt" --steps "$(scaled 3000 2)" --set batch="$(scaled 64 2 64)" lr=1e-3 "${@:3}"
 finish vae $!
 finish toys2 $rest
 

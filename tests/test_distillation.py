@@ -238,18 +238,6 @@ def test_bootstrap_target():
     parity.assert_close(loss, weight * (math.sqrt(101) - 1) * 0.1 + SHORT.weight_opacity * 0.1, rtol=1e-4)
 
 
-def test_the_silhouette_of_the_bootstrap_is_the_opacity_of_the_eft():
-    """If it knows one: dark is not empty then. Else where it is bright."""
-    guide = prior(Dummy())
-    black = torch.zeros(len(guide.viewpoints), 3, 8, 8)
-    for images, expected in ((black, 0), (torch.cat([black, black[:, :1] + 0.75], 1), 0.75)):
-        condition = guide.condition._replace(images=images)
-        work = Distillation(ball(2, 32), SHORT, 7, guide._replace(condition=condition))
-        target = work.sample_eft_target(0)
-        assert target.color.shape[1] == 3 and not target.color.any()
-        parity.assert_close(target.mask, torch.full((len(target.color), 1), float(expected)), atol=1e-6)
-
-
 def test_the_eft_image_is_aligned_to_the_rays():
     """An image of its own rays' NDC, at full size, is the NDC of the picture's pixels."""
     guide = prior(Dummy())
@@ -411,9 +399,8 @@ def test_a_guess_of_exposures():
     scene = ball(4, 32)
     dark = replace(scene, images=scene.images * torch.tensor([1, 1, 0.25, 1])[:, None, None, None])
     shown = replace(SHORT, lr_exposure=1e-2).exposed_alike(dark)
-    assert (shown[:, :3] - scene.images).abs().mean() < 0.05 * scene.images.mean()
-    assert torch.equal(shown[:, 3:4], scene.masks) and torch.equal(shown[:, 4:], scene.valid)
-    assert torch.equal(replace(SHORT, lr_exposure=0.0).exposed_alike(dark)[:, :3], dark.images)
+    assert (shown - scene.images).abs().mean() < 0.05 * scene.images.mean()
+    assert torch.equal(replace(SHORT, lr_exposure=0.0).exposed_alike(dark), dark.images)
 
 
 def test_sides_of_different_color_do_not_pass_for_exposures():

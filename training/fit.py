@@ -235,12 +235,14 @@ class Fit:
                 e.add_note(f"{self.state_file} has {self.completed} of {self.config.steps} steps")
                 self.save()
                 ranks.fail(e, 128 + e.args[0])
+            finally:
+                self.graphs.forget()  # NCCL cannot end while one has its calls
             self.save()
 
     def _run(self, title: str, minutes: float | None) -> None:
         total = self.config.steps
         progress = Progress(range(self.completed, total), title, self.completed, total, ranks.check_interrupt)
-        began = saved = time.monotonic()
+        began = saved = logged = time.monotonic()
         for step in progress:
             with torch.backends.cudnn.flags(enabled=True, benchmark=True):  # the same shapes in every step
                 losses = self.step(step)
@@ -255,7 +257,8 @@ class Fit:
             progress.note = ", ".join(f"{name} {x:.4f}" for name, x in self.shown.items())
             now = time.monotonic()
             if self.completed % LOGGED == 0 and is_first():
-                self.add_line(self.completed - progress.start, now - began)
+                self.add_line(min(LOGGED, self.completed - progress.start) / (now - logged), now - began)
+                logged = now
             passed, unsaved = ranks.largest(now - began, now - saved)
             if minutes and passed > 60 * minutes:
                 print(f"stopped after {minutes} minutes; the same command resumes")
@@ -265,15 +268,15 @@ class Fit:
                 saved = now
         print(f"step {self.completed} of {total}, {time.monotonic() - began:.0f} s: {progress.note}")
 
-    def add_line(self, steps: int, seconds: float) -> None:
-        """Write a line of the log; this run has so far taken so many steps and seconds."""
+    def add_line(self, rate: float, seconds: float) -> None:
+        """Write a line of the log; this run takes `rate` steps a second now, and has taken so many seconds."""
         self.log.append({
             "step": self.completed,
             "losses": {name: float(x) for name, x in (self.shown | self.held_out_losses()).items()},
-            "per_second": round(steps / seconds * self.training.config.batch, 2),
+            "per_second": round(rate * self.training.config.batch, 2),
             "memory_gb": peak_gb(self.device),
             "seconds": round(seconds, 1),
-            "seconds_left": round((self.config.steps - self.completed) / steps * seconds),
+            "seconds_left": round((self.config.steps - self.completed) / rate),
         })
         save_log(self.log, self.folder)
 

@@ -150,7 +150,8 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path):
     files.save_tensors({"weights": {"a": torch.zeros(100)}}, path)
     contents = [path.read_bytes()[:-100], b"", b"text", pickle.dumps(Evil(os.system, f"touch {marker}"))]
     evil = {"weights": {"a": Evil(os.system, f"touch {marker}")}}
-    for data in ([], {}, {"weights": 3}, {"weights": torch.zeros(2)}, {"model_state_dict": {}}, evil):
+    repeated = {"weights": {}, "more": [{"a": torch.zeros(1).expand(2**20, 2**20)}]}  # four terabytes
+    for data in ([], {}, {"weights": 3}, {"weights": torch.zeros(2)}, {"model_state_dict": {}}, evil, repeated):
         torch.save(data, path)
         contents.append(path.read_bytes())
     for content in contents:

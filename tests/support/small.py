@@ -20,8 +20,8 @@ TINY = sparsefusion.Preset(
     unet.UNetConfig(cond_channels=16, widths=(16, 16, 16), attention=(False, True), kernels=(3,), groups=4, heads=2,
                     head_dim=8, time_dim=32, token_dim=16),
     replace(presets.NANO.diffusion, noisings=2))
-RELATIVE = replace(TINY, name="small", eft=replace(TINY.eft, relative=True, hull=True, masks=True, angles=True),
-                   vae=replace(TINY.vae, channels=8), unet=replace(TINY.unet, channels=8))
+RELATIVE = replace(TINY, name="small", eft=replace(TINY.eft, relative=True), vae=replace(TINY.vae, channels=8),
+                   unet=replace(TINY.unet, channels=8))
 FIELD = replace(presets.NANO_FIELD, levels=3, log2_hashmap_size=12, finest_resolution=32, width=16, samples_per_ray=32,
                 occupancy_cells=32)
 SHORT = replace(PRESETS["nano"], iterations=6, bootstrap=3, viewpoints=2, image_size=32, render_size=16,

@@ -35,7 +35,7 @@ def test_from_nothing_to_a_prior(tmp_path):
     model = sparsefusion.load(tmp_path / "nano.pt")
     assert model.preset.image_size == 32
     trainings = sparsefusion.read_trained_on(tmp_path / "nano.pt")
-    assert [x["what"] for x in trainings] == ["vae", "prior"] and trainings[1]["sequences"] == 2
+    assert [x["what"] for x in trainings] == ["vae", "vae", "prior"] and trainings[2]["sequences"] == 2
     lines = log.read_text().splitlines()
     assert [line.split()[-1] == "true" for line in lines if "] toys1:" in line] == [False, True]
     assert lines[-1].endswith(str(tmp_path / "nano.pt"))

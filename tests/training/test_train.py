@@ -206,11 +206,11 @@ def test_a_state_without_a_part(whole, training, tmp_path, capsys):
 
 
 def test_an_eft_without_units_is_trained_and_used(training, monkeypatch):
-    """Its opacity is learned from the masks; the same sequences in another unit give the same losses."""
+    """The same sequences in another unit give the same losses."""
     monkeypatch.setitem(presets.MODELS, "small", RELATIVE)
     vae = training("vae", "vae.pt", "--preset", "small")
     model = load(training("prior", "prior.pt", "--vae", vae))
-    assert model.preset.eft.relative and model.eft.color.out_features == 4 and model.preset.vae.channels == 8
+    assert model.preset.eft.relative and model.preset.vae.channels == 8
     data = load_packed([SAMPLE], ["toys"], 5, 32, workers=1)
     config = train.TrainConfig(batch=2, model=model.preset)
 
@@ -222,11 +222,6 @@ def test_an_eft_without_units_is_trained_and_used(training, monkeypatch):
     before = work.module(batch)
     _, scaled = losses(replace(data, cameras=[cameras.scaled(7.0) for cameras in data.cameras]))
     parity.assert_close(torch.stack(list(work.module(scaled).values())), torch.stack(list(before.values())), rtol=1e-4)
-    assert before["color"].backward() is None and model.eft.color.weight.grad[3].abs().max() > 0
-    target = batch.views.target.clone()
-    target[:, 3] = 1 - target[:, 3]
-    other = work.module(batch._replace(views=batch.views._replace(target=target)))
-    assert (other["color"] - before["color"]).abs() > 1e-3 and torch.equal(other["diffusion"], before["diffusion"])
 
     scene = co3d.load_sequence(SAMPLE, "toys", "toy_1000_00000", 32)
     result = reconstruct(scene, [0, 3], model.eval().requires_grad_(False), SHORT)
