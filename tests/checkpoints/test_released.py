@@ -31,7 +31,6 @@ from tests.support.helpers import Evil, one_line, same
 from tests.support.released_files import (diffusers_state, foreign_module, lpips_states, optimizer_state,
                                           released_state, write_safetensors, write_sd)
 from tests.support.thin import SMALL
-from training.packed import load_packed
 
 SAMPLE = ROOT / "sample" / "co3d"
 MODEL = ("eft", "vldm", "vae")  # the parts of the model, each with a file of its own
@@ -145,7 +144,6 @@ def test_a_prior_is_trained_on_a_released_autoencoder(small, tmp_path, capsys, m
     assert same(blank, load(tmp_path / "again.pt", stage="vae"))
     one_line(capsys, distill.main, ["--weights", out, "--out", tmp_path / "x"], "only its autoencoder is trained")
 
-    monkeypatch.setattr(train, "load_packed", functools.partial(load_packed, workers=1))
     argv = ["prior", "--preset", "paper", "--vae", out, "--root", SAMPLE, "--frames", 3, "--max-views", 1, "--steps", 1,
             "--set", "batch=1", "noisings=2", "warmup=1", "--device", "cpu", "--out", tmp_path / "prior.pt"]
     train.main([str(x) for x in argv])

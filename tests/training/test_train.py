@@ -104,7 +104,6 @@ def cache(tmp_path_factory):
     """A cache of this module's own, whose packs serve every training."""
     with pytest.MonkeyPatch.context() as m:
         m.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        m.setattr(train, "load_packed", functools.partial(load_packed, workers=1))
         yield
 
 
