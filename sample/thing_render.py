@@ -116,7 +116,7 @@ class Thing:
 
 def render(thing: Thing, cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Linear color over black (V, 3, H, W), to `BRIGHTEST`, and coverage (V, 1, H, W), as `tracing.render` says."""
-    return tracing.render(thing, thing.shape.distance, partial(_shade, thing), cameras, height, width)
+    return tracing.render(thing, thing.shape.surface(), partial(_shade, thing), cameras, height, width)
 
 
 def _shade(thing: Thing, points: Tensor, directions: Tensor) -> Tensor:
@@ -156,10 +156,9 @@ def _shade_some(thing: Thing, points: Tensor, directions: Tensor) -> Tensor:
 
     # From each light: Lambert's law, and a lobe of GGX (Walter et al. 2007) around the mirrored ray.
     alpha = roughness ** 2
-    start = points + LIFT * normal
-    for light in thing.lights:
+    visible = _visible(thing.room, points + LIFT * normal, thing.lights)
+    for light, seen in zip(thing.lights, visible):
         toward = light[:3]
-        seen = _visible(thing.room, start, toward, light[6])
         arriving = light[3:6] * (seen * (normal @ toward).clamp_min(0))[:, None]
         half = F.normalize(toward - directions, dim=-1)
         spread = (half * normal).sum(-1, keepdim=True) ** 2 * (alpha ** 2 - 1) + 1
@@ -173,15 +172,18 @@ def _sky(thing: Thing, directions: Tensor) -> Tensor:
     return torch.lerp(thing.sky[0], thing.sky[1], (directions[:, 1:2] + 1) / 2)
 
 
-def _visible(room: Room, points: Tensor, toward: Tensor, hardness: Tensor) -> Tensor:
-    """How much of a light is to be seen from points (R, 3): (R,) in [0, 1].
+def _visible(room: Room, points: Tensor, lights: Tensor) -> Tensor:
+    """How much of each light (L, 7) is to be seen from points (R, 3): (L, R) in [0, 1].
 
     The way to it is as open as its narrowest place is wide, as seen from the point [Quilez, "soft shadows", 2010].
     """
-    seen = torch.ones_like(points[:, 0])
+    toward = lights[:, None, :3]
+    hardness = lights[:, 6:]
+    seen = torch.ones(len(lights), len(points), device=points.device)
     t = torch.full_like(seen, LIFT)
     for _ in range(SHADOW_STEPS):
-        free = room.distance(points + t[:, None] * toward)
+        way = points + t[..., None] * toward                             # (L, R, 3)
+        free = room.distance(way.flatten(0, 1)).view_as(t)
         seen = torch.minimum(seen, hardness * free / t)
         t = t + free.clamp(0.05, 0.5)
     return seen.clamp(0, 1)

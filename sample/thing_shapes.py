@@ -1,5 +1,7 @@
 """What a thing is: one to a dozen parts, melted together, perhaps with one cut out of them.
 
+On a GPU `tracing.cu` has the same distances for the march.
+
 One formula serves every part: an outline in the half plane (rho, y), turned about the y axis; rho is the length of
 (x, z / squash) in a p-norm, so that p = 2 makes fruit, vases, rods and rings, and a larger one rounds boxes and plates.
 The signed distance to an outline is looked up in a picture of it, made once per part.
@@ -18,11 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sample.tracing import CHUNK
+from sample.tracing import CHUNK, Surface
 
 ROWS, COLUMNS = 96, 64  # of the picture of an outline: y from -reach to reach, rho from 0 to its reach
 MARGIN = 1.15           # reach of the picture over that of the outline
 CELLS = 64              # a side of the grid of a `Room`
+SHARP = 1e-6            # own units: for a kernel, parts that do not melt together do so by this
 
 
 # ---------------------------------------------------------------------------------------------- one part
@@ -76,9 +79,9 @@ def _pictures(outlines: Tensor, reach: Tensor) -> Tensor:
 class Shape:
     """The parts as tensors, the solid ones first, and what ripples their surface."""
     solid: int         # S
-    boxes: list[int]   # numbers of the parts whose norm is not the common one
+    boxes: Tensor      # numbers of the parts whose norm is not the common one
     frames: Tensor     # (3, P, 4): (x, y, z, 1) -> axes of each part, z over squash, own units
-    power: Tensor      # (boxes, 1) p of their norms
+    power: Tensor      # (P, 1) p of the norms
     squash: Tensor     # (P, 1)
     reach: Tensor      # (P, 2) in rho and y, of the pictures
     pictures: Tensor   # (P, 1, ROWS, COLUMNS) signed distances to the outlines, own units
@@ -97,9 +100,10 @@ class Shape:
         # Into the half plane.
         x, y, z = self.local(points)
         rho = torch.hypot(x, z)
-        if self.boxes:
-            powers = x[self.boxes].abs() ** self.power + z[self.boxes].abs() ** self.power
-            rho[self.boxes] = powers ** (1 / self.power)
+        if len(self.boxes):
+            power = self.power[self.boxes]
+            powers = x[self.boxes].abs() ** power + z[self.boxes].abs() ** power
+            rho[self.boxes] = powers ** (1 / power)
 
         # There into the picture, which is as wide as high from -1 to 1.
         width, height = self.reach[..., None].unbind(1)
@@ -113,8 +117,7 @@ class Shape:
     def distance(self, points: Tensor) -> Tensor:
         """About the signed distance (R,) of points (R, 3), own units: the solid parts melted together, less the others.
         """
-        # The ripples make it up to so much steeper.
-        steep = 1 + self.ripple * self.waves[:3].norm(dim=0).mean()
+        steep = self._steepness()
         result = []
         for chunk in points.split(CHUNK[points.device.type]):
             every = self.distances(chunk)
@@ -128,6 +131,16 @@ class Shape:
                 value = value + torch.cos(chunk @ self.waves[:3] + self.waves[3]).mean(1).mul_(self.ripple)
             result.append(value / steep)
         return torch.cat(result)
+
+    def _steepness(self) -> Tensor:
+        """How much steeper the ripples make the distance, at most."""
+        return 1 + self.ripple * self.waves[:3].norm(dim=0).mean()
+
+    def surface(self) -> Surface:
+        """`distance` and its numbers for a kernel."""
+        tensors = [self.frames, self.power, self.squash, self.reach, self.pictures, self.waves, self._steepness()]
+        counts = [len(self.squash), self.solid, ROWS, COLUMNS, self.waves.shape[1]]
+        return Surface(self.distance, "march_thing", [*tensors, *counts, max(self.blend, SHARP), self.ripple])
 
     def room(self) -> Room:
         """The room around it."""
@@ -182,8 +195,8 @@ def assemble(solid: list[Part], cut: list[Part], blend: float, waves: np.ndarray
     for part in parts:
         frame = np.column_stack([part.axes, -part.axes @ part.center])
         frames.append(frame / np.array([[1], [1], [part.squash]]))
-    boxes = [i for i, part in enumerate(parts) if part.power != 2]
-    power = tensor([[parts[i].power] for i in boxes], device)
+    boxes = torch.tensor([i for i, part in enumerate(parts) if part.power != 2], dtype=torch.long, device=device)
+    power = tensor([[part.power] for part in parts], device)
     squash = tensor([[part.squash] for part in parts], device)
 
     # The corners of boxes are farthest from the axis; melting and ripples add some.

@@ -187,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
 
 def command(args: argparse.Namespace):
     """Make the things and write them."""
-    tree.command("thing", partial(draw, args.clean, args.device), args)
+    tree.command("thing", partial(draw, args.clean), args)
 
 
 def main(argv: list[str] | None = None):

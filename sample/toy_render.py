@@ -1,4 +1,5 @@
-"""Pictures of a toy: signed distances and shading, which `tracing.py` renders. Plain torch, on any device.
+"""Pictures of a toy: signed distances and shading, which `tracing.py` renders. Plain torch, on any device; the march
+on a GPU has the same distances in `tracing.cu`.
 
 Shading does not depend on the view, because the field does not, either.
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from cameras import Cameras
 from sample import tracing
 from sample.toy_shapes import SHAPES, Decal, Toy
-from sample.tracing import CHUNK
+from sample.tracing import CHUNK, Surface
 
 BLEND = 0.09       # toy units: how far body parts melt into each other
 AMBIENT = 0.66     # light from all around
@@ -64,6 +65,12 @@ def distance(toy: Toy, points: Tensor) -> Tensor:
     return torch.cat(result)
 
 
+def surface(toy: Toy) -> Surface:
+    """`distance` and its numbers for a kernel."""
+    numbers = [toy.frames, toy.box, toy.inverse_radii, len(toy.colors), toy.blended, BLEND]
+    return Surface(partial(distance, toy), "march_toy", numbers)
+
+
 def _homogeneous(points: Tensor) -> Tensor:
     """Points (R, 3) as (x, |x|, y, z, 1): (5, R)."""
     x, y, z = points.unbind(-1)
@@ -74,7 +81,7 @@ def _homogeneous(points: Tensor) -> Tensor:
 
 def render(toy: Toy, cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Color over black (V, 3, H, W) and coverage (V, 1, H, W), as `tracing.render` says."""
-    return tracing.render(toy, partial(distance, toy), partial(_shade, toy), cameras, height, width)
+    return tracing.render(toy, surface(toy), partial(_shade, toy), cameras, height, width)
 
 
 def _shade(toy: Toy, points: Tensor, directions: Tensor) -> Tensor:

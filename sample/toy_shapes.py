@@ -34,7 +34,7 @@ SOFT_EDGE = 0.05         # toy units: how wide an edge of paint is
 class Decal:
     """Paint: a flat shape projected along its own third axis onto some of the primitives."""
     shape: str       # a key of SHAPES
-    parts: list[int]  # the primitives that take the paint
+    parts: Tensor    # numbers of the primitives that take the paint
     frame: Tensor    # (3, 5): (x, |x|, y, z, 1) -> coordinates in which the shape has radius 1 and faces +z
     color: Tensor    # (3,) in [0, 1]
     edge: float      # width of the soft edge, in shape radii
@@ -213,13 +213,14 @@ class Figure:
         blended = sum(not row.hard for row in rows)
         colors = tensor(np.stack([row.color for row in rows]))
 
-        # Paint refers to its parts by number.
+        # Paint refers to its parts by number. All of it goes to the device at once: a GPU waits for every copy.
+        parts = [[number[part] for part in paint.parts] for paint in self.paints]
+        numbers = torch.tensor(sum(parts, []), dtype=torch.long, device=device).split([len(some) for some in parts])
+        paint_frames = tensor(np.reshape([paint.frame for paint in self.paints], (-1, 3, 5)))
+        paint_colors = tensor(np.reshape([paint.color for paint in self.paints], (-1, 3)))
         decals = []
-        for paint in self.paints:
-            parts = [number[part] for part in paint.parts]
-            frame = tensor(paint.frame)
-            color = tensor(paint.color)
-            decals.append(Decal(paint.shape, parts, frame, color, paint.edge, paint.through))
+        for paint, some, frame, color in zip(self.paints, numbers, paint_frames, paint_colors):
+            decals.append(Decal(paint.shape, some, frame, color, paint.edge, paint.through))
 
         # The place; the light turns with the toy.
         rotation = tensor(place.rotation)

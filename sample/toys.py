@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -132,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
 
 def command(args: argparse.Namespace):
     """Make the toys and write them."""
-    tree.command("toy", partial(draw, args.device), args)
+    tree.command("toy", draw, args)
 
 
 def main(argv: list[str] | None = None):

@@ -1,4 +1,4 @@
-"""Pictures of whatever has a signed distance and colors: sphere tracing, in plain torch, on any device.
+"""Pictures of whatever has a signed distance and colors: sphere tracing, in plain torch or, on a GPU, by kernels.
 
 Coarse rays come first, one per block of 8 x 8 rays (4 x 4 pixels): each marches until the cone around it may touch the
 body. Then the rays of those blocks start from there, 2 x 2 per pixel.
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cameras import Cameras
+from gpu import kernels
 
 SUPER = 2          # rays per pixel side
 BLOCK = 8          # rays per side of a coarse block
@@ -26,6 +29,9 @@ CHECK_EVERY = 4    # steps after which finished rays are dropped
 SURFACE = 0.003    # own units: a ray this near has arrived
 STRIDE = 0.004     # own units: step n is at least n strides, so that grazing rays get on
 REACH = 4.0        # CO3D units: no body is farther from the world's origin
+SOURCE = Path(__file__).with_name("tracing.cu")
+KERNELS = ("march_toy", "march_thing")
+THREADS = 128      # of a block of a kernel
 
 # Points at a time: a CPU wants all numbers of some points in its caches, a GPU wants to be full.
 CHUNK = {"cpu": 1 << 12, "cuda": 1 << 21}
@@ -98,21 +104,57 @@ def march(distance: Callable, rays: Rays, start: Tensor, far: Tensor, cone: floa
     return length, arrived
 
 
+class Surface(NamedTuple):
+    """Signed distances twice: as a function of points (R, 3), and as what a kernel of `tracing.cu` reads of a body."""
+    distance: Callable
+    kernel: str
+    numbers: list[Tensor | int | float]  # the kernel's first arguments
+
+
+def marcher(surface: Surface, device: torch.device) -> Callable:
+    """`march` of a surface on a device, without its first argument: by a kernel where there is one."""
+    compiled = _compile(device.index) if device.type == "cuda" else None
+    if compiled is None:
+        return partial(march, surface.distance)
+    return partial(march_by_kernel, compiled[KERNELS.index(surface.kernel)], surface.numbers)
+
+
+def march_by_kernel(kernel: Callable, numbers: list, rays: Rays, start: Tensor, far: Tensor, cone: float,
+                    steps: int) -> tuple[Tensor, Tensor]:
+    """As `march`, a thread per ray: 1 launch instead of 25 a step. `numbers` are those of a `Surface`."""
+    length = torch.empty_like(start)
+    arrived = torch.empty_like(start, dtype=torch.bool)
+    read = [kernels.readable(x) for x in (*rays, start, far)]
+    blocks = max(1, math.ceil(len(start) / THREADS))
+    with kernels.current_device(start.device):
+        kernel(grid=(blocks, 1, 1), block=(THREADS, 1, 1),
+               args=[*numbers, *read, length, arrived, len(start), cone, steps])
+    return length, arrived
+
+
+@cache
+def _compile(device: int) -> list[Callable] | None:
+    """KERNELS for a GPU; None where they cannot be had."""
+    options = [f"-DSURFACE={SURFACE}f", f"-DSTRIDE={STRIDE}f", f"-DCHECK_EVERY={CHECK_EVERY}"]
+    return kernels.compile_kernels(SOURCE, KERNELS, options, device)
+
+
 # ---------------------------------------------------------------------------------------------- pictures
 
 @torch.no_grad()
-def render(body: Body, distance: Callable, shade: Callable, cameras: Cameras, height: int,
+def render(body: Body, surface: Surface, shade: Callable, cameras: Cameras, height: int,
            width: int) -> tuple[Tensor, Tensor]:
     """One body from V cameras (isotropic NDC: half the shorter side is 1), `height` and `width` multiples of 4 pixels.
 
-    `distance` takes points (R, 3) to about their signed distance (R,), `shade` points on the surface and the unit
-    directions of the rays that came there, (R, 3) each, to colors (R, 3).
+    `shade` takes points on the surface and the unit directions of the rays that came there, (R, 3) each, to colors
+    (R, 3).
 
     Returns color over black (V, 3, H, W) and coverage (V, 1, H, W) in [0, 1], on the body's device.
     """
     # The cone of a coarse ray: half a block's diagonal at distance 1.
     cone = BLOCK / (min(height, width) * SUPER) * math.sqrt(2) / cameras.focal.min().item()
     cameras = cameras.to(body.offset.device)
+    march_to_surface = marcher(surface, body.offset.device)
 
     # Coarse: which blocks does the body touch, and how far away?
     rays = _rays(body, cameras, _grid(body, height, width, BLOCK))         # (N, 3)
@@ -120,7 +162,7 @@ def render(body: Body, distance: Callable, shade: Callable, cameras: Cameras, he
     depth = (rays.origins - origin).norm(dim=-1)
     near = depth - REACH / body.scale
     far = depth + REACH / body.scale
-    start, touched = march(distance, rays, near, far, cone, COARSE_STEPS)
+    start, touched = march_to_surface(rays, near, far, cone, COARSE_STEPS)
     blocks = touched.nonzero()[:, 0]
 
     # Fine: all rays of those blocks, from there on.
@@ -130,10 +172,11 @@ def render(body: Body, distance: Callable, shade: Callable, cameras: Cameras, he
     rays = Rays(origins, directions)
     start = start[blocks].repeat_interleave(BLOCK ** 2)
     far = far[blocks].repeat_interleave(BLOCK ** 2)
-    length, hit = march(distance, rays, start, far, 0.0, FINE_STEPS)
+    length, hit = march_to_surface(rays, start, far, 0.0, FINE_STEPS)
+    hit = hit.nonzero()[:, 0]
 
     # A ray that hits has a color and covers; one that misses is black and does not.
-    found = torch.zeros(len(hit), 4, device=hit.device)
+    found = torch.zeros(len(length), 4, device=hit.device)
     rays = rays.pick(hit)
     color = shade(rays.at(length[hit]), rays.directions)
     found[hit] = F.pad(color, (0, 1), value=1.0)
