@@ -49,7 +49,7 @@ def plain_toy(axes, center, radii, box, pair=False) -> Toy:
     return figure.finish(place, [], "cpu")
 
 
-def test_same_seed_same_bytes_whatever_the_number(tree, tmp_path, monkeypatch):
+def test_same_seed_same_bytes_whatever_the_number(tree, tmp_path, monkeypatch, forked):
     """Of toys, and of processes."""
     command = ["--seed", "4000", "--views", "3", "--device", "cpu"]
     for name, toys_a_process in (("fewer", 2), ("again", 1)):

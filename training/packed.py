@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ FORMAT = 1     # layout of a pack; another number renews it
 PHOTOGRAPHS = "photographs"  # what stands for the category of own ones
 PARTS = ("R", "T", "focal", "principal")  # of cameras
 TOLD = 3       # skipped frames that are told with their reasons
+SHARE = 8      # sequences, fewer of which are packed sooner than another process begins
 HELD_OUT = 8   # sequences that are never trained on, at most; and one of so many
 
 
@@ -72,9 +74,9 @@ def load_packed(roots: list[Path], categories: list[str], views: int, size: int,
     """At most `views` evenly spaced frames of each sequence of the categories in the folders `roots`, of the split for
     training where a folder has it, and of the own photographs in each of the folders `captures`.
 
-    What is not packed yet is packed by `workers` processes (None: one per core). Frames that cannot be read are
-    skipped, and sequences of which fewer than `least` remain; a line counts them. Raises `ValueError` where none is
-    left, `FileNotFoundError` for a category that no folder has.
+    What is not packed yet is packed by `workers` processes (None: as many as pay, one per core at most). Frames that
+    cannot be read are skipped, and sequences of which fewer than `least` remain; a line counts them. Raises
+    `ValueError` where none is left, `FileNotFoundError` for a category that no folder has.
     """
     jobs = []
     for folder in captures:
@@ -87,7 +89,8 @@ def load_packed(roots: list[Path], categories: list[str], views: int, size: int,
     # What is missing or older than its sources.
     packs = [_open(job) for job in jobs]
     missing = [i for i, pack in enumerate(packs) if pack is None]
-    made = map_processes(_pack, [jobs[i] for i in missing], workers or os.cpu_count() or 1)
+    workers = workers or min(os.cpu_count() or 1, math.ceil(len(missing) / SHARE))
+    made = map_processes(_pack, [jobs[i] for i in missing], workers)
     for i, _ in zip(missing, Progress(made, "packing sequences", total=len(missing)), strict=True):
         packs[i] = _open(jobs[i])
 

@@ -8,6 +8,7 @@ Twelve sequences, the sample's twice, so that one is held out.
 What the processes saw is written to FOLDER, for the tests. (A process that has used several threads cannot be forked,
 so the tests start this one.)
 """
+import functools
 import os
 import random
 import signal
@@ -17,11 +18,13 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 import presets
 import train
+from sparsefusion import SparseFusion
 from tests.support.small import TINY
-from training import fit
+from training import fit, packed
 
 SAMPLE = Path(__file__).resolve().parents[2] / "sample" / "co3d"
 
@@ -84,7 +87,7 @@ def watch(folder: Path) -> None:
 
 
 def ranks(folder: Path) -> None:
-    """Every part, 20 steps, in one process and in two; then one where a signal or death comes to one of two."""
+    """Every part, 8 steps, in one process and in two; then one where a signal or death comes to one of two."""
     parts = {"vae": [], "prior": ["--vae", folder / "vae.1.pt"], "perceptual": []}
     real_step = fit.Fit.step
     watch(folder)
@@ -96,7 +99,7 @@ def ranks(folder: Path) -> None:
             real_float, torch.Tensor.float = torch.Tensor.float, torch.Tensor.double
         for count in (1, 2):
             name = f"{part}.{count}"
-            argv = [part, "--out", folder / f"{name}.pt", "--set", "batch=4", "--steps", 20, *flags]
+            argv = [part, "--out", folder / f"{name}.pt", "--set", "batch=4", "--steps", 8, *flags]
             pids = together(folder, name, argv, 2) if count == 2 else [start(folder, name, argv)]
             print(name, [exit_code(pid) for pid in pids])
 
@@ -138,8 +141,14 @@ def kills(folder: Path, times: int, seed: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    torch.optim.Adam([torch.zeros(1)])  # loads a thousand modules more
     presets.MODELS["nano"] = TINY
+    train.load_packed = functools.partial(packed.load_packed, workers=1)  # others would have to import torch
+
+    # What each would load for itself: formats of pictures, and the modules that make tensors without numbers.
+    Image.init()
+    with torch.device("meta"):
+        SparseFusion(TINY)
+
     fit.LOGGED = 1  # a line whenever a training says how it goes
     what, folder, *numbers = sys.argv[1:]
     if what == "ranks":

@@ -79,6 +79,22 @@ def test_what_is_held_out_follows_from_names():
         assert not held_out(names[:more]) & ({name[1:] for name in names[:more - 1]} - held_out(names[:more - 1]))
 
 
+def test_few_sequences_are_packed_by_this_process(tree, monkeypatch):
+    """Another one takes seconds to begin."""
+    seen = []
+
+    def map_here(function, jobs, workers):
+        seen.append((len(jobs), workers))
+        return map(function, jobs)
+
+    monkeypatch.setattr(packed, "map_processes", map_here)
+    monkeypatch.setattr(packed.os, "cpu_count", lambda: 4)
+    for size, share in ((17, 9), (18, 8), (19, 1)):
+        monkeypatch.setattr(packed, "SHARE", share)
+        load_packed([tree], ["things"], 2, size)
+    assert seen == [(9, 1), (9, 2), (9, 4)]
+
+
 def test_few_sequences_hold_out_none(tree):
     data = load_packed([tree], ["things"], 5, 16, workers=1)
     few = packed.PackedScenes(data.pixels[:7], data.cameras[:7], data.counts[:7], data.sequences[:7], "",
