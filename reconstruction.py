@@ -47,6 +47,7 @@ OUTPUT_SETTINGS = ("config.mesh_resolution", "config.mesh_faces", "config.pictur
 PREVIEW = 96  # pixels a side
 COARSE = 48   # pixels a side of a first look at where the object is
 TURNTABLE_FILL = 0.9  # of the half side of a picture
+MOST_UNITS = 1e12     # of the numbers of a camera that is opened again
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # images (B, 3, S, S) twice, in [0, 1] -> (B,)
 
@@ -84,6 +85,9 @@ class Reconstruction(NamedTuple):
                 part.to(device).eval()
 
             # Where it is; a first look shows whether all of that fits together.
+            for name, x in [*state["frame"].items(), *state["cameras"].items()]:
+                if not (x.abs() < MOST_UNITS).all():
+                    raise ValueError(f"{name} of a camera is not a sane number")
             frame = Cameras(**state["frame"]).to(device)
             world = state["world"] and Similarity(**state["world"])
             unit = float(state["unit"])
