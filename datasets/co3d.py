@@ -164,7 +164,7 @@ class _Tree(Annotations):
             blamed = frame.mask
             return crop_and_resize(image, mask, camera, size)
         except ValueError as e:
-            raise ValueError(f"{blamed}: {e} (frame {frame.number} of {frame.sequence!r})") from None
+            raise ValueError(f"{blamed}: {e!s:.160} (frame {frame.number} of {frame.sequence!r})") from None
 
 
 def _parse_camera(viewpoint: dict, height: int, width: int) -> Cameras:

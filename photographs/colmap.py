@@ -79,7 +79,7 @@ def _parsed(file: Path, parse) -> list:
         try:
             found.append(parse(row))
         except ValueError as e:
-            raise ValueError(f"{where}: {e}") from None
+            raise ValueError(f"{where}: {e!s:.160}") from None
     return found
 
 
