@@ -52,6 +52,6 @@ finish vae $!
 finish toys2 $rest
 
 start prior "$python" train.py prior --root "$folder"/toys/{1,2} --vae "$folder/vae.pt" --out "$folder/$preset.pt" \
-    --steps "$(scaled 9000 2)" --set batch="$(scaled 16 2 16)"
+    --steps "$(scaled 14000 2)" --set batch="$(scaled 16 2 16)"
 finish prior $!
 echo "[$SECONDS s] $folder/$preset.pt"
