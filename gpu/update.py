@@ -78,8 +78,8 @@ class GraphedAdam(torch.optim.Adam):
         """Resume from what Adam remembered, maybe on another device. Graphs must be forgotten. See `check_moments`."""
         check_moments(self, state)
         unwrap(torch.optim.Adam.load_state_dict)(self, state)
-        for group, peak in zip(self.param_groups, self.peak_rates):
-            group["lr"] = self._rate(peak)
+        for group in self.param_groups:
+            group["lr"] = self._rate(group["lr"])
             group["capturable"] = self.device.type == "cuda"
 
 

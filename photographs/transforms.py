@@ -34,13 +34,13 @@ def read_split(file: Path) -> tuple[list[Frame], list[Frame] | None]:
         return frames, None
     names = {_plain(frame.name) for frame in frames}
     for name in sorted((train | test | val) - names):
-        raise ValueError(f"{file}: {name!r} is in train_, test_ or val_filenames, and the file_path of no frame")
+        raise ValueError(f"{file}: {name!r:.80} is in train_, test_ or val_filenames, and the file_path of no frame")
 
     # Without a list for one of both, it is what the others leave.
     targets = test or val or names - train
     inputs = train or names - test - val
     for name in sorted(inputs & targets):
-        raise ValueError(f"{file}: {name!r} is in train_filenames and in another list; no input can be a target")
+        raise ValueError(f"{file}: {name!r:.80} is in train_filenames and in another list; no input can be a target")
     return tuple([frame for frame in frames if _plain(frame.name) in names] for names in (inputs, targets))
 
 

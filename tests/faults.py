@@ -103,8 +103,8 @@ def content(file: Path):
         return [plain(json.loads(line)) for line in file.read_text().splitlines()]
     if file.suffix == ".json":
         return plain(json.loads(file.read_text()))
-    # A preview is added with every checkpoint, and a picture of how far a training is.
-    return None if file.name == "previews.png" else file.read_bytes()
+    # A preview is added with every checkpoint, and a picture of how far a training is; a page says how long it took.
+    return None if file.name in ("previews.png", "index.html") else file.read_bytes()
 
 
 def plain(data):
