@@ -86,7 +86,7 @@ class Reconstruction(NamedTuple):
 
             # Where it is; a first look shows whether all of that fits together.
             for name, x in [*state["frame"].items(), *state["cameras"].items()]:
-                if not (x.abs() < MOST_UNITS).all():
+                if not (x.abs() < MOST_UNITS).all() or name == "focal" and not (x > 0).all():
                     raise ValueError(f"{name} of a camera is not a sane number")
             frame = Cameras(**state["frame"]).to(device)
             world = state["world"] and Similarity(**state["world"])

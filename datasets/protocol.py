@@ -141,10 +141,11 @@ def _entry(row: dict, root: Path) -> CO3DSequence:
     """One row of a list. Raises `TypeError` or `ValueError` for anything that is none."""
     index = row["index"]
     frames = row["frames"]
-    if not (row["category"].isprintable() and row["sequence"].isprintable()):
+    names = (row["category"], row["sequence"])
+    if not all(name.isprintable() and len(name) <= files.LONGEST_PART for name in names):
         raise ValueError("category and sequence are names")
     if type(index) is not int or not 0 <= index < 2**31:
         raise ValueError("index is a place in a list")
     if not frames or not all(type(number) is int for number in frames):
         raise ValueError("a sequence has frames, which have numbers")
-    return CO3DSequence(root, row["category"], row["sequence"], index, tuple(frames))
+    return CO3DSequence(root, *names, index, tuple(frames))

@@ -176,6 +176,7 @@ def test_what_is_no_field_is_one_line(capture, tmp_path, capsys):
     wrong = [{name: x for name, x in state.items() if name != "cameras"}, state | {"field": other},
              state | {"settings": {}}, state | {"cameras": {name: [] for name in state["cameras"]}},
              state | {"cameras": state["cameras"] | {"T": state["cameras"]["T"] * math.inf}},
+             state | {"cameras": state["cameras"] | {"focal": state["cameras"]["focal"] * 0}},
              state | {"unit": "x"}, state | {"unit": 0}, state | {"world": [1]},
              state | {"world": state["world"] | {"scale": math.inf}}]
     for bad in wrong:

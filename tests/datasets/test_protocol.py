@@ -57,7 +57,8 @@ def test_lists_survive_a_file(tree, tmp_path):
     entries = protocol.paper_list(tree, "things")
     protocol.save_list(entries, tmp_path / "list.json")
     assert protocol.read_list(tmp_path / "list.json", tree) == entries
-    for content in ("{}", "[]", "[1]", "x", json.dumps([{"category": "things"}])):
+    long = json.dumps([entries[0].row() | {"category": "x" * 5000}])
+    for content in ("{}", "[]", "[1]", "x", json.dumps([{"category": "things"}]), long):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(ValueError, match="bad.json"):
             protocol.read_list(tmp_path / "bad.json", tree)
