@@ -116,10 +116,14 @@ def load(path: str | Path, mapped: bool) -> object:
         data = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
 
     # A few bytes can stand for any amount of memory, since a tensor may repeat its numbers. Nothing here is complex.
+    # (A container may hold others many times, or itself.)
     waiting = [("it", data)]
+    looked_into = set()
     for name, x in waiting:
         if isinstance(x, (dict, list, tuple)):
-            waiting += x.items() if isinstance(x, dict) else ((name, item) for item in x)
+            if id(x) not in looked_into:
+                looked_into.add(id(x))
+                waiting += x.items() if isinstance(x, dict) else ((name, item) for item in x)
         elif isinstance(x, Tensor) and x.is_complex():
             raise TypeError(f"{name!s:.80} is made of {x.dtype}")
         elif isinstance(x, Tensor) and x.layout is torch.strided and x.nbytes > x.untyped_storage().nbytes() + REPEATED:

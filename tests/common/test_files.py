@@ -163,6 +163,17 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path):
     assert not marker.exists()
 
 
+def test_containers_that_hold_themselves_end(tmp_path):
+    """And ones that hold one another 2^60 times in a few bytes."""
+    own = []
+    own.append(own)
+    doubled = [1]
+    for _ in range(60):
+        doubled = [doubled, doubled]
+    torch.save({"weights": {}, "own": own, "doubled": doubled}, tmp_path / "x")
+    assert files.read_tensors(tmp_path / "x")["weights"] == {}
+
+
 def test_the_missing_entry_is_named(tmp_path):
     files.save_tensors({"weights": {}}, tmp_path / "x")
     with pytest.raises(ValueError, match="'field'"):
