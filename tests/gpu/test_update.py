@@ -1,6 +1,7 @@
 """Updates: Adam by hand, rates, losses that break; on a GPU the CUDA graph of an update against the update itself."""
 import subprocess
 import sys
+import copy
 from collections import defaultdict
 from typing import NamedTuple
 
@@ -47,6 +48,18 @@ class Work:
 
     def distance(self, batch):
         return batch.factor * (self.a + 2 * self.b - batch.inner.target).square().sum()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_state_that_was_read_is_written_as_it_was(device):
+    """Its rates are those of its last step, too: where none is left, resuming changes no bit of a file."""
+    work, other = Work(device), Work(device)
+    work.adam.set_rates(0.5)
+    work.down(work.distance, batch(0, device))
+    state = copy.deepcopy(work.adam.state_dict())
+    other.adam.load_state_dict(copy.deepcopy(state))
+    for group, rate in zip(other.adam.state_dict()["param_groups"], (0.05, 0.005)):
+        assert float(group["lr"]) == pytest.approx(rate)
 
 
 @pytest.mark.parametrize("device", DEVICES)
