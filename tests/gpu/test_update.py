@@ -1,7 +1,7 @@
 """Updates: Adam by hand, rates, losses that break; on a GPU the CUDA graph of an update against the update itself."""
+import copy
 import subprocess
 import sys
-import copy
 from collections import defaultdict
 from typing import NamedTuple
 
