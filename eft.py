@@ -12,7 +12,8 @@ camera, so for a given depth range the result does not depend on the world's ori
 
 Our own `relative` form knows no units either, so that it may be asked about any scene. The sphere round the object is
 the unit sphere: points lie in it, depths count from where a ray is nearest to its center, and the moments of lines are
-about the center.
+about the center. Rays that miss the visual hull of the input masks see nothing, so nobody asks about them: of two
+views' half are left, of six a third.
 
 Differences from the released code (its `sparsefusion/eft.py`): the trunk ends after its third stage; the linear layer
 that opens a transformer is applied to each part of its input, before the parts are sampled, broadcast and added
@@ -40,6 +41,10 @@ from common.machine import map_threads
 from common.settings import check_numbers, check_ranges
 from gpu.layernorm import layer_norm
 
+MASK_THRESHOLD = 0.1  # above it a pixel of a mask may be object, as in carving
+FORGIVEN_VIEWS = 6    # one view of so many may be wrong about a point, as in carving
+HULL_STEPS = 64       # points of a ray at which the visual hull is looked for
+
 
 @dataclass(frozen=True)
 class EFTConfig:
@@ -55,7 +60,7 @@ class EFTConfig:
     depths: int = 20                               # points per ray [paper]
     harmonics: int = 6                             # frequencies 1, 2, ..., 2^5 of the harmonic embedding [paper]
     depth_margin: float = 5.0                      # rays run so far before and behind the mean camera distance
-    relative: bool = False                         # lengths in radii of the sphere round the object
+    relative: bool = False                         # lengths in radii of the sphere round the object, rays to its hull
 
     def __post_init__(self):
         check_numbers(self)
@@ -224,6 +229,16 @@ def resnet_stage(channels_in: int, channels: int, blocks: int, stride: int) -> n
 
 # ---------------------------------------------------------------------------------------------- rays and points
 
+class RayPoints(NamedTuple):
+    """Query rays, their points, and where these are in the input views, in the query camera's view frame."""
+    cameras: Cameras   # (*, V) of the inputs
+    rays_o: Tensor     # (*, R, 3)
+    rays_d: Tensor     # (*, R, 3)
+    depths: Tensor     # (*, 1 or R, D)
+    positions: Tensor  # (*, R, D, 3)
+    xy_views: Tensor   # (*, V, R, D, 2) NDC
+
+
 class Geometry(NamedTuple):
     """Query rays and their points, embedded, in the query camera's view frame."""
     query_rays: Tensor      # (*, R, n) lines of the query rays
@@ -263,6 +278,20 @@ def sample_maps(maps: Tensor, xy: Tensor) -> Tensor:
     grid = -xy.flatten(0, -4)  # NDC run left and up, columns and rows right and down
     samples = F.grid_sample(images, grid, padding_mode="border", align_corners=True)  # (* V, C, R, D)
     return samples.movedim(1, -1).unflatten(0, views).to(maps.dtype)
+
+
+def hull_maps(masks: Tensor, valid: Tensor) -> Tensor:
+    """Where images may show the object, at half their size: (*, V, 1, H/2, W/2) of 0 and 1.
+
+    masks, valid (*, V, 1, H, W): of the object, and 1 where an image shows anything. A mask that touches what its image
+    does not show may continue there.
+    """
+    leading = masks.shape[:-3]
+    masks = F.max_pool2d((masks.flatten(0, -4) > MASK_THRESHOLD).float(), 2)
+    unknown = F.max_pool2d((valid.flatten(0, -4) < 0.5).float(), 2)
+    touching = F.max_pool2d(masks, 3, stride=1, padding=1) * unknown
+    cut_off = touching.amax((-2, -1), keepdim=True)
+    return torch.maximum(masks, cut_off * unknown).unflatten(0, leading)
 
 
 # ---------------------------------------------------------------------------------------------- transformers
@@ -377,6 +406,25 @@ class EFT(nn.Module):
     def geometry(self, cameras: Cameras, query: Cameras, xy: Tensor, near: float | Tensor,
                  far: float | Tensor) -> Geometry:
         """Query rays, their points, and how the input views see them. Arguments as in `forward`."""
+        points = self.points(cameras, query, xy, near, far, self.config.depths)
+
+        # Lines from the input cameras' centers to the points.
+        centers = points.cameras.centers()[..., None, None, :]          # (*, V, 1, 1, 3)
+        directions = points.positions.unsqueeze(-4) - centers           # (*, V, R, D, 3)
+        reference_lines = plucker(centers, directions)                  # (*, V, R, D, 6)
+
+        # Embed the lines and the depths.
+        harmonics = self.config.harmonics
+        query_rays = harmonic(plucker(points.rays_o, points.rays_d), harmonics)
+        reference_rays = harmonic(reference_lines, harmonics)
+        embedded_depths = harmonic(points.depths.unsqueeze(-1), harmonics)
+        return Geometry(query_rays, reference_rays, embedded_depths, points.xy_views)
+
+    def points(self, cameras: Cameras, query: Cameras, xy: Tensor, near: float | Tensor, far: float | Tensor,
+               count: int) -> RayPoints:
+        """Query rays and so many points of each, equally spaced in depth, both ends included. Arguments as in
+        `forward`.
+        """
         # The world's axes become the query camera's, and so does its origin; in the relative form that is the object.
         leading = query.T.shape[:-1]
         relative = self.config.relative
@@ -395,24 +443,26 @@ class EFT(nn.Module):
             near = torch.as_tensor(near, dtype=xy.dtype, device=xy.device).expand(leading).unsqueeze(-1)
             far = torch.as_tensor(far, dtype=xy.dtype, device=xy.device).expand(leading).unsqueeze(-1)
 
-        # Cut every ray into points, equally spaced in depth, both ends included.
-        fractions = torch.linspace(0, 1, self.config.depths, device=xy.device)
-        depths = near.unsqueeze(-1) + (far - near).unsqueeze(-1) * fractions         # (*, 1 or R, D)
-        points = rays_o.unsqueeze(-2) + depths.unsqueeze(-1) * rays_d.unsqueeze(-2)  # (*, R, D, 3)
+        # Cut every ray into points and project them into every input view.
+        fractions = torch.linspace(0, 1, count, device=xy.device)
+        depths = near.unsqueeze(-1) + (far - near).unsqueeze(-1) * fractions            # (*, 1 or R, D)
+        positions = rays_o.unsqueeze(-2) + depths.unsqueeze(-1) * rays_d.unsqueeze(-2)  # (*, R, D, 3)
+        xy_views, _ = cameras.project(positions.flatten(-3, -2).unsqueeze(-3))          # (*, V, R D, 2)
+        xy_views = xy_views.unflatten(-2, positions.shape[-3:-1])
+        return RayPoints(cameras, rays_o, rays_d, depths, positions, xy_views)
 
-        # Project the points into every input view, and draw lines to them from its camera's center.
-        grid = points.shape[-3:-1]                            # (R, D)
-        points = points.flatten(-3, -2).unsqueeze(-3)         # (*, 1, R D, 3)
-        xy_views, _ = cameras.project(points)                 # (*, V, R D, 2)
-        centers = cameras.centers().unsqueeze(-2)             # (*, V, 1, 3)
-        reference_lines = plucker(centers, points - centers)  # (*, V, R D, 6)
+    @torch.no_grad()
+    def sees_hull(self, possible: Tensor, cameras: Cameras, query: Cameras, xy: Tensor, near: float | Tensor,
+                  far: float | Tensor) -> Tensor:
+        """Whether query rays pass through the visual hull of the input masks (Laurentini 1994): (*, R) boolean, wrong
+        only by saying yes about rays a pixel or two beside it.
 
-        # Embed the lines and the depths.
-        harmonics = self.config.harmonics
-        query_rays = harmonic(plucker(rays_o, rays_d), harmonics)
-        reference_rays = harmonic(reference_lines, harmonics).unflatten(-2, grid)
-        embedded_depths = harmonic(depths.unsqueeze(-1), harmonics)
-        return Geometry(query_rays, reference_rays, embedded_depths, xy_views.unflatten(-2, grid))
+        possible (*, V, 1, h, w) from `hull_maps`; the others as in `forward`.
+        """
+        points = self.points(cameras, query, xy, near, far, HULL_STEPS)
+        allowed = sample_maps(possible, points.xy_views) > 0                            # (*, V, R, HULL_STEPS, 1)
+        refusals = (~allowed).sum(-4).squeeze(-1)
+        return (refusals <= possible.shape[-4] // FORGIVEN_VIEWS).any(-1)
 
     def image(self, maps: Tensor, images: Tensor, cameras: Cameras, query: Cameras, size: int, near: float | Tensor,
               far: float | Tensor, chunk: int = 128, where: Tensor | None = None) -> Prediction:

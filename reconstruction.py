@@ -31,6 +31,7 @@ from common.processes import Interrupted, uninterruptible
 from common.progress import Progress
 from common.settings import differences
 from distillation import Distillation, DistillConfig, Prior
+from eft import hull_maps
 from export.mesh import Mesh, extract_mesh, largest_component
 from export.orbit import Orbit, orbit_around
 from export.pictures import Views, add_preview
@@ -263,8 +264,10 @@ def condition_prior(model: SparseFusion, turned: Scene, inputs: list[int], confi
     """The model, and what its EFT sees from every query viewpoint."""
     input_views = turned[inputs]
     viewpoints = query_viewpoints(turned.cameras, config, seed)
+    possible = hull_maps(input_views.masks, input_views.valid)
     condition = model.condition(config.exposed_alike(input_views), input_views.cameras, viewpoints, turned.cameras,
-                                dropout_seed=seed if config.eft_train_mode else None, title=title and f"{title}: EFT")
+                                possible, dropout_seed=seed if config.eft_train_mode else None,
+                                title=title and f"{title}: EFT")
     return Prior(model, viewpoints, condition, perceptual_loss or model.feature_distance)
 
 

@@ -24,7 +24,7 @@ import metrics
 import unet
 import vae
 import vldm
-from cameras import Cameras, depth_range, object_sphere
+from cameras import Cameras, depth_range, object_sphere, pixel_grid
 from common import files
 from common.machine import randn, stream_seed
 from common.progress import Progress
@@ -131,14 +131,16 @@ class SparseFusion(nn.Module):
 
     @torch.no_grad()
     def condition(self, images: Tensor, cameras: Cameras, queries: Cameras, all_cameras: Cameras,
-                  where: Tensor | None = None, dropout_seed: int | None = None, title: str | None = None) -> Condition:
+                  possible: Tensor | None = None, where: Tensor | None = None, dropout_seed: int | None = None,
+                  title: str | None = None) -> Condition:
         """Features and EFT images of Q query viewpoints.
 
         images (V, 3, S, S) in [0, 1] with black background, `cameras` (V,) theirs, `queries` (Q,). `all_cameras` (B,):
         those of the scene; they decide on its units. `where` (Q, s, s): the rays to evaluate, boolean; the others are
-        zero (default: all of s x s, s the preset's `map_size`). A `dropout_seed` turns dropout and batch statistics on;
-        a view's dropout follows from it, the view's position among the queries and the rays. `title` shows a progress
-        bar.
+        zero (default: of s x s, s the preset's `map_size`, all; in the relative form those that see the visual hull of
+        `possible`, which `eft.hull_maps` makes of the inputs' masks). A `dropout_seed` turns dropout and batch
+        statistics on; a view's dropout follows from it, the view's position among the queries and the rays. `title`
+        shows a progress bar.
         """
         # In the units that the weights know.
         origin, scale, *depth_range = self.eft_world(all_cameras)
@@ -148,6 +150,8 @@ class SparseFusion(nn.Module):
         # As many rays at once as suit the machine: several views, or a part of one. Dropout goes view by view, and so
         # do views of different rays.
         train_mode = dropout_seed is not None
+        if where is None and possible is not None and self.preset.eft.relative:
+            where = self._see_hull(possible, cameras, queries, depth_range)
         size = self.preset.map_size if where is None else where.shape[-1]
         rays = max(1, EFT_BYTES[images.device.type] // self.eft.ray_bytes(len(images)))
         together = 1 if train_mode or where is not None else max(1, rays // size**2)
@@ -171,6 +175,14 @@ class SparseFusion(nn.Module):
         features = torch.cat([view.features for view in views])
         colors = torch.cat([view.color for view in views])
         return Condition(features, colors)
+
+    def _see_hull(self, possible: Tensor, cameras: Cameras, queries: Cameras,
+                  depth_range: tuple[float, float]) -> Tensor:
+        """The rays of every query's map that see the visual hull of `possible` (V, 1, h, w): (Q, s, s) boolean."""
+        size = self.preset.map_size
+        xy = pixel_grid(size, size, full=self.preset.image_size, device=possible.device)
+        return torch.stack([self.eft.sees_hull(possible, cameras, query, xy, *depth_range).view(size, size)
+                            for query in queries])
 
     def _runs_in_half(self, images: Tensor, cameras: Cameras, query: Cameras, depth_range: tuple[float, float]) -> bool:
         """On a GPU: whether the EFT says the same in half precision and in float32 of 256 rays of a query view (1,).

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import math
 import shlex
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -34,8 +35,10 @@ from common.machine import stream_seed
 from common.processes import is_first
 from common.settings import check_ranges
 from distillation import pseudo_huber
+from eft import hull_maps
 from evaluation.attributes import AttributeNet
 from export.pictures import LABELS, sheet
+from gpu.graphs import map_tensors
 from presets import MODELS, PRESETS
 from sparsefusion import Preset, SparseFusion
 from training import ranks
@@ -45,9 +48,12 @@ from training.ranks import Draws
 from vae import VAE
 from vldm import latent_mask
 
+LEVELS = torch.tensor([255, 255, 255, 255, 1])[:, None, None]  # of 1 in packed colors, masks and valid regions
 MOST_PARAMETERS = 2**31  # of a model; the paper's has 492 million
 NEXT = {"vae": "train.py prior --out prior.pt --vae", "prior": "distill.py --weights",
         "perceptual": "evaluate.py --feature-net"}  # commands that use the weights
+RAY_SAMPLES = 32  # query views from which the number of rays is estimated, and what it is a multiple of
+RAY_STEP = 32
 PICTURED = 4  # sequences in a picture of how far a training is, and views of each, at most
 
 
@@ -80,24 +86,23 @@ def draw_images(data: PackedScenes, draws: Draws) -> tuple[Tensor, Tensor]:
 
 
 def pictured(data: PackedScenes, device: str) -> tuple[str, list[tuple[Tensor, Cameras]]]:
-    """Some evenly spaced pictures (V, 3, S, S) in [0, 1] and cameras (V,) of each of the first held-out sequences, or
-    of trained ones where none is held out; and what to call them.
+    """Some evenly spaced pictures (V, 5, S, S) with masks and valid regions and cameras (V,) of each of the first
+    held-out sequences, or of trained ones where none is held out; and what to call them.
     """
     shown = data.held_out() or data
     scenes = []
     for n in shown.drawn[:PICTURED].tolist():
         frames = evenly_spaced(len(data.pixels[n]), PICTURED)
-        images = data.pixels[n][frames, :3] / 255
-        scenes.append((images.to(device), data.cameras[n][frames].to(device)))
+        pixels = data.pixels[n][frames] / LEVELS
+        scenes.append((pixels.to(device), data.cameras[n][frames].to(device)))
     return "trained on" if shown is data else "held out", scenes
 
 
 class Views(NamedTuple):
     """From each of b sequences a query view and V input views."""
-    target: Tensor    # (b, 3, S, S) the query's picture in [0, 1]
-    valid: Tensor     # (b, 1, S, S) where it shows anything
+    target: Tensor    # (b, 5, S, S) the query's colors, mask, and where it shows anything
     query: Cameras    # (b,)
-    images: Tensor    # (b, V, 3, S, S) the inputs
+    images: Tensor    # (b, V, 5, S, S) the inputs'
     cameras: Cameras  # (b, V)
     scene: Tensor     # (b,) indices of the sequences
 
@@ -123,17 +128,17 @@ def draw_views(data: PackedScenes, draws: Draws, views: tuple[int, int]) -> View
     pixels = torch.stack([data.pixels[n][frames] for n, frames in chosen])
     cameras = Cameras.stack([data.cameras[n][frames] for n, frames in chosen])
 
-    images = pixels[:, :, :3].float() / 255
-    return Views(images[:, 0], pixels[:, 0, 4:].float(), cameras[:, 0], images[:, 1:], cameras[:, 1:], scene)
+    pixels = pixels / LEVELS
+    return Views(pixels[:, 0], cameras[:, 0], pixels[:, 1:], cameras[:, 1:], scene)
 
 
 def colors_at(images: Tensor, xy: Tensor, aligned: bool = False) -> Tensor:
-    """Bilinear samples of images (B, C, S, S) at NDC positions xy (R, 2): (B, R, C).
+    """Bilinear samples of images (B, C, S, S) at NDC positions xy (R, 2) or (B, R, 2): (B, R, C).
 
     NDC 1 - 1/S is the center of the outermost pixel. `aligned` puts that center at NDC 1 instead, half a pixel off at
     the border [released: common_utils.py:220-224].
     """
-    grid = -xy.expand(len(images), 1, -1, 2)
+    grid = -xy.expand(len(images), *xy.shape[-2:]).unsqueeze(1)
     samples = F.grid_sample(images, grid, align_corners=aligned, padding_mode="zeros")
     return samples.squeeze(2).transpose(1, 2)
 
@@ -205,7 +210,8 @@ class VAETraining:
 
         rows = []
         label, scenes = pictured(self.data, self.device)
-        for images, _ in scenes:
+        for pixels, _ in scenes:
+            images = pixels[:, :3]
             again = model.vae.decode(model.vae.encode(images))
             rows.append([tile for pair in zip(images, again) for tile in zip((label, "reconstruction"), pair)])
         return sheet(rows)
@@ -218,6 +224,7 @@ class PriorBatch(NamedTuple):
     views: Views
     near: Tensor    # (b,) the depth range of each sequence
     far: Tensor     # (b,)
+    order: Tensor   # (b, s * s) random numbers in [0, 1], by which rays of the query views are chosen
     times: Tensor   # (b, n) of the noisings, in [0, 1]
     keep: Tensor    # (b, n) 1, or 0 where the UNet does without features
     noise: Tensor   # (b, n, channels, h, h) standard normal
@@ -232,30 +239,51 @@ class PriorLosses(nn.Module):
         self.encode = model.vae.encode  # frozen, so no part of this module
         self.eft = model.eft
         self.vldm = model.vldm
+        self.rays = {}  # number of input views -> how many rays of a query view the EFT is asked about (default: all)
 
     def forward(self, batch: PriorBatch) -> Losses:
         """Two scalars, means over the sequences."""
-        # The EFT looks at the inputs along the rays of the query view.
+        # The EFT looks at the inputs along rays of the query view.
         views = batch.views
+        images = views.images[:, :, :3]
+        index, xy, sees = self.choose_rays(batch)
+        seen = self.eft(self.eft.encode(images), images, views.cameras, views.query, xy, batch.near, batch.far)
+        truth = colors_at(views.target, xy)
+        color = (pseudo_huber(seen.color.float() - truth[..., :3]) * (truth[..., 4:] > 0.5)).mean()
+
+        # Its features are a map, empty at all other rays.
         side = self.preset.map_size
-        xy = pixel_grid(side, side, full=self.preset.image_size, device=views.target.device)
-        maps = self.eft.encode(views.images)
-        seen = self.eft(maps, views.images, views.cameras, views.query, xy, batch.near, batch.far)
-        error = pseudo_huber(seen.color.float() - colors_at(views.target, xy))
-        color = (error * (colors_at(views.valid, xy) > 0.5)).mean()
+        features = seen.features * sees[..., None]
+        features = torch.zeros_like(features[:, :1]).expand(-1, side**2, -1).scatter(
+            1, index[..., None].expand_as(features), features)
 
         # The clean latent of the query view, once for each of its noisings.
         n = batch.times.shape[1]
         with torch.no_grad(), torch.autocast(views.target.device.type, enabled=False):
-            latent = self.encode(views.target).float()
+            latent = self.encode(views.target[:, :3]).float()
         x0 = latent.repeat_interleave(n, 0)
-        mask = latent_mask(views.valid, self.preset.latent_size).repeat_interleave(n, 0)
+        mask = latent_mask(views.target[:, 4:], self.preset.latent_size).repeat_interleave(n, 0)
 
         # Now and then the features are dropped, so that the UNet learns the unconditional distribution as well.
-        features = seen.features.transpose(1, 2).unflatten(-1, (side, side)).repeat_interleave(n, 0)
+        features = features.transpose(1, 2).unflatten(-1, (side, side)).repeat_interleave(n, 0)
         features = features * batch.keep.reshape(-1, 1, 1, 1)
         diffusion = self.vldm.loss(x0, features, batch.times.flatten(), batch.noise.flatten(0, 1), mask)
         return {"diffusion": diffusion, "color": color}
+
+    def choose_rays(self, batch: PriorBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """The same number of rays R of every query view, in the relative form first those that see the visual hull:
+        their places in the map (b, R), their NDC (b, R, 2), and whether they see it (b, R).
+        """
+        views = batch.views
+        side = self.preset.map_size
+        grid = pixel_grid(side, side, full=self.preset.image_size, device=batch.order.device)
+        sees = torch.ones_like(batch.order)
+        if self.preset.eft.relative:
+            possible = hull_maps(views.images[:, :, 3:4], views.images[:, :, 4:])
+            sees = self.eft.sees_hull(possible, views.cameras, views.query, grid, batch.near, batch.far).float()
+        count = self.rays.get(views.images.shape[1], side**2)
+        index = (sees + batch.order).topk(count).indices
+        return index, grid[index], sees.gather(1, index)
 
 
 class PriorTraining:
@@ -278,9 +306,19 @@ class PriorTraining:
         self.origin = torch.stack(origins).float()
         self.scale, self.near, self.far = torch.tensor(units)
 
-    def batch(self, draws: Draws) -> PriorBatch:
-        """The batch of a step."""
-        views = draw_views(self.data, draws, (self.config.min_views, self.config.max_views))
+        # The rays that see the visual hull are a part of all; all but a few views have no more than that.
+        most = min(config.max_views, int(data.counts.max()) - 1)
+        for inputs in range(config.min_views, most + 1) if config.model.eft.relative else ():
+            draws = Draws(0, f"rays {inputs}", RAY_SAMPLES, range(RAY_SAMPLES))
+            batch = map_tensors(lambda x: x.to(device), self.batch(draws, (inputs, inputs)))
+            _, _, sees = self.module.choose_rays(batch)
+            count = float(sees.sum(1).quantile(0.98))
+            self.module.rays[inputs] = min(RAY_STEP * math.ceil(count / RAY_STEP + 1e-9), config.model.map_size**2)
+
+    def batch(self, draws: Draws, number: tuple[int, int] | None = None) -> PriorBatch:
+        """The batch of a step, with so many input views, from the fewest to the most (default: the configuration's)."""
+        number = number or (self.config.min_views, self.config.max_views)
+        views = draw_views(self.data, draws, number)
         scale = self.scale[views.scene]
         origin = self.origin[views.scene]
         query = views.query.about(origin).scaled(scale[:, None])
@@ -297,7 +335,8 @@ class PriorTraining:
 
         model = self.config.model
         noise = draws.randn(n, model.vae.channels, model.latent_size, model.latent_size)
-        return PriorBatch(views, self.near[views.scene], self.far[views.scene], times, keep, noise)
+        order = draws.rand(model.map_size**2)
+        return PriorBatch(views, self.near[views.scene], self.far[views.scene], order, times, keep, noise)
 
     def finish(self, average: dict[str, Tensor], out: Path, trained_on: list[dict]) -> Image.Image:
         """Write a weights file: the averaged EFT and UNet, and the autoencoder as it was. Returns a query view of each
@@ -312,9 +351,11 @@ class PriorTraining:
         rows = []
         features = []
         label, scenes = pictured(self.data, self.device)
-        for images, cameras in scenes:
+        for pixels, cameras in scenes:
+            images = pixels[:, :3]
             inputs = [0, *range(2, len(images))]
-            seen = result.condition(images[inputs], cameras[inputs], cameras[[1]], cameras)
+            possible = hull_maps(pixels[inputs, 3:4], pixels[inputs, 4:])
+            seen = result.condition(images[inputs], cameras[inputs], cameras[[1]], cameras, possible)
             features.append(seen.features)
             color = F.interpolate(seen.images, images.shape[-2:])[0]
             rows.append([(label, images[1]), (LABELS["eft"], color), *(("input", x) for x in images[inputs])])

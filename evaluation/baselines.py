@@ -16,6 +16,7 @@ from cameras import Cameras, Scene, pixel_grid
 from common.machine import stream_seed
 from common.progress import Progress
 from distillation import DistillConfig
+from eft import hull_maps
 from export.pictures import Views
 from sparsefusion import Condition, SparseFusion
 
@@ -84,5 +85,6 @@ def _condition(scene: Scene, inputs: list[int], cameras: Cameras, model: SparseF
                seed: int, where: Tensor | None = None, title: str | None = None) -> Condition:
     """What the EFT says about the views of cameras (T,)."""
     input_views = scene[inputs]
-    return model.condition(config.exposed_alike(input_views), input_views.cameras, cameras, scene.cameras, where,
-                           seed if config.eft_train_mode else None, title)
+    possible = hull_maps(input_views.masks, input_views.valid)
+    return model.condition(config.exposed_alike(input_views), input_views.cameras, cameras, scene.cameras, possible,
+                           where, seed if config.eft_train_mode else None, title)

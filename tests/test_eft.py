@@ -9,8 +9,8 @@ from torch.nn import functional as F
 import presets
 from cameras import Cameras, pixel_grid
 from checkpoints.released import PARTS
-from eft import EFT, EFTConfig, EncoderLayer, SplitLinear, harmonic, sample_maps
-from tests.support import parity
+from eft import EFT, EFTConfig, EncoderLayer, SplitLinear, harmonic, hull_maps, sample_maps
+from tests.support import parity, small
 
 TINY = dataclasses.replace(presets.NANO.eft, stem=8, stages=(8, 12, 16), blocks=1, width=32, layers=1,
                            feedforward=32, depths=8, harmonics=4)
@@ -287,6 +287,51 @@ def test_points_of_the_relative_form_lie_in_the_unit_sphere():
         end, _ = cameras[1:].project(middle + sign * half[:, None] * rays_d)
         parity.assert_close(geometry.xy_views[:, :, n], end, atol=1e-4)
         parity.assert_close(geometry.depths[:, n, -1], sign * half, atol=1e-4)
+
+
+def ball_rays(query, side=32):
+    """How near to the origin the rays of a camera pass, (side * side,)."""
+    rays_o, rays_d = query.rays(pixel_grid(side, side))
+    rays_d = F.normalize(rays_d, dim=-1)
+    return (rays_o - (rays_o * rays_d).sum(-1, keepdim=True) * rays_d).norm(dim=-1)
+
+
+@pytest.mark.parametrize("views, most", [(24, 0.96), (4, 1.1)])
+def test_rays_that_see_the_hull(views, most):
+    """Of masks of a ball of radius .8: all that hit the ball, none that pass it by far. Four cones hold more."""
+    scene, query = small.ball(views, 64), small.ring(24, height=2.5)[3]
+    model = EFT(dataclasses.replace(TINY, relative=True))
+    possible, grid = hull_maps(scene.masks, scene.valid), pixel_grid(32, 32)
+    sees, passes = model.sees_hull(possible, scene.cameras, query, grid, -1.0, 1.0), ball_rays(query)
+    assert sees[passes < 0.8].all() and not sees[passes > most].any()
+    assert 150 < (passes < 0.8).sum() < sees.sum() < 700
+
+    # A batch of queries is each of them.
+    two = model.sees_hull(possible.expand(2, -1, -1, -1, -1), Cameras.stack([scene.cameras] * 2),
+                          Cameras.stack([query, scene.cameras[0]]), grid, -1.0, 1.0)
+    assert torch.equal(two[0], sees) and not torch.equal(two[1], sees)
+
+
+@pytest.mark.parametrize("views, forgiven", [(5, False), (6, True)])
+def test_one_mask_of_six_may_be_wrong(views, forgiven):
+    scene = small.ball(views, 64)
+    scene.masks[1] = 0
+    model = EFT(dataclasses.replace(TINY, relative=True))
+    sees = model.sees_hull(hull_maps(scene.masks, scene.valid), scene.cameras, small.ring(24)[3], pixel_grid(32, 32),
+                           -1.0, 1.0)
+    assert bool(sees.any()) == bool(sees[ball_rays(small.ring(24)[3]) < 0.8].all()) == forgiven
+
+
+@pytest.mark.parametrize("shown, cut_off", [(1.0, False), (0.45, True)])
+def test_an_object_may_continue_where_an_image_shows_nothing(shown, cut_off):
+    """If its mask ends there, and only then."""
+    scene = small.ball(2, 64)
+    scene.valid[..., round(64 * shown):] = 0
+    scene.masks.mul_(scene.valid)
+    possible = hull_maps(scene.masks, scene.valid)
+    assert possible.shape == (2, 1, 32, 32) and (possible * 2).unique().tolist() == [0, 2]
+    assert bool(possible[..., 30:].all()) == cut_off and not possible[..., :4].any()
+    assert (possible >= F.max_pool2d(scene.masks, 2)).all()
 
 
 # --- training and precision ---

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import presets
 import sparsefusion
@@ -14,6 +15,7 @@ from cameras import Similarity, depth_range
 from checkpoints import convert
 from common import files
 from datasets.co3d import load_sequence
+from eft import hull_maps
 from tests.support import parity
 from tests.support.helpers import Evil, one_line, same
 from tests.support.small import RELATIVE, SHORT, TINY, ball, tiny_model
@@ -288,11 +290,28 @@ def test_some_rays_of_every_viewpoint():
     """They get what they would get among all; the others get zeros."""
     model, given, queries, views = shaky_model()
     where = torch.rand(2, 11, 11, generator=torch.Generator().manual_seed(1)) < 0.4
-    whole = model.condition(*given, queries, views, torch.ones_like(where))
-    some = model.condition(*given, queries, views, where)
+    whole = model.condition(*given, queries, views, where=torch.ones_like(where))
+    some = model.condition(*given, queries, views, where=where)
     for part, all_of_it in zip(some, whole):
         parity.assert_close(part, all_of_it * where[:, None], atol=1e-5)
         assert part.movedim(1, -1)[~where].eq(0).all() and part.movedim(1, -1)[where].abs().sum(-1).gt(0).all()
+
+
+def test_rays_of_the_relative_form_that_miss_the_hull():
+    """Its features and colors there are zero; of the other rays they are what they are without masks."""
+    scene = ball(8, 32)
+    model, inputs, queries = tiny_model(preset=RELATIVE), [0, 2], scene.cameras[[1, 5]]
+    given = scene.images[inputs], scene.cameras[inputs], queries, scene.cameras
+    whole, some = model.condition(*given), model.condition(*given, hull_maps(scene.masks[inputs], scene.valid[inputs]))
+    sees = some.features.abs().sum(1, keepdim=True) > 0
+    assert 10 < sees.sum() < 100 and sees[F.max_pool2d(scene.masks[[1, 5]], 4) > 0.9].all()
+    for part, all_of_it in zip(some, whole):
+        parity.assert_close(part, all_of_it * sees, atol=1e-5)
+
+    # The released form asks about all rays.
+    model = tiny_model()
+    masked = model.condition(*given, hull_maps(scene.masks[inputs], scene.valid[inputs]))
+    assert torch.equal(masked.features, model.condition(*given).features)
 
 
 def test_feature_distance():

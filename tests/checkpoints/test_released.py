@@ -544,7 +544,7 @@ def test_full_size():
     images, (near, far), query = f["in_images"][views], f["mid_depth_range"], [int(f["in_query"])]
     size = f["out_set1_rgb"].shape[1]
     parity.assert_close(torch.tensor(model.eft_world(cameras)[1:]), torch.tensor([1.0, near, far]), rtol=1e-6)
-    condition = model.condition(images, cameras[views], cameras[query], cameras, torch.ones(1, size, size) > 0)
+    condition = model.condition(images, cameras[views], cameras[query], cameras, where=torch.ones(1, size, size) > 0)
     parity.assert_close(condition.images[0].permute(1, 2, 0)[None], f["out_set1_rgb"], std=1e-4)
 
     # The UNet at three times, without conditioning, guided.

@@ -18,6 +18,7 @@ import presets
 import sparsefusion
 import train
 import vldm
+from cameras import pixel_grid
 from checkpoints import convert
 from common import files
 from datasets import co3d
@@ -207,6 +208,7 @@ def test_a_state_without_a_part(whole, training, tmp_path, capsys):
 def test_an_eft_without_units_is_trained_and_used(training, monkeypatch):
     """The same sequences in another unit give the same losses."""
     monkeypatch.setitem(presets.MODELS, "small", RELATIVE)
+    monkeypatch.setattr(train, "RAY_STEP", 4)
     vae = training("vae", "vae.pt", "--preset", "small")
     model = load(training("prior", "prior.pt", "--vae", vae))
     assert model.preset.eft.relative and model.preset.vae.channels == 8
@@ -221,6 +223,16 @@ def test_an_eft_without_units_is_trained_and_used(training, monkeypatch):
     before = work.module(batch)
     _, scaled = losses(replace(data, cameras=[cameras.scaled(7.0) for cameras in data.cameras]))
     parity.assert_close(torch.stack(list(work.module(scaled).values())), torch.stack(list(before.values())), rtol=1e-4)
+
+    # Rays that miss the visual hull need not be asked about.
+    rays = work.module.rays
+    assert set(rays) == {1, 2, 3, 4} and rays[1] >= rays[2] >= rays[4] and rays[4] % 4 == 0 and rays[2] < 64
+    index, xy, sees = work.module.choose_rays(batch)
+    assert sees.sum() > 20 and (sees.diff() <= 0).all() and torch.equal(xy, pixel_grid(8, 8, 32)[index])
+    work.module.rays = {}
+    whole = work.module(batch)
+    parity.assert_close(before["diffusion"], whole["diffusion"], rtol=1e-5)
+    assert before["color"] > whole["color"]
 
     scene = co3d.load_sequence(SAMPLE, "toys", "toy_1000_00000", 32)
     result = reconstruct(scene, [0, 3], model.eval().requires_grad_(False), SHORT)
