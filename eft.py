@@ -12,8 +12,7 @@ camera, so for a given depth range the result does not depend on the world's ori
 
 Our own `relative` form knows no units either, so that it may be asked about any scene. The sphere round the object is
 the unit sphere: points lie in it, depths count from where a ray is nearest to its center, and the moments of lines are
-about the center. Rays that miss the visual hull of the input masks see nothing, so nobody asks about them: of two
-views' half are left, of six a third.
+about the center. Points lie in the visual hull of the input masks, too; of rays that miss it nobody asks.
 
 Differences from the released code (its `sparsefusion/eft.py`): the trunk ends after its third stage; the linear layer
 that opens a transformer is applied to each part of its input, before the parts are sampled, broadcast and added
@@ -43,7 +42,7 @@ from gpu.layernorm import layer_norm
 
 MASK_THRESHOLD = 0.1  # above it a pixel of a mask may be object, as in carving
 FORGIVEN_VIEWS = 6    # one view of so many may be wrong about a point, as in carving
-HULL_STEPS = 64       # points of a ray at which the visual hull is looked for
+HULL_STEPS = 64       # points of a ray at which its way through the visual hull is looked for
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class EFTConfig:
     depths: int = 20                               # points per ray [paper]
     harmonics: int = 6                             # frequencies 1, 2, ..., 2^5 of the harmonic embedding [paper]
     depth_margin: float = 5.0                      # rays run so far before and behind the mean camera distance
-    relative: bool = False                         # lengths in radii of the sphere round the object, rays to its hull
+    relative: bool = False                         # lengths in radii of the sphere round the object, points in its hull
 
     def __post_init__(self):
         check_numbers(self)
@@ -229,16 +228,6 @@ def resnet_stage(channels_in: int, channels: int, blocks: int, stride: int) -> n
 
 # ---------------------------------------------------------------------------------------------- rays and points
 
-class RayPoints(NamedTuple):
-    """Query rays, their points, and where these are in the input views, in the query camera's view frame."""
-    cameras: Cameras   # (*, V) of the inputs
-    rays_o: Tensor     # (*, R, 3)
-    rays_d: Tensor     # (*, R, 3)
-    depths: Tensor     # (*, 1 or R, D)
-    positions: Tensor  # (*, R, D, 3)
-    xy_views: Tensor   # (*, V, R, D, 2) NDC
-
-
 class Geometry(NamedTuple):
     """Query rays and their points, embedded, in the query camera's view frame."""
     query_rays: Tensor      # (*, R, n) lines of the query rays
@@ -373,7 +362,7 @@ class EFT(nn.Module):
 
         maps (*, V, N, h, w) from `encode`, images (*, V, 3, H, W) in [0, 1]; `cameras` (*, V) of the inputs and `query`
         (*) in the world; xy (R, 2) or (*, R, 2): NDC of the rays in the query view; near, far: depth range, CO3D units,
-        numbers or (*,); in the relative form the world's unit sphere decides instead, which is round the object.
+        numbers, (*,) or (*, R); in the relative form, whose unit sphere is round the object, of `see_hull` or -1 to 1.
         """
         with torch.autocast(xy.device.type, enabled=False):  # positions and angles need float32
             geometry = self.geometry(cameras, query, xy, near, far)
@@ -406,63 +395,81 @@ class EFT(nn.Module):
     def geometry(self, cameras: Cameras, query: Cameras, xy: Tensor, near: float | Tensor,
                  far: float | Tensor) -> Geometry:
         """Query rays, their points, and how the input views see them. Arguments as in `forward`."""
-        points = self.points(cameras, query, xy, near, far, self.config.depths)
+        cameras, rays_o, rays_d = self.rays(cameras, query, xy)
+        near, far = self.interval(rays_o, near, far)
 
-        # Lines from the input cameras' centers to the points.
-        centers = points.cameras.centers()[..., None, None, :]          # (*, V, 1, 1, 3)
-        directions = points.positions.unsqueeze(-4) - centers           # (*, V, R, D, 3)
-        reference_lines = plucker(centers, directions)                  # (*, V, R, D, 6)
+        # Cut every ray into points, equally spaced in depth, both ends included.
+        fractions = torch.linspace(0, 1, self.config.depths, device=xy.device)
+        depths = near.unsqueeze(-1) + (far - near).unsqueeze(-1) * fractions         # (*, 1 or R, D)
+        points = rays_o.unsqueeze(-2) + depths.unsqueeze(-1) * rays_d.unsqueeze(-2)  # (*, R, D, 3)
+
+        # Project the points into every input view, and draw lines to them from its camera's center.
+        grid = points.shape[-3:-1]                            # (R, D)
+        points = points.flatten(-3, -2).unsqueeze(-3)         # (*, 1, R D, 3)
+        xy_views, _ = cameras.project(points)                 # (*, V, R D, 2)
+        centers = cameras.centers().unsqueeze(-2)             # (*, V, 1, 3)
+        reference_lines = plucker(centers, points - centers)  # (*, V, R D, 6)
 
         # Embed the lines and the depths.
         harmonics = self.config.harmonics
-        query_rays = harmonic(plucker(points.rays_o, points.rays_d), harmonics)
-        reference_rays = harmonic(reference_lines, harmonics)
-        embedded_depths = harmonic(points.depths.unsqueeze(-1), harmonics)
-        return Geometry(query_rays, reference_rays, embedded_depths, points.xy_views)
+        query_rays = harmonic(plucker(rays_o, rays_d), harmonics)
+        reference_rays = harmonic(reference_lines, harmonics).unflatten(-2, grid)
+        embedded_depths = harmonic(depths.unsqueeze(-1), harmonics)
+        return Geometry(query_rays, reference_rays, embedded_depths, xy_views.unflatten(-2, grid))
 
-    def points(self, cameras: Cameras, query: Cameras, xy: Tensor, near: float | Tensor, far: float | Tensor,
-               count: int) -> RayPoints:
-        """Query rays and so many points of each, equally spaced in depth, both ends included. Arguments as in
-        `forward`.
+    def rays(self, cameras: Cameras, query: Cameras, xy: Tensor) -> tuple[Cameras, Tensor, Tensor]:
+        """In the query camera's view frame the input cameras (*, V) and the origins and directions of the query rays,
+        (*, R, 3) each. Arguments as in `forward`.
         """
         # The world's axes become the query camera's, and so does its origin; in the relative form that is the object.
         leading = query.T.shape[:-1]
         relative = self.config.relative
         cameras = relative_to(cameras, query.unsqueeze(len(leading)), not relative)
         query = relative_to(query, query, not relative)
-        rays_o, rays_d = query.rays(xy.expand(*leading, *xy.shape[-2:]))             # (*, R, 3) each
+        rays_o, rays_d = query.rays(xy.expand(*leading, *xy.shape[-2:]))
 
-        # The range of the points' depths, (*, 1), or of every ray (*, R).
+        # There a ray begins where it is nearest to the center.
         if relative:
-            # They count from where a ray is nearest to the center; beside the sphere they reach as far as just inside.
             rays_d = F.normalize(rays_d, dim=-1)
             rays_o = rays_o - (rays_o * rays_d).sum(-1, keepdim=True) * rays_d
-            far = (1 - rays_o.square().sum(-1)).clamp(min=0.01).sqrt()
-            near = -far
-        else:
-            near = torch.as_tensor(near, dtype=xy.dtype, device=xy.device).expand(leading).unsqueeze(-1)
-            far = torch.as_tensor(far, dtype=xy.dtype, device=xy.device).expand(leading).unsqueeze(-1)
+        return cameras, rays_o, rays_d
 
-        # Cut every ray into points and project them into every input view.
-        fractions = torch.linspace(0, 1, count, device=xy.device)
-        depths = near.unsqueeze(-1) + (far - near).unsqueeze(-1) * fractions            # (*, 1 or R, D)
-        positions = rays_o.unsqueeze(-2) + depths.unsqueeze(-1) * rays_d.unsqueeze(-2)  # (*, R, D, 3)
-        xy_views, _ = cameras.project(positions.flatten(-3, -2).unsqueeze(-3))          # (*, V, R D, 2)
-        xy_views = xy_views.unflatten(-2, positions.shape[-3:-1])
-        return RayPoints(cameras, rays_o, rays_d, depths, positions, xy_views)
+    def interval(self, rays_o: Tensor, near: float | Tensor, far: float | Tensor) -> tuple[Tensor, Tensor]:
+        """The range of the points' depths, (*, 1) or of every ray, (*, R): `near` to `far`, numbers, (*,) or (*, R). In
+        the relative form no more of it than is in the unit sphere; rays beside that reach as far as just inside.
+        """
+        leading = rays_o.shape[:-2]
+        near, far = (torch.as_tensor(x, dtype=rays_o.dtype, device=rays_o.device) for x in (near, far))
+        near, far = (x if x.ndim > len(leading) else x.expand(leading).unsqueeze(-1) for x in (near, far))
+        if not self.config.relative:
+            return near, far
+        half = (1 - rays_o.square().sum(-1)).clamp(min=0.01).sqrt()
+        return near.maximum(-half), far.minimum(half)
 
     @torch.no_grad()
-    def sees_hull(self, possible: Tensor, cameras: Cameras, query: Cameras, xy: Tensor, near: float | Tensor,
-                  far: float | Tensor) -> Tensor:
-        """Whether query rays pass through the visual hull of the input masks (Laurentini 1994): (*, R) boolean, wrong
-        only by saying yes about rays a pixel or two beside it.
+    def see_hull(self, possible: Tensor, cameras: Cameras, query: Cameras, xy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """In the relative form the part of every query ray in the visual hull of the input masks (Laurentini 1994): the
+        depths of its ends, and whether there is any, (*, R) each. It is wrong only by being too large, by a pixel or
+        two of `possible` and a step along the ray.
 
         possible (*, V, 1, h, w) from `hull_maps`; the others as in `forward`.
         """
-        points = self.points(cameras, query, xy, near, far, HULL_STEPS)
-        allowed = sample_maps(possible, points.xy_views) > 0                            # (*, V, R, HULL_STEPS, 1)
+        # Which of the points along a ray do the views allow?
+        cameras, rays_o, rays_d = self.rays(cameras, query, xy)
+        near, far = self.interval(rays_o, -1.0, 1.0)
+        depths = far.unsqueeze(-1) * torch.linspace(-1, 1, HULL_STEPS, device=xy.device)  # (*, R, HULL_STEPS)
+        points = rays_o.unsqueeze(-2) + depths.unsqueeze(-1) * rays_d.unsqueeze(-2)
+        xy_views, _ = cameras.project(points.flatten(-3, -2).unsqueeze(-3))
+        allowed = sample_maps(possible, xy_views.unflatten(-2, depths.shape[-2:])) > 0    # (*, V, R, HULL_STEPS, 1)
         refusals = (~allowed).sum(-4).squeeze(-1)
-        return (refusals <= possible.shape[-4] // FORGIVEN_VIEWS).any(-1)
+        inside = refusals <= possible.shape[-4] // FORGIVEN_VIEWS
+
+        # From one step before the first to one behind the last.
+        step = far * (2 / (HULL_STEPS - 1))
+        first = torch.where(inside, depths, math.inf).amin(-1) - step
+        last = torch.where(inside, depths, -math.inf).amax(-1) + step
+        sees = inside.any(-1)
+        return torch.where(sees, first, near), torch.where(sees, last, far), sees
 
     def image(self, maps: Tensor, images: Tensor, cameras: Cameras, query: Cameras, size: int, near: float | Tensor,
               far: float | Tensor, chunk: int = 128, where: Tensor | None = None) -> Prediction:
@@ -471,20 +478,22 @@ class EFT(nn.Module):
         `size` is the conditioning map's, the preset's `map_size`, or the image's own, H; the outer rays pass through
         the outermost pixels of the full image. `chunk` rays of every view go at a time: 128 fit a CPU's caches, a GPU
         wants thousands.
-        `where` (size, size): the rays to evaluate, boolean; the others get zeros.
+        `where` (size, size): the rays to evaluate, boolean; the others get zeros. near, far as in `forward`, (*, R) of
+        those rays.
         """
         grid = pixel_grid(size, size, full=images.shape[-1], device=images.device)
         if where is not None:
             grid = grid[where.flatten()]
 
-        def evaluate(xy: Tensor) -> Prediction:
-            """Features and colors of the rays at NDC (R, 2)."""
-            return self(maps, images, cameras, query, xy, near, far)
+        def evaluate(rays: slice) -> Prediction:
+            """Features and colors of some of the rays."""
+            ends = [x[..., rays] if torch.is_tensor(x) and x.ndim == query.T.ndim else x for x in (near, far)]
+            return self(maps, images, cameras, query, grid[rays], *ends)
 
         # Dropout draws from one stream of random numbers, so its chunks have an order.
-        chunks = grid.split(chunk)
+        chunks = [slice(first, first + chunk) for first in range(0, len(grid) or 1, chunk)]
         if self.training or images.is_cuda:
-            parts = [evaluate(xy) for xy in chunks]
+            parts = [evaluate(rays) for rays in chunks]
         else:
             parts = map_threads(evaluate, chunks)
         features = torch.cat([part.features for part in parts], dim=-2)  # (*, R, N)

@@ -41,7 +41,7 @@ NANO = Preset(
 SMALL = replace(
     NANO,
     name="small",
-    eft=replace(NANO.eft, relative=True),
+    eft=replace(NANO.eft, relative=True, depths=10),
     vae=replace(NANO.vae, channels=8, widths=(24, 48, 80, 96)),
     unet=replace(NANO.unet, channels=8, widths=(96, 96, 96), attention=(True, True)),
 )

@@ -38,6 +38,7 @@ SHIPPED = ROOT / "sample" / "nano.pt"
 TRAINED_DISTANCE = 9.8  # mean distance of the toys' cameras from the origin, to which our training brings every scene
 
 # Bytes of the tokens that go through the EFT at once, in float32: what fits a CPU's caches, what fills a GPU.
+HULL_RAYS = 2048  # whose ways through the visual hull are looked for at once
 EFT_BYTES = {"cpu": 2**21, "cuda": 2**29}
 
 VAE_AT_ONCE = 4  # pictures that a GPU encodes or decodes at once: more are no faster, and the largest maps take memory
@@ -137,10 +138,10 @@ class SparseFusion(nn.Module):
 
         images (V, 3, S, S) in [0, 1] with black background, `cameras` (V,) theirs, `queries` (Q,). `all_cameras` (B,):
         those of the scene; they decide on its units. `where` (Q, s, s): the rays to evaluate, boolean; the others are
-        zero (default: of s x s, s the preset's `map_size`, all; in the relative form those that see the visual hull of
-        `possible`, which `eft.hull_maps` makes of the inputs' masks). A `dropout_seed` turns dropout and batch
-        statistics on; a view's dropout follows from it, the view's position among the queries and the rays. `title`
-        shows a progress bar.
+        zero (default: all of s x s, s the preset's `map_size`). `possible` (V, 1, h, w), which `eft.hull_maps` makes of
+        the inputs' masks: in the relative form rays are evaluated in their visual hull alone. A `dropout_seed` turns
+        dropout and batch statistics on; a view's dropout follows from it, the view's position among the queries and the
+        rays. `title` shows a progress bar.
         """
         # In the units that the weights know.
         origin, scale, *depth_range = self.eft_world(all_cameras)
@@ -150,11 +151,10 @@ class SparseFusion(nn.Module):
         # As many rays at once as suit the machine: several views, or a part of one. Dropout goes view by view, and so
         # do views of different rays.
         train_mode = dropout_seed is not None
-        if where is None and possible is not None and self.preset.eft.relative:
-            where = self._see_hull(possible, cameras, queries, depth_range)
         size = self.preset.map_size if where is None else where.shape[-1]
         rays = max(1, EFT_BYTES[images.device.type] // self.eft.ray_bytes(len(images)))
-        together = 1 if train_mode or where is not None else max(1, rays // size**2)
+        carved = possible is not None and self.preset.eft.relative
+        together = 1 if train_mode or carved or where is not None else max(1, rays // size**2)
         gpus = [images.device] if images.is_cuda else []  # whose random numbers dropout takes
         half = not train_mode and self._runs_in_half(images, cameras, queries[:1], depth_range)
         views = []
@@ -169,6 +169,8 @@ class SparseFusion(nn.Module):
                         torch.manual_seed(stream_seed(dropout_seed, f"EFT dropout {first}"))
                     some = queries[first:first + together]
                     rays_wanted = None if where is None else where[first]
+                    if carved:
+                        rays_wanted, *depth_range = self._see_hull(possible, cameras, some[0], size, rays_wanted)
                     views.append(look(some, size, *depth_range, rays, rays_wanted))
 
         # Side by side.
@@ -176,13 +178,18 @@ class SparseFusion(nn.Module):
         colors = torch.cat([view.color for view in views])
         return Condition(features, colors)
 
-    def _see_hull(self, possible: Tensor, cameras: Cameras, queries: Cameras,
-                  depth_range: tuple[float, float]) -> Tensor:
-        """The rays of every query's map that see the visual hull of `possible` (V, 1, h, w): (Q, s, s) boolean."""
-        size = self.preset.map_size
-        xy = pixel_grid(size, size, full=self.preset.image_size, device=possible.device)
-        return torch.stack([self.eft.sees_hull(possible, cameras, query, xy, *depth_range).view(size, size)
-                            for query in queries])
+    def _see_hull(self, possible: Tensor, cameras: Cameras, query: Cameras, size: int,
+                  where: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The rays of a view of `size` x `size` that see the visual hull of `possible` (V, 1, h, w), of those `where`
+        (size, size) is true: boolean, the same shape, and the ends of their parts in the hull, (1, R) each.
+        """
+        grid = pixel_grid(size, size, full=self.preset.image_size, device=possible.device)
+        some = grid if where is None else grid[where.flatten()]
+        parts = [self.eft.see_hull(possible, cameras, query, xy) for xy in some.split(HULL_RAYS)]
+        near, far, sees = (torch.cat(x) for x in zip(*parts))
+        index = torch.arange(len(grid), device=sees.device) if where is None else where.flatten().nonzero()[:, 0]
+        seen = torch.zeros(len(grid), dtype=torch.bool, device=sees.device).index_fill(0, index[sees], True)
+        return seen.view(size, size), near[None, sees], far[None, sees]
 
     def _runs_in_half(self, images: Tensor, cameras: Cameras, query: Cameras, depth_range: tuple[float, float]) -> bool:
         """On a GPU: whether the EFT says the same in half precision and in float32 of 256 rays of a query view (1,).

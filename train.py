@@ -246,8 +246,8 @@ class PriorLosses(nn.Module):
         # The EFT looks at the inputs along rays of the query view.
         views = batch.views
         images = views.images[:, :, :3]
-        index, xy, sees = self.choose_rays(batch)
-        seen = self.eft(self.eft.encode(images), images, views.cameras, views.query, xy, batch.near, batch.far)
+        index, xy, near, far, sees = self.choose_rays(batch)
+        seen = self.eft(self.eft.encode(images), images, views.cameras, views.query, xy, near, far)
         truth = colors_at(views.target, xy)
         color = (pseudo_huber(seen.color.float() - truth[..., :3]) * (truth[..., 4:] > 0.5)).mean()
 
@@ -270,20 +270,22 @@ class PriorLosses(nn.Module):
         diffusion = self.vldm.loss(x0, features, batch.times.flatten(), batch.noise.flatten(0, 1), mask)
         return {"diffusion": diffusion, "color": color}
 
-    def choose_rays(self, batch: PriorBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def choose_rays(self, batch: PriorBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The same number of rays R of every query view, in the relative form first those that see the visual hull:
-        their places in the map (b, R), their NDC (b, R, 2), and whether they see it (b, R).
+        their places in the map (b, R), their NDC (b, R, 2), their depth ranges (b, R), and whether they see it (b, R).
         """
         views = batch.views
         side = self.preset.map_size
         grid = pixel_grid(side, side, full=self.preset.image_size, device=batch.order.device)
+        near, far = (x[:, None].expand_as(batch.order) for x in (batch.near, batch.far))
         sees = torch.ones_like(batch.order)
         if self.preset.eft.relative:
             possible = hull_maps(views.images[:, :, 3:4], views.images[:, :, 4:])
-            sees = self.eft.sees_hull(possible, views.cameras, views.query, grid, batch.near, batch.far).float()
+            near, far, sees = self.eft.see_hull(possible, views.cameras, views.query, grid)
         count = self.rays.get(views.images.shape[1], side**2)
         index = (sees + batch.order).topk(count).indices
-        return index, grid[index], sees.gather(1, index)
+        near, far, sees = (x.gather(1, index) for x in (near, far, sees.float()))
+        return index, grid[index], near, far, sees
 
 
 class PriorTraining:
@@ -311,7 +313,7 @@ class PriorTraining:
         for inputs in range(config.min_views, most + 1) if config.model.eft.relative else ():
             draws = Draws(0, f"rays {inputs}", RAY_SAMPLES, range(RAY_SAMPLES))
             batch = map_tensors(lambda x: x.to(device), self.batch(draws, (inputs, inputs)))
-            _, _, sees = self.module.choose_rays(batch)
+            *_, sees = self.module.choose_rays(batch)
             count = float(sees.sum(1).quantile(0.98))
             self.module.rays[inputs] = min(RAY_STEP * math.ceil(count / RAY_STEP + 1e-9), config.model.map_size**2)
 

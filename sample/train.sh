@@ -2,7 +2,7 @@
 # A prior of toys from nothing: toys and things, the autoencoder of both, the prior of the toys. `sample/perceptual.pt`
 # stays as it is: it measures.
 #
-#   sample/train.sh FOLDER [DIAL [SETTING ...]]      writes FOLDER/nano.pt; keeps its log in FOLDER/train.log
+#   sample/train.sh FOLDER [DIAL [SETTING ...]]      writes FOLDER/small.pt; keeps its log in FOLDER/train.log
 #
 # DIAL scales how many toys and steps there are. 1, the default, is meant for 25 minutes of one H200, by the rates of
 # its parts. SETTINGs are numbers of the model, as in `train.py vae --set`. Stopped anywhere (Ctrl-C, SIGTERM), the same
@@ -11,7 +11,7 @@ set -euo pipefail
 folder=$(realpath -m "${1:?usage: sample/train.sh FOLDER [DIAL [SETTING ...]]}")
 dial=${2:-1}
 [[ $dial =~ ^[0-9]*\.?[0-9]+$ ]] || { echo "error: DIAL $dial: not a number above 0, such as 0.1" >&2; exit 2; }
-preset=nano  # the one place to name another
+preset=small  # the one place to name another
 python=${PYTHON:-python}
 cd "$(dirname "$0")/.."
 mkdir -p "$folder"
@@ -40,18 +40,18 @@ finish() {  # a stage and its process
 
 # Most toys are drawn while the autoencoder is trained on the first ones, and on things, whose surfaces are as rich as
 # photographed ones.
-start things "$python" sample/things.py --root "$folder/things" --seed 1 --instances "$(scaled 500 1)" --views 8
+start things "$python" sample/things.py --root "$folder/things" --seed 1 --instances "$(scaled 1000 1)" --views 8
 finish things $!
 start toys1 "$python" sample/toys.py --root "$folder/toys/1" --seed 1 --instances "$(scaled 2000 1)"
 finish toys1 $!
 start toys2 "$python" sample/toys.py --root "$folder/toys/2" --seed 2 --instances "$(scaled 6000 1)"
 rest=$!
 start vae "$python" train.py vae --root "$folder"/{toys/1,things} --category toys things --preset "$preset" \
-    --out "$folder/vae.pt" --steps "$(scaled 3000 2)" --set batch="$(scaled 64 2 64)" lr=1e-3 "${@:3}"
+    --out "$folder/vae.pt" --steps "$(scaled 4000 2)" --set batch="$(scaled 64 2 64)" lr=1e-3 "${@:3}"
 finish vae $!
 finish toys2 $rest
 
 start prior "$python" train.py prior --root "$folder"/toys/{1,2} --vae "$folder/vae.pt" --out "$folder/$preset.pt" \
-    --steps "$(scaled 14000 2)" --set batch="$(scaled 16 2 16)"
+    --steps "$(scaled 12000 2)" --set batch="$(scaled 16 2 16)" lr=8e-4
 finish prior $!
 echo "[$SECONDS s] $folder/$preset.pt"

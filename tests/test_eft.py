@@ -273,7 +273,7 @@ def test_image_of_some_of_its_rays(rays):
 def test_points_of_the_relative_form_lie_in_the_unit_sphere():
     """From where a ray enters it to where it leaves it; rays beside it have a short piece at their nearest point."""
     cameras, xy = ring(3), pixel_grid(9, 9)
-    geometry = EFT(dataclasses.replace(TINY, relative=True)).geometry(cameras[1:], cameras[0], xy, None, None)
+    geometry = EFT(dataclasses.replace(TINY, relative=True)).geometry(cameras[1:], cameras[0], xy, -1.0, 1.0)
 
     # In the world: the middle of the piece of a ray, half its length, its ends.
     rays_o, rays_d = cameras[0].rays(xy)
@@ -302,13 +302,24 @@ def test_rays_that_see_the_hull(views, most):
     scene, query = small.ball(views, 64), small.ring(24, height=2.5)[3]
     model = EFT(dataclasses.replace(TINY, relative=True))
     possible, grid = hull_maps(scene.masks, scene.valid), pixel_grid(32, 32)
-    sees, passes = model.sees_hull(possible, scene.cameras, query, grid, -1.0, 1.0), ball_rays(query)
+    near, far, sees = model.see_hull(possible, scene.cameras, query, grid)
+    passes = ball_rays(query)
     assert sees[passes < 0.8].all() and not sees[passes > most].any()
     assert 150 < (passes < 0.8).sum() < sees.sum() < 700
 
+    # Points lie about the ball, from one end of it to the other, and in the sphere round it.
+    ball, sphere = (0.64 - passes**2).clamp(min=0).sqrt(), (1 - passes**2).clamp(min=0.01).sqrt()
+    assert (near[passes < 0.8] <= -ball[passes < 0.8]).all() and (far[passes < 0.8] >= ball[passes < 0.8]).all()
+    parity.assert_close(torch.stack([near, far])[:, ~sees], torch.stack([-sphere, sphere])[:, ~sees], atol=1e-5)
+    if views == 24:
+        assert (far - near)[passes < 0.6].max() < 2.2
+    geometry = model.geometry(scene.cameras, query, grid, near, far)
+    ends = torch.stack([near.maximum(-sphere), far.minimum(sphere)], -1)
+    parity.assert_close(geometry.depths[:, [0, -1], -1], ends, atol=1e-5)
+
     # A batch of queries is each of them.
-    two = model.sees_hull(possible.expand(2, -1, -1, -1, -1), Cameras.stack([scene.cameras] * 2),
-                          Cameras.stack([query, scene.cameras[0]]), grid, -1.0, 1.0)
+    _, _, two = model.see_hull(possible.expand(2, -1, -1, -1, -1), Cameras.stack([scene.cameras] * 2),
+                               Cameras.stack([query, scene.cameras[0]]), grid)
     assert torch.equal(two[0], sees) and not torch.equal(two[1], sees)
 
 
@@ -317,8 +328,8 @@ def test_one_mask_of_six_may_be_wrong(views, forgiven):
     scene = small.ball(views, 64)
     scene.masks[1] = 0
     model = EFT(dataclasses.replace(TINY, relative=True))
-    sees = model.sees_hull(hull_maps(scene.masks, scene.valid), scene.cameras, small.ring(24)[3], pixel_grid(32, 32),
-                           -1.0, 1.0)
+    _, _, sees = model.see_hull(hull_maps(scene.masks, scene.valid), scene.cameras, small.ring(24)[3],
+                                pixel_grid(32, 32))
     assert bool(sees.any()) == bool(sees[ball_rays(small.ring(24)[3]) < 0.8].all()) == forgiven
 
 

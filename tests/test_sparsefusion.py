@@ -298,20 +298,29 @@ def test_some_rays_of_every_viewpoint():
 
 
 def test_rays_of_the_relative_form_that_miss_the_hull():
-    """Its features and colors there are zero; of the other rays they are what they are without masks."""
+    """Its features and colors there are zero. Masks that rule nothing out change nothing."""
     scene = ball(8, 32)
     model, inputs, queries = tiny_model(preset=RELATIVE), [0, 2], scene.cameras[[1, 5]]
     given = scene.images[inputs], scene.cameras[inputs], queries, scene.cameras
-    whole, some = model.condition(*given), model.condition(*given, hull_maps(scene.masks[inputs], scene.valid[inputs]))
+    possible = hull_maps(scene.masks[inputs], scene.valid[inputs])
+    whole, some = model.condition(*given), model.condition(*given, possible)
+    everywhere = model.condition(*given, torch.ones_like(possible))
     sees = some.features.abs().sum(1, keepdim=True) > 0
     assert 10 < sees.sum() < 100 and sees[F.max_pool2d(scene.masks[[1, 5]], 4) > 0.9].all()
-    for part, all_of_it in zip(some, whole):
-        parity.assert_close(part, all_of_it * sees, atol=1e-5)
+    for part, all_of_it, anywhere in zip(some, whole, everywhere):
+        assert not part[~sees.expand_as(part)].any() and (part - all_of_it)[sees.expand_as(part)].abs().mean() > 1e-3
+        parity.assert_close(anywhere, all_of_it, atol=1e-5)
+
+    # As one asks the EFT itself; also of some rays of a view of another size.
+    where = torch.rand(2, 11, 11, generator=torch.Generator().manual_seed(1)) < 0.6
+    few = model.condition(*given, possible, where)
+    all_of_it = model.condition(*given, possible, torch.ones_like(where))
+    for part, whole in zip(few, all_of_it):
+        parity.assert_close(part, whole * where[:, None], atol=1e-5)
 
     # The released form asks about all rays.
     model = tiny_model()
-    masked = model.condition(*given, hull_maps(scene.masks[inputs], scene.valid[inputs]))
-    assert torch.equal(masked.features, model.condition(*given).features)
+    assert torch.equal(model.condition(*given, possible).features, model.condition(*given).features)
 
 
 def test_feature_distance():

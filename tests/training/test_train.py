@@ -227,8 +227,8 @@ def test_an_eft_without_units_is_trained_and_used(training, monkeypatch):
     # Rays that miss the visual hull need not be asked about.
     rays = work.module.rays
     assert set(rays) == {1, 2, 3, 4} and rays[1] >= rays[2] >= rays[4] and rays[4] % 4 == 0 and rays[2] < 64
-    index, xy, sees = work.module.choose_rays(batch)
-    assert sees.sum() > 20 and (sees.diff() <= 0).all() and torch.equal(xy, pixel_grid(8, 8, 32)[index])
+    index, xy, near, far, sees = work.module.choose_rays(batch)
+    assert sees.sum() > 20 and (sees.diff() <= 0).all() and torch.equal(xy, pixel_grid(8, 8, 32)[index]) and (near < far).all()
     work.module.rays = {}
     whole = work.module(batch)
     parity.assert_close(before["diffusion"], whole["diffusion"], rtol=1e-5)
