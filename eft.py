@@ -439,7 +439,7 @@ class EFT(nn.Module):
         the relative form no more of it than is in the unit sphere; rays beside that reach as far as just inside.
         """
         leading = rays_o.shape[:-2]
-        near, far = (torch.as_tensor(x, dtype=rays_o.dtype, device=rays_o.device) for x in (near, far))
+        near, far = (x if isinstance(x, Tensor) else rays_o.new_full((), x) for x in (near, far))
         near, far = (x if x.ndim > len(leading) else x.expand(leading).unsqueeze(-1) for x in (near, far))
         if not self.config.relative:
             return near, far
@@ -466,8 +466,8 @@ class EFT(nn.Module):
 
         # From one step before the first to one behind the last.
         step = far * (2 / (HULL_STEPS - 1))
-        first = torch.where(inside, depths, math.inf).amin(-1) - step
-        last = torch.where(inside, depths, -math.inf).amax(-1) + step
+        first = depths.masked_fill(~inside, math.inf).amin(-1) - step
+        last = depths.masked_fill(~inside, -math.inf).amax(-1) + step
         sees = inside.any(-1)
         return torch.where(sees, first, near), torch.where(sees, last, far), sees
 

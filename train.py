@@ -99,7 +99,7 @@ def pictured(data: PackedScenes, device: str) -> tuple[str, list[tuple[Tensor, C
 
 
 class Views(NamedTuple):
-    """From each of b sequences a query view and V input views."""
+    """From each of b sequences a query view and V input views, in packed bytes, of which `LEVELS` stand for 1."""
     target: Tensor    # (b, 5, S, S) the query's colors, mask, and where it shows anything
     query: Cameras    # (b,)
     images: Tensor    # (b, V, 5, S, S) the inputs'
@@ -128,7 +128,6 @@ def draw_views(data: PackedScenes, draws: Draws, views: tuple[int, int]) -> View
     pixels = torch.stack([data.pixels[n][frames] for n, frames in chosen])
     cameras = Cameras.stack([data.cameras[n][frames] for n, frames in chosen])
 
-    pixels = pixels / LEVELS
     return Views(pixels[:, 0], cameras[:, 0], pixels[:, 1:], cameras[:, 1:], scene)
 
 
@@ -239,16 +238,18 @@ class PriorLosses(nn.Module):
         self.encode = model.vae.encode  # frozen, so no part of this module
         self.eft = model.eft
         self.vldm = model.vldm
+        self.register_buffer("levels", LEVELS.clone(), persistent=False)
         self.rays = {}  # number of input views -> how many rays of a query view the EFT is asked about (default: all)
 
     def forward(self, batch: PriorBatch) -> Losses:
         """Two scalars, means over the sequences."""
         # The EFT looks at the inputs along rays of the query view.
         views = batch.views
-        images = views.images[:, :, :3]
+        target = views.target / self.levels
+        images = views.images[:, :, :3] / self.levels[:3]
         index, xy, near, far, sees = self.choose_rays(batch)
         seen = self.eft(self.eft.encode(images), images, views.cameras, views.query, xy, near, far)
-        truth = colors_at(views.target, xy)
+        truth = colors_at(target, xy)
         color = (pseudo_huber(seen.color.float() - truth[..., :3]) * (truth[..., 4:] > 0.5)).mean()
 
         # Its features are a map, empty at all other rays.
@@ -259,10 +260,10 @@ class PriorLosses(nn.Module):
 
         # The clean latent of the query view, once for each of its noisings.
         n = batch.times.shape[1]
-        with torch.no_grad(), torch.autocast(views.target.device.type, enabled=False):
-            latent = self.encode(views.target[:, :3]).float()
+        with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
+            latent = self.encode(target[:, :3]).float()
         x0 = latent.repeat_interleave(n, 0)
-        mask = latent_mask(views.target[:, 4:], self.preset.latent_size).repeat_interleave(n, 0)
+        mask = latent_mask(target[:, 4:], self.preset.latent_size).repeat_interleave(n, 0)
 
         # Now and then the features are dropped, so that the UNet learns the unconditional distribution as well.
         features = features.transpose(1, 2).unflatten(-1, (side, side)).repeat_interleave(n, 0)
@@ -280,7 +281,7 @@ class PriorLosses(nn.Module):
         near, far = (x[:, None].expand_as(batch.order) for x in (batch.near, batch.far))
         sees = torch.ones_like(batch.order)
         if self.preset.eft.relative:
-            possible = hull_maps(views.images[:, :, 3:4], views.images[:, :, 4:])
+            possible = hull_maps(*(views.images[:, :, 3:] / self.levels[3:]).split(1, dim=2))
             near, far, sees = self.eft.see_hull(possible, views.cameras, views.query, grid)
         count = self.rays.get(views.images.shape[1], side**2)
         index = (sees + batch.order).topk(count).indices
@@ -300,7 +301,7 @@ class PriorTraining:
         self.model = model
         self.model.preset = config.model
         self.model.vldm.config = config.model.diffusion
-        self.module = PriorLosses(model).requires_grad_(True)
+        self.module = PriorLosses(model).to(device).requires_grad_(True)
 
         # Every sequence is brought to one distance, or its object to one size, and has its own depth range.
         self.model.trained_distance = sparsefusion.TRAINED_DISTANCE

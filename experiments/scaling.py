@@ -67,6 +67,9 @@ def measure(fit: Fit) -> tuple[dict[str, float], list[list[float]]]:
     with torch.backends.cudnn.flags(enabled=True, benchmark=True):
         for step in range(WARM_UP):
             losses.append(fit.step(step))
+        tries = peak_gb(fit.device)
+        if fit.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         passed = milliseconds(lambda: losses.extend(fit.step(step) for step in range(WARM_UP, STEPS)))
     averaging = [milliseconds(lambda: ranks.average_gradients(fit.parameters)) for _ in range(REPEATS)]
     step_ms = passed / (STEPS - WARM_UP)
@@ -75,6 +78,7 @@ def measure(fit: Fit) -> tuple[dict[str, float], list[list[float]]]:
         "ms a step": round(step_ms, 1),
         "sequences/s": round(fit.training.config.batch / step_ms * 1e3, 1),
         "GB a GPU": peak_gb(fit.device),
+        "GB at first": tries,
         "ms averaging": round(statistics.median(averaging), 2),
     }
     return row, [[float(x) for x in one.values()] for one in losses]

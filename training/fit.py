@@ -269,7 +269,9 @@ class Fit:
         print(f"step {self.completed} of {total}, {time.monotonic() - began:.0f} s: {progress.note}")
 
     def add_line(self, rate: float, seconds: float) -> None:
-        """Write a line of the log; this run takes `rate` steps a second now, and has taken so many seconds."""
+        """Write a line of the log; this run takes `rate` steps a second now, and has taken so many seconds. The memory is
+        what was needed since the last line: in the first steps cuDNN tries its algorithms, which takes more.
+        """
         self.log.append({
             "step": self.completed,
             "losses": {name: float(x) for name, x in (self.shown | self.held_out_losses()).items()},
@@ -279,6 +281,8 @@ class Fit:
             "seconds_left": round((self.config.steps - self.completed) / rate),
         })
         save_log(self.log, self.folder)
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
 
     @torch.no_grad()
     def held_out_losses(self) -> Losses:
