@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from common.settings import check_numbers, check_ranges
 
+FIRST_LOG_VAR = -4.0  # of a posterior, before training
+
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -205,6 +207,9 @@ class VAE(nn.Module):
         # On either side of the latent a 1x1 convolution.
         self.quant_conv = nn.Conv2d(2 * config.channels, 2 * config.channels, 1)
         self.post_quant_conv = nn.Conv2d(config.channels, config.channels, 1)
+
+        # Posteriors begin narrow: of channels that are noise at first most would never carry anything.
+        nn.init.constant_(self.quant_conv.bias[config.channels:], FIRST_LOG_VAR)
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in [0, 1] -> mean and log variance of the posterior, before scaling: (B, channels, h, w)
