@@ -184,11 +184,11 @@ class SparseFusion(nn.Module):
         (size, size) is true: boolean, the same shape, and the ends of their parts in the hull, (1, R) each.
         """
         grid = pixel_grid(size, size, full=self.preset.image_size, device=possible.device)
-        some = grid if where is None else grid[where.flatten()]
-        parts = [self.eft.see_hull(possible, cameras, query, xy) for xy in some.split(HULL_RAYS)]
+        asked = torch.ones_like(grid[:, 0]) if where is None else where.flatten()
+        index = asked.nonzero()[:, 0]
+        parts = [self.eft.see_hull(possible, cameras, query, xy) for xy in grid[index].split(HULL_RAYS)]
         near, far, sees = (torch.cat(x) for x in zip(*parts))
-        index = torch.arange(len(grid), device=sees.device) if where is None else where.flatten().nonzero()[:, 0]
-        seen = torch.zeros(len(grid), dtype=torch.bool, device=sees.device).index_fill(0, index[sees], True)
+        seen = torch.zeros_like(asked, dtype=torch.bool).index_fill(0, index[sees], True)
         return seen.view(size, size), near[None, sees], far[None, sees]
 
     def _runs_in_half(self, images: Tensor, cameras: Cameras, query: Cameras, depth_range: tuple[float, float]) -> bool:

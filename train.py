@@ -53,8 +53,8 @@ WEIGHT_KL = 1e-7  # of the divergence from the standard normal distribution, a s
 MOST_PARAMETERS = 2**31  # of a model; the paper's has 492 million
 NEXT = {"vae": "train.py prior --out prior.pt --vae", "prior": "distill.py --weights",
         "perceptual": "evaluate.py --feature-net"}  # commands that use the weights
-RAY_SAMPLES = 32  # query views from which the number of rays is estimated, and what it is a multiple of
-RAY_STEP = 32
+RAY_SAMPLES = 32  # query views from which the number of rays to ask about is estimated
+RAY_STEP = 32     # of which it is a multiple
 PICTURED = 4  # sequences in a picture of how far a training is, and views of each, at most
 
 

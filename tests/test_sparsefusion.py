@@ -311,7 +311,8 @@ def test_rays_of_the_relative_form_that_miss_the_hull():
         assert not part[~sees.expand_as(part)].any() and (part - all_of_it)[sees.expand_as(part)].abs().mean() > 1e-3
         parity.assert_close(anywhere, all_of_it, atol=1e-5)
 
-    # As one asks the EFT itself; also of some rays of a view of another size.
+    # Nothing is possible: all is empty. Some rays of a view of another size are as among all.
+    assert not model.condition(*given, torch.zeros_like(possible)).features.any()
     where = torch.rand(2, 11, 11, generator=torch.Generator().manual_seed(1)) < 0.6
     few = model.condition(*given, possible, where)
     all_of_it = model.condition(*given, possible, torch.ones_like(where))
