@@ -82,12 +82,11 @@ def test_any_size_goes_and_is_reduced_eightfold():
 
 
 def test_posteriors_begin_narrow():
-    """Their noise is less than a fourth of what the encoder says, in every channel."""
+    """With a deviation of about e^-2, in every channel and at every place."""
     torch.manual_seed(0)
     model = VAE(VAEConfig(widths=(8, 8, 16, 16), groups=4, blocks=1, channels=8))
-    mean, log_var = model.moments(torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    _, log_var = model.moments(torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
     assert 0.1 < (log_var / 2).exp().amin() and (log_var / 2).exp().amax() < 0.25
-    assert torch.equal(torch.isfinite(mean), torch.ones_like(mean) > 0)
 
 
 def test_downsampling_pads_right_and_bottom():

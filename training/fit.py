@@ -269,8 +269,8 @@ class Fit:
         print(f"step {self.completed} of {total}, {time.monotonic() - began:.0f} s: {progress.note}")
 
     def add_line(self, rate: float, seconds: float) -> None:
-        """Write a line of the log; this run takes `rate` steps a second now, and has taken so many seconds. The memory is
-        what was needed since the last line: in the first steps cuDNN tries its algorithms, which takes more.
+        """Write a line of the log; this run takes `rate` steps a second now, and has taken so many seconds. The memory
+        is what was needed since the last line: in the first steps cuDNN tries its algorithms, which takes more.
         """
         self.log.append({
             "step": self.completed,
