@@ -52,6 +52,6 @@ finish vae $!
 finish toys2 $rest
 
 start prior "$python" train.py prior --root "$folder"/toys/{1,2} --vae "$folder/vae.pt" --out "$folder/$preset.pt" \
-    --steps "$(scaled 12000 2)" --set batch="$(scaled 16 2 16)" lr=8e-4
+    --steps "$(scaled 19000 2)" --set batch="$(scaled 16 2 16)" lr=8e-4
 finish prior $!
 echo "[$SECONDS s] $folder/$preset.pt"
