@@ -37,13 +37,14 @@ NANO = Preset(
                     kernels=(3,), heads=4, head_dim=32, time_dim=192, token_dim=96),
     diffusion=DiffusionConfig(prediction="v", snr_gamma=0.0, noisings=12),
 )
-# An EFT that knows no units, a finer latent, a UNet of two stages: as much work, four fifths of the weights.
+# An EFT that knows no units, a latent of four times the numbers by an autoencoder that takes four pixels as one, a UNet
+# of two stages: less work, four fifths of the weights.
 SMALL = replace(
     NANO,
     name="small",
     eft=replace(NANO.eft, relative=True, depths=10),
-    vae=replace(NANO.vae, channels=8, widths=(24, 48, 80, 96)),
-    unet=replace(NANO.unet, channels=8, widths=(96, 96, 96), attention=(True, True)),
+    vae=replace(NANO.vae, channels=16, patch=2, widths=(48, 80, 96)),
+    unet=replace(NANO.unet, channels=16, widths=(96, 96, 96), attention=(True, True)),
 )
 MODELS = {preset.name: preset for preset in (PAPER, NANO, SMALL)}
 

@@ -58,9 +58,9 @@ class Preset:
 
     def __post_init__(self):
         check_numbers(self)
-        halvings = len(self.vae.widths) - 1
-        if self.image_size % 2**halvings:
-            raise ValueError(f"image_size {self.image_size} cannot be halved {halvings} times, once per VAE stage")
+        if self.image_size % self.vae.factor:
+            raise ValueError(f"image_size {self.image_size} is no multiple of {self.vae.factor}, the side of what becomes "
+                             "one pixel of the VAE's latent")
         if self.vae.channels != self.unet.channels:
             raise ValueError(f"vae.channels {self.vae.channels} are not the UNet's channels {self.unet.channels}")
         if self.eft.width != self.unet.cond_channels:
@@ -68,8 +68,8 @@ class Preset:
 
     @property
     def latent_size(self) -> int:
-        """h: side of the latent; the VAE halves the image once per stage but the last."""
-        return self.image_size >> (len(self.vae.widths) - 1)
+        """h: side of the latent."""
+        return self.image_size // self.vae.factor
 
     @property
     def map_size(self) -> int:

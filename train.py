@@ -39,13 +39,15 @@ from eft import hull_maps
 from evaluation.attributes import AttributeNet
 from export.pictures import LABELS, sheet
 from gpu.graphs import map_tensors
+from gpu.groupnorm import fuse, fused_unet_block, fused_vae_block
 from presets import MODELS, PRESETS
 from sparsefusion import Preset, SparseFusion
 from training import ranks
 from training.fit import Fit, FitConfig, Losses
 from training.packed import PackedScenes, load_packed
 from training.ranks import Draws
-from vae import VAE
+from unet import ResBlock
+from vae import VAE, VAEBlock
 from vldm import latent_mask
 
 LEVELS = torch.tensor([255, 255, 255, 255, 1])[:, None, None]  # of 1 in packed colors, masks and valid regions
@@ -181,7 +183,7 @@ class VAETraining:
         self.seed = seed
         self.device = device
         vae = VAE(config.model.vae).to(device, memory_format=torch.channels_last)
-        self.module = VAELosses(vae)
+        self.module = VAELosses(fuse(vae, {VAEBlock: fused_vae_block}) if device == "cuda" else vae)
 
     def batch(self, draws: Draws) -> tuple[Tensor, Tensor]:
         """The batch of a step."""
@@ -309,6 +311,8 @@ class PriorTraining:
         self.model.preset = config.model
         self.model.vldm.config = config.model.diffusion
         self.module = PriorLosses(model).to(device).requires_grad_(True)
+        if device == "cuda":
+            fuse(model.vldm.unet, {ResBlock: fused_unet_block})
 
         # Every sequence is brought to one distance, or its object to one size, and has its own depth range.
         self.model.trained_distance = sparsefusion.TRAINED_DISTANCE

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.settings import check_numbers
+from gpu.layernorm import layer_norm
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,17 @@ class LayerNormNoBias(nn.Module):
         shape = (channels,) if axis == -1 else (1, channels, 1, 1)
         self.g = nn.Parameter(torch.ones(shape))
 
+    # As a layer of torch has them.
+    bias = None
+    eps = 1e-5
+
+    @property
+    def weight(self) -> Tensor:
+        """The gain (C,)."""
+        return self.g.flatten()
+
     def forward(self, x: Tensor) -> Tensor:
-        gain = self.g.flatten()
-        x = F.layer_norm(x.movedim(self.axis, -1), gain.shape, gain)
-        return x.movedim(-1, self.axis)
+        return layer_norm(self, x.movedim(self.axis, -1)).movedim(-1, self.axis)
 
 
 class Attention(nn.Module):

@@ -1,9 +1,10 @@
-// Group normalization (Wu and He 2018), a modulation and SiLU in one pass, and the gradient in the map; the sum of a
-// residual block: CUDA kernels.
+// Group normalization (Wu and He 2018), a modulation and SiLU in one pass, and their gradients; the sum of a residual
+// block: CUDA kernels.
 //
 // `groupnorm.py` compiles this file at run time; its plain torch is the same arithmetic and the reference for this one.
 //
 // Maps are in half precision with their channels last in memory, as convolutions on tensor cores want them: (B, P, C).
+// With BFLOAT, as in training, they are in bfloat16, and all that belongs to channels, not pixels, is in float32.
 // torch's own kernel would reorder the map before and after. A block is a chunk of the pixels of one image. Its threads
 // are columns of VECTOR neighboring channels, which lie in one group, times rows of pixels.
 //
@@ -19,18 +20,40 @@ struct alignas(2 * VECTOR) Pack {
     unsigned short value[VECTOR];
 };
 
-__device__ float to_float(unsigned short half)
+#if BFLOAT
+typedef float Number;  // of a channel
+#define FROM_FLOAT "cvt.rn.bf16.f32 %0, %1;"
+#else
+typedef unsigned short Number;
+#define FROM_FLOAT "cvt.rn.f16.f32 %0, %1;"
+#endif
+
+// VECTOR of them.
+struct Row {
+    Number value[VECTOR];
+};
+
+__device__ float to_float(float x)
 {
-    float x;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(half));
     return x;
 }
 
-__device__ unsigned short to_half(float x)
+__device__ float to_float(unsigned short bits)
 {
-    unsigned short half;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
-    return half;
+#if BFLOAT
+    return __uint_as_float((unsigned int)bits << 16);
+#else
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+#endif
+}
+
+__device__ unsigned short from_float(float x)
+{
+    unsigned short bits;
+    asm(FROM_FLOAT : "=h"(bits) : "f"(x));
+    return bits;
 }
 
 __device__ float sigmoid(float x)
@@ -111,7 +134,7 @@ __device__ float2 read_means(const float* sums, float2* shared, int chunks, int 
 }
 
 // VECTOR numbers of a row, or zeros where there is none.
-__device__ void read_row(const Pack* row, int column, float* values)
+__device__ void read_row(const Row* row, int column, float* values)
 {
     for (int i = 0; i < VECTOR; i++)
         values[i] = row ? to_float(row[column].value[i]) : 0.0f;
@@ -122,12 +145,13 @@ struct Layer {
     float count;           // of the numbers in a group
     float center[VECTOR];  // the mean, less what is still to be added to x
     float inverse_std;
-    float gain[VECTOR];
-    float bias[VECTOR];
+    float gain[VECTOR];    // times the modulation's factor, if there is one
+    float bias[VECTOR];    // the same, and its summand
 };
 
-__device__ Layer find_layer(const Place& place, const float* sums, float2* shared, const Pack* offset, const Pack* gain,
-                            const Pack* bias, int pixels, int groups, int chunks, double eps)
+// A modulation (B, 2 C) is by 1 + its first half, and the other half is added.
+__device__ Layer find_layer(const Place& place, const float* sums, float2* shared, const Row* offset, const Row* gain,
+                            const Row* bias, const Row* modulation, int pixels, int groups, int chunks, double eps)
 {
     Layer layer;
     layer.count = (float)pixels * VECTOR * (place.columns / groups);
@@ -139,6 +163,17 @@ __device__ Layer find_layer(const Place& place, const float* sums, float2* share
     read_row(offset, place.column, layer.center);
     for (int i = 0; i < VECTOR; i++)
         layer.center[i] = means.x - layer.center[i];
+
+    if (modulation) {
+        float scale[VECTOR], shift[VECTOR];
+        const Row* row = modulation + (long long)blockIdx.y * 2 * place.columns;
+        read_row(row, place.column, scale);
+        read_row(row, place.columns + place.column, shift);
+        for (int i = 0; i < VECTOR; i++) {
+            layer.gain[i] *= 1.0f + scale[i];
+            layer.bias[i] = layer.bias[i] * (1.0f + scale[i]) + shift[i];
+        }
+    }
     return layer;
 }
 
@@ -146,7 +181,7 @@ __device__ Layer find_layer(const Place& place, const float* sums, float2* share
 // ------------------------------------------------------------------------------------------ the normalization
 
 // Sum x and x^2 over chunks: sums (B, K, G, 2).
-extern "C" __global__ void moments(const Pack* x, const Pack* offset, float* sums, int pixels, int groups)
+extern "C" __global__ void moments(const Pack* x, const Row* offset, float* sums, int pixels, int groups)
 {
     extern __shared__ float2 shared[];
     Place place = find_place(pixels);
@@ -165,14 +200,14 @@ extern "C" __global__ void moments(const Pack* x, const Pack* offset, float* sum
     write_sums(sum, shared, sums, groups);
 }
 
-// y = act(normalized x * gain + bias), then with a modulation (B, 2 C) by (1 + its first half) and the other half.
-extern "C" __global__ void apply(const Pack* x, const Pack* offset, const float* sums, const Pack* gain,
-                                 const Pack* bias, const Pack* modulation, Pack* y, int silu, int pixels, int groups,
-                                 int chunks, double eps)
+// y = act(normalized x * gain + bias).
+extern "C" __global__ void apply(const Pack* x, const Row* offset, const float* sums, const Row* gain, const Row* bias,
+                                 const Row* modulation, Pack* y, int silu, int pixels, int groups, int chunks,
+                                 double eps)
 {
     extern __shared__ float2 shared[];
     Place place = find_place(pixels);
-    Layer layer = find_layer(place, sums, shared, offset, gain, bias, pixels, groups, chunks, eps);
+    Layer layer = find_layer(place, sums, shared, offset, gain, bias, modulation, pixels, groups, chunks, eps);
 
     // All that happens to a channel is one factor and one summand.
     float factor[VECTOR], summand[VECTOR];
@@ -180,32 +215,22 @@ extern "C" __global__ void apply(const Pack* x, const Pack* offset, const float*
         factor[i] = layer.inverse_std * layer.gain[i];
         summand[i] = layer.bias[i] - layer.center[i] * factor[i];
     }
-    if (modulation) {
-        float scale[VECTOR], shift[VECTOR];
-        const Pack* row = modulation + (long long)blockIdx.y * 2 * place.columns;
-        read_row(row, place.column, scale);
-        read_row(row, place.columns + place.column, shift);
-        for (int i = 0; i < VECTOR; i++) {
-            factor[i] *= 1.0f + scale[i];
-            summand[i] = summand[i] * (1.0f + scale[i]) + shift[i];
-        }
-    }
 
     for (int pixel = place.first; pixel < place.end; pixel += blockDim.y) {
         long long at = place.base + (long long)pixel * place.columns + place.column;
         Pack pack = x[at];
         for (int i = 0; i < VECTOR; i++) {
             float value = to_float(pack.value[i]) * factor[i] + summand[i];
-            pack.value[i] = to_half(silu ? value * sigmoid(value) : value);
+            pack.value[i] = from_float(silu ? value * sigmoid(value) : value);
         }
         y[at] = pack;
     }
 }
 
 
-// ------------------------------------------------------------------------------------------ the gradient in x
+// ------------------------------------------------------------------------------------------ its gradients
 
-// The normalized x of a channel and the gradient in it, from the gradient in y; without a modulation.
+// The normalized x of a channel, and the gradient in gain * it + bias from the gradient in y.
 __device__ float2 normalized_and_gradient(const Layer& layer, int i, unsigned short x, unsigned short grad, int silu)
 {
     float normalized = (to_float(x) - layer.center[i]) * layer.inverse_std;
@@ -215,41 +240,63 @@ __device__ float2 normalized_and_gradient(const Layer& layer, int i, unsigned sh
         float s = sigmoid(value);
         slope = s * (1.0f + value * (1.0f - s));
     }
-    return make_float2(normalized, to_float(grad) * slope * layer.gain[i]);
+    return make_float2(normalized, to_float(grad) * slope);
 }
 
-// Sum the gradient in the normalized x, and its product with it, over chunks: grad_sums (B, K, G, 2).
-extern "C" __global__ void gradient_moments(const Pack* x, const Pack* offset, const float* sums, const Pack* gain,
-                                            const Pack* bias, const Pack* grad, float* grad_sums, int silu, int pixels,
-                                            int groups, int chunks, double eps)
+// Sum that gradient, and its product with the normalized x, over chunks: of channels (B, K, C, 2), if they are wanted;
+// and times their gain, which is the gradient in the normalized x, of groups (B, K, G, 2).
+extern "C" __global__ void gradient_moments(const Pack* x, const Row* offset, const float* sums, const Row* gain,
+                                            const Row* bias, const Row* modulation, const Pack* grad,
+                                            float2* channel_sums, float* grad_sums, int silu, int pixels, int groups,
+                                            int chunks, double eps)
 {
     extern __shared__ float2 shared[];
     Place place = find_place(pixels);
-    Layer layer = find_layer(place, sums, shared, offset, gain, bias, pixels, groups, chunks, eps);
+    Layer layer = find_layer(place, sums, shared, offset, gain, bias, modulation, pixels, groups, chunks, eps);
 
-    float2 sum = make_float2(0, 0);
+    float2 channel[VECTOR] = {};
     for (int pixel = place.first; pixel < place.end; pixel += blockDim.y) {
         long long at = place.base + (long long)pixel * place.columns + place.column;
         Pack pack = x[at];
         Pack grads = grad[at];
         for (int i = 0; i < VECTOR; i++) {
             float2 both = normalized_and_gradient(layer, i, pack.value[i], grads.value[i], silu);
-            sum.x += both.y;
-            sum.y += both.y * both.x;
+            channel[i].x += both.y;
+            channel[i].y += both.y * both.x;
         }
+    }
+
+    // The channels of a column, one after the other, over all rows.
+    float2* row = channel_sums + ((long long)blockIdx.y * gridDim.x + blockIdx.x) * place.columns * VECTOR;
+    float2 sum = make_float2(0, 0);
+    for (int i = 0; i < VECTOR; i++) {
+        sum.x += channel[i].x * layer.gain[i];
+        sum.y += channel[i].y * layer.gain[i];
+        if (!channel_sums)
+            continue;
+        __syncthreads();
+        shared[threadIdx.y * blockDim.x + threadIdx.x] = channel[i];
+        __syncthreads();
+        for (int other = 1; other < blockDim.y && threadIdx.y == 0; other++) {
+            channel[i].x += shared[other * blockDim.x + threadIdx.x].x;
+            channel[i].y += shared[other * blockDim.x + threadIdx.x].y;
+        }
+        if (threadIdx.y == 0)
+            row[place.column * VECTOR + i] = channel[i];
     }
     __syncthreads();
     write_sums(sum, shared, grad_sums, groups);
 }
 
 // The gradient in x: that in the normalized x, less its mean and its share along it, over the standard deviation.
-extern "C" __global__ void gradient_apply(const Pack* x, const Pack* offset, const float* sums, const Pack* gain,
-                                          const Pack* bias, const Pack* grad, const float* grad_sums, Pack* grad_x,
-                                          int silu, int pixels, int groups, int chunks, double eps)
+extern "C" __global__ void gradient_apply(const Pack* x, const Row* offset, const float* sums, const Row* gain,
+                                          const Row* bias, const Row* modulation, const Pack* grad,
+                                          const float* grad_sums, Pack* grad_x, int silu, int pixels, int groups,
+                                          int chunks, double eps)
 {
     extern __shared__ float2 shared[];
     Place place = find_place(pixels);
-    Layer layer = find_layer(place, sums, shared, offset, gain, bias, pixels, groups, chunks, eps);
+    Layer layer = find_layer(place, sums, shared, offset, gain, bias, modulation, pixels, groups, chunks, eps);
     float2 means = read_means(grad_sums, shared, chunks, groups, layer.count);
 
     for (int pixel = place.first; pixel < place.end; pixel += blockDim.y) {
@@ -258,7 +305,8 @@ extern "C" __global__ void gradient_apply(const Pack* x, const Pack* offset, con
         Pack out = x[at];
         for (int i = 0; i < VECTOR; i++) {
             float2 both = normalized_and_gradient(layer, i, out.value[i], grads.value[i], silu);
-            out.value[i] = to_half(layer.inverse_std * (both.y - means.x - both.x * means.y));
+            float slope = both.y * layer.gain[i];
+            out.value[i] = from_float(layer.inverse_std * (slope - means.x - both.x * means.y));
         }
         grad_x[at] = out;
     }
@@ -268,8 +316,8 @@ extern "C" __global__ void gradient_apply(const Pack* x, const Pack* offset, con
 // ------------------------------------------------------------------------------------------ a residual block's sum
 
 // y = a + b * gate (B, C), where either map may still lack its offset.
-extern "C" __global__ void add(const Pack* a, const Pack* a_offset, const Pack* b, const Pack* b_offset,
-                               const Pack* gate, Pack* y, int pixels)
+extern "C" __global__ void add(const Pack* a, const Row* a_offset, const Pack* b, const Row* b_offset,
+                               const Row* gate, Pack* y, int pixels)
 {
     // What every pixel gets.
     Place place = find_place(pixels);
@@ -287,7 +335,7 @@ extern "C" __global__ void add(const Pack* a, const Pack* a_offset, const Pack* 
         Pack sum = a[at];
         Pack other = b[at];
         for (int i = 0; i < VECTOR; i++)
-            sum.value[i] = to_half(to_float(sum.value[i]) + to_float(other.value[i]) * factor[i] + summand[i]);
+            sum.value[i] = from_float(to_float(sum.value[i]) + to_float(other.value[i]) * factor[i] + summand[i]);
         y[at] = sum;
     }
 }

@@ -1,11 +1,11 @@
 """The residual blocks of VAE and UNet in their fused form: group normalization (Wu and He 2018) with the modulation and
 SiLU that follow it, and the sum at the end of a block.
 
-The plain form is the blocks' own, in `vae.py` and `unet.py`; `fuse` puts these in its place in a network's copy for a
-GPU. There, in half precision, the kernels of `groupnorm.cu` run: torch's own reorder a map whose channels are last in
-memory before and after, and its moments, the modulation and SiLU are passes of their own. So is the bias of a
-convolution, which here waits for the operation that reads the result (`Convolved`). Statistics are in float32 either
-way.
+The plain form is the blocks' own, in `vae.py` and `unet.py`; `fuse` puts these in its place in a network on a GPU.
+There the kernels of `groupnorm.cu` run, in half precision and, for a network that learns, in bfloat16: torch's own
+reorder a map whose channels are last in memory before and after, and its moments, the modulation and SiLU are passes of
+their own. So is the bias of a convolution, which in half precision waits for the operation that reads the result
+(`Convolved`). Statistics are in float32 either way.
 
 Shapes: `B` images, `C` channels, `H W` rows and columns, `P` pixels of a map, `G` groups, `K` chunks of an image.
 """
@@ -103,7 +103,7 @@ class Convolved(NamedTuple):
 def convolve(x: Tensor, layer: nn.Conv2d | nn.Identity) -> Convolved:
     """A convolution of a map (B, C_in, H, W), or the map itself; on a GPU and in half precision without its bias."""
     bias = getattr(layer, "bias", None)
-    if bias is None or not _is_for_kernels(x, bias):
+    if not _waits(x, bias):
         return Convolved(layer(x))
     return Convolved(F.conv2d(x, layer.weight, None, layer.stride, layer.padding, layer.dilation, layer.groups), bias)
 
@@ -112,13 +112,14 @@ def group_norm(x: Tensor | Convolved, norm: nn.GroupNorm, silu: bool = True,
                modulation: Tensor | None = None) -> Tensor:
     """`norm` of a map (B, C, H, W), then (1 + scale) * it + shift, then SiLU if `silu`: like x.
 
-    modulation (B, 2 C): scale and shift per channel, side by side. On a GPU and in half precision it is differentiable
-    in x alone, and only without a modulation.
+    modulation (B, 2 C): scale and shift per channel, side by side. Differentiable in all but a bias that waits.
     """
     x = x if isinstance(x, Convolved) else Convolved(x)
-    compiled = _kernels_for(x.map, norm.weight, _vector(norm))
+    alike = (x.map.dtype, norm.weight.dtype) in ((torch.float16, torch.float16), (torch.bfloat16, torch.float32))
+    compiled = _kernels_for(x.map, _vector(norm)) if alike else None
     if compiled is not None:
-        return _NormByKernels.apply(x.map, x.bias, norm, silu, modulation, compiled)
+        modulation = None if modulation is None else modulation.to(norm.weight.dtype)
+        return _NormByKernels.apply(x.map, norm.weight, norm.bias, modulation, x.bias, norm, silu, compiled)
 
     # Plain torch; in place where no gradient needs the numbers before.
     x = F.group_norm(x.complete(), norm.num_groups, norm.weight, norm.bias, norm.eps)
@@ -134,7 +135,8 @@ def add(shortcut: Convolved, x: Convolved, gate: Tensor | None = None) -> Tensor
     On a GPU and in half precision it is differentiable in the maps alone, and only without a gate.
     """
     alike = shortcut.map.dtype == x.map.dtype and shortcut.map.shape == x.map.shape
-    compiled = _kernels_for(x.map, x.bias, math.gcd(x.map.shape[1], 8)) if alike else None
+    alike = alike and _waits(x.map, x.bias)
+    compiled = _kernels_for(x.map, math.gcd(x.map.shape[1], 8)) if alike else None
     if compiled is not None:
         return _SumByKernel.apply(shortcut.map, shortcut.bias, x.map, x.bias, gate, compiled)
 
@@ -144,11 +146,11 @@ def add(shortcut: Convolved, x: Convolved, gate: Tensor | None = None) -> Tensor
     return torch.addcmul(shortcut.complete(), x.complete(), gate[..., None, None])
 
 
-def _is_for_kernels(x: Tensor, weight: Tensor | None) -> bool:
-    """Whether kernels are used: for a map and a weight that does not learn, on a GPU and in half precision."""
-    if weight is None or not x.is_cuda or x.dtype != torch.float16 or weight.dtype != torch.float16:
+def _waits(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether a bias is added later: to a map on a GPU and in half precision, and if it does not learn."""
+    if bias is None or not x.is_cuda or x.dtype != torch.float16 or bias.dtype != torch.float16:
         return False
-    return not (weight.requires_grad and torch.is_grad_enabled())
+    return not (bias.requires_grad and torch.is_grad_enabled())
 
 
 class Kernels(NamedTuple):
@@ -160,11 +162,11 @@ class Kernels(NamedTuple):
     add: Callable
 
 
-def _kernels_for(x: Tensor, weight: Tensor | None, vector: int) -> Kernels | None:
-    """The kernels for a map and a layer's weight, for columns of `vector` channels; None where plain torch is used."""
-    if not _is_for_kernels(x, weight) or x.shape[1] // vector > MOST_COLUMNS or len(x) == 0:
+def _kernels_for(x: Tensor, vector: int) -> Kernels | None:
+    """The kernels for a map and columns of `vector` channels; None where plain torch is used."""
+    if not x.is_cuda or x.shape[1] // vector > MOST_COLUMNS or x.shape[0] == 0:
         return None
-    return _compile(vector, x.device.index)
+    return _compile(vector, x.dtype == torch.bfloat16, x.device.index)
 
 
 def _vector(norm: nn.GroupNorm) -> int:
@@ -173,9 +175,12 @@ def _vector(norm: nn.GroupNorm) -> int:
 
 
 @cache
-def _compile(vector: int, device: int) -> Kernels | None:
-    """The kernels for columns of `vector` channels on a GPU; None where they cannot be had."""
-    compiled = kernels.compile_kernels(SOURCE, Kernels._fields, [f"-DVECTOR={vector}"], device)
+def _compile(vector: int, bfloat: bool, device: int) -> Kernels | None:
+    """The kernels for columns of `vector` channels, of maps in bfloat16 or in half precision, on a GPU; None where they
+    cannot be had.
+    """
+    options = [f"-DVECTOR={vector}", f"-DBFLOAT={int(bfloat)}"]
+    compiled = kernels.compile_kernels(SOURCE, Kernels._fields, options, device)
     return None if compiled is None else Kernels(*compiled)
 
 
@@ -199,51 +204,54 @@ def _or_null(x: Tensor | None, like: Tensor) -> Tensor:
 
 
 class _NormByKernels(torch.autograd.Function):
-    """`group_norm` and its gradient in x by `groupnorm.cu`."""
+    """`group_norm` and its gradients by `groupnorm.cu`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, bias: Tensor | None, norm: nn.GroupNorm, silu: bool, modulation: Tensor | None,
-                compiled: Kernels) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, modulation: Tensor | None, offset: Tensor | None,
+                norm: nn.GroupNorm, silu: bool, compiled: Kernels) -> Tensor:
         # What a gradient will need: the map and its sums, of which the normalization follows again.
         x = x.contiguous(memory_format=torch.channels_last)
-        offset = _or_null(bias, x)
         where, chunks, pixels = _launch_of(x, _vector(norm))
-        shape = [pixels, norm.num_groups]
         sums = x.new_empty(len(x), chunks, norm.num_groups, 2, dtype=torch.float32)
         y = torch.empty_like(x)
-        ctx.save_for_backward(x, offset, sums)
-        ctx.norm, ctx.silu, ctx.compiled = norm, silu, compiled
-        ctx.modulated = modulation is not None
+        given = [x, _or_null(offset, x), sums, weight, bias, _or_null(modulation, x)]
+        ctx.save_for_backward(*given)
+        ctx.tail = [int(silu), pixels, norm.num_groups, chunks, norm.eps]
+        ctx.where, ctx.compiled, ctx.modulated = where, compiled, modulation is not None
 
         # First the sums, then the map.
-        given = [x, offset, sums, norm.weight, norm.bias, _or_null(modulation, x), y]
         with kernels.current_device(x.device):
-            compiled.moments(**where, args=[x, offset, sums, *shape])
-            compiled.apply(**where, args=[*given, int(silu), *shape, chunks, norm.eps])
+            compiled.moments(**where, args=[*given[:3], pixels, norm.num_groups])
+            compiled.apply(**where, args=[*given, y, *ctx.tail])
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        """The gradient in y (B, C, H, W) -> in x, the same shape."""
-        if ctx.modulated:
-            raise NotImplementedError("a modulated group normalization in half precision has no gradient")
-
-        # The same launch as forward, which knows the number of chunks.
-        x, offset, sums = ctx.saved_tensors
-        norm = ctx.norm
-        where, chunks, pixels = _launch_of(x, _vector(norm))
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient in y (B, C, H, W) -> in x, the same shape, in weight and bias (C,), in a modulation (B, 2 C)."""
+        x, _, sums, weight, bias, modulation = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
+        learns = any(ctx.needs_input_grad[1:4])
+        channel_sums = sums.new_empty(*sums.shape[:2], len(weight) if learns else 0, 2)
         grad_sums = torch.empty_like(sums)
         grad_x = torch.empty_like(x)
 
         # First the sums, then the map.
-        given = [x, offset, sums, norm.weight, norm.bias, grad]
-        tail = [int(ctx.silu), pixels, norm.num_groups, chunks, norm.eps]
+        given = [*ctx.saved_tensors, grad]
         with kernels.current_device(x.device):
-            ctx.compiled.gradient_moments(**where, args=[*given, grad_sums, *tail])
-            ctx.compiled.gradient_apply(**where, args=[*given, grad_sums, grad_x, *tail])
-        return grad_x, None, None, None, None, None
+            ctx.compiled.gradient_moments(**ctx.where, args=[*given, channel_sums, grad_sums, *ctx.tail])
+            ctx.compiled.gradient_apply(**ctx.where, args=[*given, grad_sums, grad_x, *ctx.tail])
+        if not learns:
+            return grad_x, *[None] * 7
+
+        # Of every image and channel: the gradient in what follows the modulation, and its product with normalized x.
+        summand, factor = channel_sums.sum(1).unbind(-1)                      # (B, C) each
+        if ctx.modulated:
+            scale = 1 + modulation[:, :len(weight)]
+            modulation = torch.cat([factor * weight + summand * bias, summand], dim=1).to(weight.dtype)
+            summand, factor = summand * scale, factor * scale
+        grads = [x.sum(0).to(weight.dtype) for x in (factor, summand)]
+        return grad_x, *grads, modulation if ctx.modulated else None, *[None] * 4
 
 
 class _SumByKernel(torch.autograd.Function):

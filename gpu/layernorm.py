@@ -23,7 +23,7 @@ MOST_NUMBERS = 512  # of a token: what the registers of a warp hold
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """`norm` of tokens (..., N) in their own precision, the statistics in float32: like x.
+    """`norm`, which may have no bias, of tokens (..., N) in their own precision, the statistics in float32: like x.
 
     Autocast would return float32, and every later addition would read and write twice the bytes, which is what a layer
     on a million short tokens spends its time on.
@@ -32,9 +32,12 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     if x.is_cuda and x.dtype == torch.bfloat16 and numbers % 32 == 0 and numbers <= MOST_NUMBERS:
         compiled = _compile(numbers, x.device.index)
         if compiled is not None:
-            return _NormByKernels.apply(x, norm.weight.float(), norm.bias.float(), norm.eps, compiled)
+            weight = norm.weight.float()
+            bias = torch.zeros_like(weight) if norm.bias is None else norm.bias.float()
+            return _NormByKernels.apply(x, weight, bias, norm.eps, compiled)
     with torch.autocast(x.device.type, enabled=False):
-        return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+        bias = None if norm.bias is None else norm.bias.to(x.dtype)
+        return F.layer_norm(x, norm.weight.shape, norm.weight.to(x.dtype), bias, norm.eps)
 
 
 @cache

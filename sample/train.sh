@@ -1,17 +1,26 @@
 #!/usr/bin/env bash
-# A prior of toys from nothing: toys and things, the autoencoder of both, the prior of the toys. `sample/perceptual.pt`
-# stays as it is: it measures.
+# A prior of toys or of things from nothing: their pictures, the autoencoder, the prior. `sample/perceptual.pt` stays as
+# it is: it measures.
 #
-#   sample/train.sh FOLDER [DIAL [SETTING ...]]      writes FOLDER/small.pt; keeps its log in FOLDER/train.log
+#   sample/train.sh toys FOLDER [DIAL [SETTING ...]]      writes FOLDER/small.pt; keeps its log in FOLDER/train.log
+#   sample/train.sh things FOLDER [DIAL [SETTING ...]]    writes FOLDER/things.pt
 #
-# DIAL scales how many toys and steps there are. 1, the default, is meant for 25 minutes of one H200, by the rates of
-# its parts. SETTINGs are numbers of the model, as in `train.py vae --set`. Stopped anywhere (Ctrl-C, SIGTERM), the same
-# command resumes: finished stages are skipped, a training that was stopped goes on. Another dial needs another folder.
+# DIAL scales how many pictures and steps there are. 1, the default, is meant for 25 minutes of one H200, by the rates
+# of its parts. SETTINGs are numbers of the model, as in `train.py vae --set`. Stopped anywhere (Ctrl-C, SIGTERM), the
+# same command resumes: finished stages are skipped, a training that was stopped goes on. Another dial needs another
+# folder.
 set -euo pipefail
-folder=$(realpath -m "${1:?usage: sample/train.sh FOLDER [DIAL [SETTING ...]]}")
-dial=${2:-1}
+usage="usage: sample/train.sh toys|things FOLDER [DIAL [SETTING ...]]"
+what=${1:?$usage}
+folder=$(realpath -m "${2:?$usage}")
+dial=${3:-1}
 [[ $dial =~ ^[0-9]*\.?[0-9]+$ ]] || { echo "error: DIAL $dial: not a number above 0, such as 0.1" >&2; exit 2; }
 preset=small  # the one place to name another
+case $what in  # the weights' name, what they are trained on, and more of it: kind, seed, how many, views of each
+toys) name=$preset categories=(toys) more=(toys 2 6000 16) ;;
+things) name=things categories=(toys things) more=(things 2 10000 8) ;;
+*) echo "error: $what: not toys or things; $usage" >&2; exit 2 ;;
+esac
 python=${PYTHON:-python}
 cd "$(dirname "$0")/.."
 mkdir -p "$folder"
@@ -37,21 +46,25 @@ finish() {  # a stage and its process
     wait "$2"
     touch "$folder/$1.done"
 }
+draw() {  # a stage: kind, seed, how many, views of each
+    start "$1$2" "$python" "sample/$1.py" --root "$folder/$1/$2" --seed "$2" --instances "$(scaled "$3" 1)" --views "$4"
+}
 
-# Most toys are drawn while the autoencoder is trained on the first ones, and on things, whose surfaces are as rich as
-# photographed ones.
-start things "$python" sample/things.py --root "$folder/things" --seed 1 --instances "$(scaled 1000 1)" --views 8
-finish things $!
-start toys1 "$python" sample/toys.py --root "$folder/toys/1" --seed 1 --instances "$(scaled 2000 1)"
+# The autoencoder sees both kinds: things have surfaces as rich as photographed ones. What the prior sees beside that is
+# drawn meanwhile.
+draw things 1 2000 8
+finish things1 $!
+draw toys 1 2000 16
 finish toys1 $!
-start toys2 "$python" sample/toys.py --root "$folder/toys/2" --seed 2 --instances "$(scaled 6000 1)"
-rest=$!
-start vae "$python" train.py vae --root "$folder"/{toys/1,things} --category toys things --preset "$preset" \
-    --out "$folder/vae.pt" --steps "$(scaled 4000 2)" --set batch="$(scaled 64 2 64)" lr=1e-3 "${@:3}"
+draw "${more[@]}"
+drawn=$!
+start vae "$python" train.py vae --root "$folder"/{toys,things}/1 --category toys things --preset "$preset" \
+    --out "$folder/vae.pt" --steps "$(scaled 10000 2)" --set batch="$(scaled 64 2 64)" lr=1e-3 "${@:4}"
 finish vae $!
-finish toys2 $rest
+finish "${more[0]}2" $drawn
 
-start prior "$python" train.py prior --root "$folder"/toys/{1,2} --vae "$folder/vae.pt" --out "$folder/$preset.pt" \
-    --steps "$(scaled 19000 2)" --set batch="$(scaled 16 2 16)" lr=8e-4
+start prior "$python" train.py prior --root "$folder"/{toys,things}/* --category "${categories[@]}" \
+    --vae "$folder/vae.pt" --out "$folder/$name.pt" --steps "$(scaled 23000 2)" \
+    --set batch="$(scaled 16 2 16)" noisings=24 lr=8e-4
 finish prior $!
-echo "[$SECONDS s] $folder/$preset.pt"
+echo "[$SECONDS s] $folder/$name.pt"

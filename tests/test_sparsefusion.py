@@ -31,7 +31,7 @@ FRAMES = [1, 8, 16, 24]  # of a toy, from all around
 def test_presets_survive_a_file(preset, tmp_path):
     files.save_tensors({"preset": asdict(preset), "weights": {}}, tmp_path / "p")
     assert sparsefusion.read_preset(tmp_path / "p") == preset
-    assert preset.latent_size == preset.image_size // 2 ** (len(preset.vae.widths) - 1)
+    assert preset.latent_size == preset.image_size // (preset.vae.patch * 2 ** (len(preset.vae.widths) - 1))
 
 
 def test_all_state_is_saved():

@@ -14,7 +14,7 @@ def stable_diffusion():
     m = parity.manifest("vae")
     c = m["config"]
     widths = tuple(c["ch"] * k for k in c["ch_mult"])
-    config = VAEConfig(widths, c["num_res_blocks"], 32, c["z_channels"], m["latent_scale"])
+    config = VAEConfig(widths, c["num_res_blocks"], 32, c["z_channels"], scale=m["latent_scale"])
     with torch.device("meta"):
         model = VAE(config)
     model.load_state_dict(parity.rename(parity.weights("vae"), released.PARTS["vae"]), assign=True)
@@ -81,6 +81,24 @@ def test_any_size_goes_and_is_reduced_eightfold():
     assert image.grad.abs().sum() > 0
 
 
+def test_patches_are_the_channels_of_a_pixel():
+    """Squares of pixels go in and come out in rows; all maps are smaller by a patch's side."""
+    torch.manual_seed(0)
+    model = VAE(VAEConfig(widths=(8, 16), groups=4, blocks=1, patch=2))
+    image, seen = torch.rand(2, 3, 8, 12), []
+    model.encoder.conv_in.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    latents = model.encode(image)
+    assert latents.shape == (2, 4, 2, 3) and model.decode(latents).shape == image.shape and model.config.factor == 4
+    assert [f.shape[1:] for f in model.features(image)] == [(8, 4, 6), (16, 2, 3)]
+    green = [image[:, 1, 0::2, 0::2], image[:, 1, 0::2, 1::2], image[:, 1, 1::2, 0::2], image[:, 1, 1::2, 1::2]]
+    parity.assert_close(seen[0][:, 4:8], 2 * torch.stack(green, dim=1) - 1, atol=1e-6)
+
+    torch.nn.init.zeros_(model.decoder.conv_out.weight)
+    model.decoder.conv_out.bias.data = torch.arange(12.0)
+    red = 2 * model.decode(latents)[:, 0] - 1
+    parity.assert_close(red, torch.tensor([[0.0, 1], [2, 3]]).repeat(2, 4, 6), atol=1e-6)
+
+
 def test_posteriors_begin_narrow():
     """With a deviation of about e^-2, in every channel and at every place."""
     torch.manual_seed(0)
@@ -99,7 +117,7 @@ def test_downsampling_pads_right_and_bottom():
 
 @pytest.mark.parametrize("numbers, words", [
     ({"widths": (128, 200)}, "widths"), ({"widths": ()}, "widths"), ({"blocks": 0}, "blocks 0"),
-    ({"scale": 0.0}, "scale 0.0")])
+    ({"patch": 0}, "patch 0"), ({"scale": 0.0}, "scale 0.0")])
 def test_numbers_that_do_not_fit(numbers, words):
     with pytest.raises(ValueError, match=words):
         VAEConfig(**numbers)

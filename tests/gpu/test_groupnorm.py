@@ -1,4 +1,6 @@
 """Group normalization with what follows it: against the definition, and the kernels against plain torch."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -75,8 +77,7 @@ def test_fused_networks_are_the_plain_ones(kind, waits, monkeypatch, noise):
     groupnorm.fuse(network, {unet.ResBlock: groupnorm.fused_unet_block, vae.VAEBlock: groupnorm.fused_vae_block})
     waited = []
     if waits:
-        monkeypatch.setattr(groupnorm, "_is_for_kernels", lambda x, weight: waited.append(weight) or weight is not None)
-        monkeypatch.setattr(groupnorm, "_compile", lambda vector, device: None)
+        monkeypatch.setattr(groupnorm, "_waits", lambda x, bias: waited.append(bias) or bias is not None)
     parity.assert_close(run(*given), known, std=1e-5)
     assert len(waited) > 10 or not waits
 
@@ -84,7 +85,7 @@ def test_fused_networks_are_the_plain_ones(kind, waits, monkeypatch, noise):
 @pytest.mark.parametrize("how", [dict(stride=2, padding=1), dict(dilation=2), dict(groups=2), {}])
 def test_a_convolution_whose_bias_waits_is_the_same(how, monkeypatch, noise):
     layer, x = nn.Conv2d(4, 6, 3, **how), noise(2, 4, 9, 9)()
-    monkeypatch.setattr(groupnorm, "_is_for_kernels", lambda *_: True)
+    monkeypatch.setattr(groupnorm, "_waits", lambda *_: True)
     convolved = groupnorm.convolve(x, layer)
     assert convolved.bias is layer.bias
     parity.assert_close(convolved.complete(), layer(x), atol=1e-6)
@@ -108,11 +109,11 @@ def test_a_thread_has_channels_of_one_group(groups, channels, vector):
 
 def test_kernels_have_limits(monkeypatch):
     """A block has no more columns, and a launch is no launch without a block."""
-    monkeypatch.setattr(groupnorm, "_is_for_kernels", lambda *_: True)
-    monkeypatch.setattr(groupnorm, "_compile", lambda vector, device: "kernels")
+    monkeypatch.setattr(groupnorm, "_compile", lambda vector, bfloat, device: "kernels")
     for images, channels, vector, found in ((1, 8192, 8, "kernels"), (1, 8200, 8, None), (2, 1024, 1, "kernels"),
                                             (2, 1025, 1, None), (0, 64, 8, None)):
-        assert groupnorm._kernels_for(torch.empty(images, channels, 1, 1), None, vector) == found
+        x = SimpleNamespace(is_cuda=True, shape=(images, channels, 1, 1), dtype=torch.half, device=torch.device("cuda", 0))
+        assert groupnorm._kernels_for(x, vector) == found
 
 
 def test_what_cannot_be_compiled_is_said_once(monkeypatch, tmp_path, capsys):
@@ -136,7 +137,7 @@ def test_kernels_against_plain_torch(noise, groups, channels, side, batch, silu)
     full.load_state_dict(half.state_dict())
     x = (2 * noise(batch, channels, side, side)() + 0.7).half().cuda().contiguous(memory_format=torch.channels_last)
     modulation = noise(batch, 2 * channels, seed=1)().half().cuda()
-    assert groupnorm._kernels_for(x, half.weight, groupnorm._vector(half)) is not None
+    assert groupnorm._kernels_for(x, groupnorm._vector(half)) is not None
     offset = noise(channels, seed=3)().half().cuda()
     for factors in (None, modulation):
         for bias in (None, offset):
@@ -153,6 +154,65 @@ def test_kernels_against_plain_torch(noise, groups, channels, side, batch, silu)
     groupnorm.group_norm(groupnorm.Convolved(x_half, offset), half, silu).backward(grad.half())
     groupnorm.group_norm(groupnorm.Convolved(x_full, offset.float()), full, silu).backward(grad.half().float())
     parity.assert_close(x_half.grad, x_full.grad.cpu(), std=2e-3, rtol=2e-3)
+
+
+@CUDA
+@pytest.mark.parametrize("groups, channels, side, batch", SHAPES)
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("modulated", [True, False])
+@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+def test_gradients_of_kernels_against_plain_torch(noise, groups, channels, side, batch, silu, modulated, dtype, error):
+    """As in training: maps in bfloat16, what belongs to channels in float32; or all in half precision."""
+    own = torch.float32 if dtype == torch.bfloat16 else dtype
+    rounded = (2 * noise(batch, channels, side, side)() + 0.7).to(dtype).cuda()
+    modulation = (0.5 * noise(batch, 2 * channels, seed=1)()).to(dtype).cuda()
+    grad = noise(batch, channels, side, side, seed=2)().to(dtype).cuda()
+    found = []
+    for exact in (False, True):
+        norm = random_norm(groups, channels).to(own).cuda().to(torch.float32 if exact else own).requires_grad_()
+        x = (rounded.float() if exact else rounded.contiguous(memory_format=torch.channels_last)).requires_grad_()
+        factors = (modulation.float() if exact else modulation.clone()).requires_grad_()
+        assert exact or groupnorm._kernels_for(x, groupnorm._vector(norm)) is not None
+        y = groupnorm.group_norm(x, norm, silu, factors if modulated else None)
+        inputs = [x, norm.weight, norm.bias, *([factors] if modulated else [])]
+        found.append([y, *torch.autograd.grad(y, inputs, grad.to(y.dtype))])
+    for one, other in zip(*found):
+        assert one.dtype in (dtype, own)
+        assert (one.float() - other).std() < error * other.std()
+        assert (one.float() - other).abs().max() < 2 * error * other.abs().max()
+
+
+@CUDA
+@pytest.mark.parametrize("kind", ["UNet", "VAE"])
+def test_fused_networks_learn_the_same(kind, noise):
+    """Every gradient of a network in training, within what bfloat16 does to the plain network's."""
+    torch.manual_seed(0)
+    if kind == "UNet":
+        network = unet.UNet(unet.UNetConfig(cond_channels=4, widths=(32, 32, 64), attention=(True, True), groups=4, heads=2,
+                                            head_dim=16, time_dim=16, token_dim=32)).cuda()
+        torch.nn.init.normal_(network.final_conv.weight)
+        given = noise(8, 4, 8, 8)().cuda(), torch.linspace(-2, 2, 8).cuda(), noise(8, 4, 8, 8, seed=1)().cuda()
+    else:
+        network = vae.VAE(vae.VAEConfig(widths=(32, 64), groups=4, patch=2)).cuda()
+        network.forward = lambda x: network.decode(network.encode(x))
+        given = (noise(8, 3, 16, 16)().cuda(),)
+    network.to(memory_format=torch.channels_last)
+    found = {}
+    for form in ("exact", "plain", "fused"):
+        if form == "fused":
+            groupnorm.fuse(network, {unet.ResBlock: groupnorm.fused_unet_block,
+                                     vae.VAEBlock: groupnorm.fused_vae_block})
+        with torch.autocast("cuda", torch.bfloat16, enabled=form != "exact"):
+            y = network(*given)
+        names, parameters = zip(*network.named_parameters())
+        gradients = torch.autograd.grad(y.float().square().mean(), parameters, allow_unused=True)
+        found[form] = {name: x.flatten() for name, x in zip(names, gradients) if x is not None}
+
+    # One number for all: the norm of what is wrong in them.
+    wrong = {form: (torch.cat([*found[form].values()]) - torch.cat([*found["exact"].values()])).norm()
+             for form in ("plain", "fused")}
+    assert wrong["fused"] < 1.2 * wrong["plain"]
+    assert wrong["fused"] < 0.1 * torch.cat([*found["exact"].values()]).norm()
 
 
 @CUDA

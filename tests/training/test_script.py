@@ -15,10 +15,16 @@ SETTINGS = ["model.image_size=32", "model.vae.widths=8,8,8", "model.vae.groups=4
             "model.unet.attention=false,true", "model.unet.time_dim=16", "model.unet.token_dim=8"]
 
 
-def start(folder):
-    command = ["bash", ROOT / "sample" / "train.sh", folder, "0.00001", *SETTINGS]
+def start(folder, kind="toys"):
+    command = ["bash", ROOT / "sample" / "train.sh", kind, folder, "0.00001", *SETTINGS]
     environment = os.environ | {"PYTHON": sys.executable, "XDG_CACHE_HOME": str(folder), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.DEVNULL)
+
+
+def test_it_is_toys_or_things(tmp_path):
+    for words, said in ((["cups", tmp_path / "x"], "error: cups: not toys or things"), (["toys"], "usage: ")):
+        found = subprocess.run(["bash", ROOT / "sample" / "train.sh", *words], capture_output=True, text=True)
+        assert found.returncode != 0 and said in found.stderr and not (tmp_path / "x").exists()
 
 
 def test_from_nothing_to_a_prior(tmp_path):
