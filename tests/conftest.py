@@ -1,15 +1,12 @@
 """What several test modules share, as fixtures."""
 import multiprocessing
-import os
 
 import pytest
+import torch
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: for what is this small two take longer
-import torch  # noqa: E402
-
-from tests.support.denoisers import Analytic  # noqa: E402
-from unet import UNetConfig  # noqa: E402
-from vldm import alpha_sigma  # noqa: E402
+from tests.support.denoisers import Analytic
+from unet import UNetConfig
+from vldm import alpha_sigma
 
 
 @pytest.fixture
