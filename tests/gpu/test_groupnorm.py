@@ -112,7 +112,8 @@ def test_kernels_have_limits(monkeypatch):
     monkeypatch.setattr(groupnorm, "_compile", lambda vector, bfloat, device: "kernels")
     for images, channels, vector, found in ((1, 8192, 8, "kernels"), (1, 8200, 8, None), (2, 1024, 1, "kernels"),
                                             (2, 1025, 1, None), (0, 64, 8, None)):
-        x = SimpleNamespace(is_cuda=True, shape=(images, channels, 1, 1), dtype=torch.half, device=torch.device("cuda", 0))
+        x = SimpleNamespace(is_cuda=True, shape=(images, channels, 1, 1), dtype=torch.float16,
+                            device=torch.device("cuda", 0))
         assert groupnorm._kernels_for(x, vector) == found
 
 
@@ -188,8 +189,8 @@ def test_fused_networks_learn_the_same(kind, noise):
     """Every gradient of a network in training, within what bfloat16 does to the plain network's."""
     torch.manual_seed(0)
     if kind == "UNet":
-        network = unet.UNet(unet.UNetConfig(cond_channels=4, widths=(32, 32, 64), attention=(True, True), groups=4, heads=2,
-                                            head_dim=16, time_dim=16, token_dim=32)).cuda()
+        network = unet.UNet(unet.UNetConfig(cond_channels=4, widths=(32, 32, 64), attention=(True, True), groups=4,
+                                            heads=2, head_dim=16, time_dim=16, token_dim=32)).cuda()
         torch.nn.init.normal_(network.final_conv.weight)
         given = noise(8, 4, 8, 8)().cuda(), torch.linspace(-2, 2, 8).cuda(), noise(8, 4, 8, 8, seed=1)().cuda()
     else:
