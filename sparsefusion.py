@@ -59,8 +59,8 @@ class Preset:
     def __post_init__(self):
         check_numbers(self)
         if self.image_size % self.vae.factor:
-            raise ValueError(f"image_size {self.image_size} is no multiple of {self.vae.factor}, the side of what becomes "
-                             "one pixel of the VAE's latent")
+            raise ValueError(f"image_size {self.image_size} is no multiple of {self.vae.factor}, the side of what "
+                             "becomes one pixel of the VAE's latent")
         if self.vae.channels != self.unet.channels:
             raise ValueError(f"vae.channels {self.vae.channels} are not the UNet's channels {self.unet.channels}")
         if self.eft.width != self.unet.cond_channels:

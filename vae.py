@@ -30,7 +30,7 @@ class VAEConfig:
     blocks: int = 2                                 # residual blocks in an encoder stage; a decoder stage has one more
     groups: int = 32                                # number of groups in every GroupNorm
     channels: int = 4                               # number of channels of the latent
-    patch: int = 1                                  # side of the squares of pixels whose colors are one pixel's channels
+    patch: int = 1                                  # side of the squares of pixels that are taken as one
     scale: float = 0.18215                          # of latents, for about unit variance; `train.py` measures its own
 
     def __post_init__(self):

@@ -250,7 +250,7 @@ class _NormByKernels(torch.autograd.Function):
             scale = 1 + modulation[:, :len(weight)]
             modulation = torch.cat([factor * weight + summand * bias, summand], dim=1).to(weight.dtype)
             summand, factor = summand * scale, factor * scale
-        grads = [x.sum(0).to(weight.dtype) for x in (factor, summand)]
+        grads = [part.sum(0).to(weight.dtype) for part in (factor, summand)]
         return grad_x, *grads, modulation if ctx.modulated else None, *[None] * 4
 
 
