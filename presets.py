@@ -82,7 +82,8 @@ PRESETS = {
     ),
 }
 
-PRESETS["small"] = PRESETS["nano"]
+# A better prior may say more, and of noisier renderings (docs/results.md).
+PRESETS["small"] = replace(PRESETS["nano"], min_noise_level=0.8, prior_views=3.0)
 
 # What `--released` stands for: the released code's behavior, where ours differs in some preset and a field can say so.
 # Sizes, learning rates and lengths stay the preset's.

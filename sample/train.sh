@@ -5,10 +5,9 @@
 #   sample/train.sh toys FOLDER [DIAL [SETTING ...]]      writes FOLDER/small.pt; keeps its log in FOLDER/train.log
 #   sample/train.sh things FOLDER [DIAL [SETTING ...]]    writes FOLDER/things.pt
 #
-# DIAL scales how many pictures and steps there are. 1, the default, is meant for 25 minutes of one H200, by the rates
-# of its parts. SETTINGs are numbers of the model, as in `train.py vae --set`. Stopped anywhere (Ctrl-C, SIGTERM), the
-# same command resumes: finished stages are skipped, a training that was stopped goes on. Another dial needs another
-# folder.
+# DIAL scales how many pictures and steps there are. With 1, the default, toys take 24 minutes of one H200. SETTINGs are
+# numbers of the model, as in `train.py vae --set`. Stopped anywhere (Ctrl-C, SIGTERM), the same command resumes:
+# finished stages are skipped, a training that was stopped goes on. Another dial needs another folder.
 set -euo pipefail
 usage="usage: sample/train.sh toys|things FOLDER [DIAL [SETTING ...]]"
 what=${1:?$usage}
