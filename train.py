@@ -58,6 +58,7 @@ NEXT = {"vae": "train.py prior --out prior.pt --vae", "prior": "distill.py --wei
 RAY_SAMPLES = 32  # query views from which the number of rays to ask about is estimated
 RAY_STEP = 32     # of which it is a multiple
 PICTURED = 4  # sequences in a picture of how far a training is, and views of each, at most
+SAMPLE_STEPS = 20  # of the samples in it
 
 
 @dataclass(frozen=True)
@@ -375,7 +376,7 @@ class PriorTraining:
             rows.append([(label, images[1]), (LABELS["eft"], color), *(("input", x) for x in images[inputs])])
 
         # What the VLDM samples, from the same noise every time.
-        sampler = replace(PRESETS[result.preset.name].sampler, sample_steps=20)
+        sampler = replace(PRESETS[result.preset.name].sampler, sample_steps=SAMPLE_STEPS)
         generators = [torch.Generator(self.device).manual_seed(stream_seed(n, "picture")) for n in range(len(rows))]
         for row, sample in zip(rows, result.sample_view(torch.cat(features), generators, sampler)):
             row.insert(2, (LABELS["vldm"], sample))

@@ -103,9 +103,10 @@ def test_sequences_of_few_frames_wait_for_steps_with_few_inputs():
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """A cache of this module's own, whose packs serve every training."""
+    """A cache of this module's own, whose packs serve every training; no long look at what they have learned."""
     with pytest.MonkeyPatch.context() as m:
         m.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        m.setattr(train, "SAMPLE_STEPS", 1)
         yield
 
 
