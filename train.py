@@ -58,7 +58,7 @@ NEXT = {"vae": "train.py prior --out prior.pt --vae", "prior": "distill.py --wei
 RAY_SAMPLES = 32  # query views from which the number of rays to ask about is estimated
 RAY_STEP = 32     # of which it is a multiple
 PICTURED = 4  # sequences in a picture of how far a training is, and views of each, at most
-SAMPLE_STEPS = 20  # of the samples in it
+SAMPLE_STEPS = 20  # of the VLDM's samples in it
 
 
 @dataclass(frozen=True)
