@@ -1,4 +1,4 @@
-"""The training loop: Adam with warm-up, cosine decay, clipped gradients and an average of the weights; it saves
+"""The training loop: Muon with warm-up, cosine decay, clipped gradients and an average of the weights; it saves
 itself and resumes.
 
 The loop knows no model and no data: a training brings the module whose forward pass gives the losses, the batch of a
@@ -25,8 +25,9 @@ from common.progress import Progress
 from common.settings import check_ranges, differences
 from export.pictures import save_picture
 from gpu.graphs import map_tensors, tensors
-from gpu.update import GraphedAdam, Graphs
+from gpu.update import Graphs
 from training import ranks
+from training.muon import Muon
 from training.record import check_log, save_log
 
 NEVER = 2**62  # a step that no training reaches
@@ -85,7 +86,7 @@ class Fit:
         self.module = training.module.train()
         self.weights = self.module.state_dict()
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
-        self.optimizer = GraphedAdam([(self.parameters, 1.0)], config.betas, 1e-8, torch.device(device))
+        self.optimizer = Muon(self.parameters, config.betas, torch.device(device))
         self.average = {name: x.clone() for name, x in self.weights.items()}
 
         # How it is done: a graph for every shape of a batch; a thread that draws batches, by step.
@@ -180,7 +181,7 @@ class Fit:
 
         # The global generator is dropout's, and has numbers of its own in every process.
         torch.manual_seed(stream_seed(self.seed, f"dropout {step} {self.places[0]}"))
-        self.optimizer.set_rates(learning_rate(step, self.config))
+        self.optimizer.set_rate(learning_rate(step, self.config))
         shapes = [tuple(x.shape) for x in tensors(batch)]
         *losses, norm = self.graphs.run(str(shapes), self.update, batch)
 
@@ -208,7 +209,7 @@ class Fit:
             loss = sum(losses.values())
         self.names = list(losses)
 
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         loss.backward()
         ranks.average_gradients(self.parameters)
         shown = ranks.mean(torch.stack(list(losses.values())).detach())
