@@ -41,10 +41,10 @@ UNIMPORTANT = ("config.fit.save_seconds",)  # settings that do not decide the re
 class FitConfig:
     """The numbers of the loop."""
     steps: int = 10000                # updates in all
-    lr: float = 4e-4                  # Adam's peak learning rate
+    lr: float = 2e-3                  # peak learning rate
     warmup: int = 200                 # steps of linear warm-up
     final_lr_fraction: float = 0.01   # of the peak rate, at the end of the cosine
-    betas: tuple[float, float] = (0.9, 0.99)  # Adam's decay rates
+    betas: tuple[float, float] = (0.9, 0.99)  # Adam's decay rates, for what is no matrix
     clip_norm: float = 1.0            # largest norm of the gradient
     ema: float = 0.999                # decay of the average of the weights that is kept
     save_seconds: float = 120.0       # between two saves of a running training
