@@ -58,12 +58,12 @@ finish toys1 $!
 draw "${more[@]}"
 drawn=$!
 start vae "$python" train.py vae --root "$folder"/{toys,things}/1 --category toys things --preset "$preset" \
-    --out "$folder/vae.pt" --steps "$(scaled 10000 2)" --set batch="$(scaled 64 2 64)" "${@:4}"
+    --out "$folder/vae.pt" --steps "$(scaled 8000 2)" --set batch="$(scaled 64 2 64)" "${@:4}"
 finish vae $!
 finish "${more[0]}2" $drawn
 
 start prior "$python" train.py prior --root "$folder"/{toys,things}/* --category "${categories[@]}" \
-    --vae "$folder/vae.pt" --out "$folder/$name.pt" --steps "$(scaled 23000 2)" \
+    --vae "$folder/vae.pt" --out "$folder/$name.pt" --steps "$(scaled 22000 2)" \
     --set batch="$(scaled 16 2 16)" noisings=24
 finish prior $!
 echo "[$SECONDS s] $folder/$name.pt"
