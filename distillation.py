@@ -8,7 +8,7 @@ In each of N iterations a field is rendered twice, and updated after each:
                              (1 - alpha^2(t)) |x - x_hat| + 0.1 perceptual(x, x_hat), with x_hat a constant
 
 To both comes a small loss that prefers empty space. With V input views the losses of query views weigh
-`prior_views` / V, at most 1: in the paper always 1, in the preset `nano` 1 / V.
+`prior_views` / V, at most 1: in the paper always 1, in the preset `nano` 3 / V.
 
 The denoised versions of several iterations' query views are made in one batch, when the first of these iterations
 comes, for a view of a batch costs a fraction of a view alone: x_hat belongs to a rendering of the same view that is up

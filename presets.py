@@ -2,8 +2,8 @@
 
 The defaults of every config are the paper's, or the released code's where the paper says nothing: `PAPER` changes none
 of them. `NANO` has the same classes, small, for the sample categories and for CPUs, and is what the shipped weights
-are; `SMALL` is what to train. `plain` is for photographs without a prior. docs/differences.md says where and why they
-differ from the released code.
+are. `plain` is for photographs without a prior. docs/differences.md says where and why they differ from the released
+code.
 """
 from __future__ import annotations
 
@@ -28,25 +28,19 @@ PAPER = Preset(
     unet=UNetConfig(),
     diffusion=DiffusionConfig(),
 )
+# An EFT that knows no units, a latent of four times the numbers by an autoencoder that takes four pixels as one, a UNet
+# of two stages.
 NANO = Preset(
     name="nano",
     image_size=128,
-    eft=EFTConfig(stem=32, stages=(32, 64, 96), width=96, layers=2, feedforward=96, dropout=0.0),
-    vae=VAEConfig(widths=(24, 48, 96, 96), groups=8, blocks=1),
-    unet=UNetConfig(cond_channels=96, cond_unshuffle=2, widths=(96, 96, 128, 128), attention=(False, True, True),
+    eft=EFTConfig(stem=32, stages=(32, 64, 96), width=96, layers=2, feedforward=96, dropout=0.0, relative=True,
+                  depths=10),
+    vae=VAEConfig(channels=16, patch=2, widths=(48, 80, 96), groups=8, blocks=1),
+    unet=UNetConfig(channels=16, cond_channels=96, cond_unshuffle=2, widths=(96, 96, 96), attention=(True, True),
                     kernels=(3,), heads=4, head_dim=32, time_dim=192, token_dim=96),
-    diffusion=DiffusionConfig(prediction="v", snr_gamma=0.0, noisings=12),
+    diffusion=DiffusionConfig(prediction="v", snr_gamma=0.0, noisings=24),
 )
-# An EFT that knows no units, a latent of four times the numbers by an autoencoder that takes four pixels as one, a UNet
-# of two stages: less work, four fifths of the weights.
-SMALL = replace(
-    NANO,
-    name="small",
-    eft=replace(NANO.eft, relative=True, depths=10),
-    vae=replace(NANO.vae, channels=16, patch=2, widths=(48, 80, 96)),
-    unet=replace(NANO.unet, channels=16, widths=(96, 96, 96), attention=(True, True)),
-)
-MODELS = {preset.name: preset for preset in (PAPER, NANO, SMALL)}
+MODELS = {preset.name: preset for preset in (PAPER, NANO)}
 
 
 # ---------------------------------------------------------------------------------------------- distillations
@@ -67,7 +61,7 @@ PRESETS = {
     "nano": DistillConfig(
         iterations=300, bootstrap=20, viewpoints=24, image_size=128, render_size=64,
         lr_grid=5e-2, lr_mlp=1e-2, final_lr_fraction=0.1, betas=(0.9, 0.99), eps=1e-15,
-        min_noise_level=0.2, denoise_batch=8, prior_views=1.0, lr_exposure=1e-2, sampler=NANO_SAMPLER,
+        min_noise_level=0.8, denoise_batch=8, prior_views=3.0, lr_exposure=1e-2, sampler=NANO_SAMPLER,
         field=NANO_FIELD,
     ),
     # Photographs without a prior, a dozen of them or more: highlights move, exposure varies, masks are rough, and
@@ -81,9 +75,6 @@ PRESETS = {
                       view_degree=4),
     ),
 }
-
-# A better prior may say more, and of noisier renderings (docs/results.md).
-PRESETS["small"] = replace(PRESETS["nano"], min_noise_level=0.8, prior_views=3.0)
 
 # What `--released` stands for: the released code's behavior, where ours differs in some preset and a field can say so.
 # Sizes, learning rates and lengths stay the preset's.

@@ -295,10 +295,8 @@ def load(path: Path, device: str = "cpu", stage: str = "prior") -> SparseFusion:
     try:
         with torch.device("meta"):
             model = SparseFusion(preset)
-        # Files from before 0.2 spell one of the EFT's layers otherwise.
-        weights = {name.replace("eft.colour.", "eft.color."): x for name, x in data["weights"].items()}
-        files.check_weights(weights, model)
-        weights = {name: x.to(device) for name, x in weights.items()}  # as they are, since half is half the way
+        files.check_weights(data["weights"], model)
+        weights = {name: x.to(device) for name, x in data["weights"].items()}  # as they are, since half is half the way
         model.load_state_dict({name: x.float() if x.is_floating_point() else x for name, x in weights.items()},
                               assign=True)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as e:
@@ -310,13 +308,9 @@ def load(path: Path, device: str = "cpu", stage: str = "prior") -> SparseFusion:
 
 
 def read_preset(path: Path) -> Preset:
-    """The preset of a file that `save` wrote; reads no weights. In files from before 0.2 the diffusion had the
-    sampler's numbers, too.
-    """
+    """The preset of a file that `save` wrote; reads no weights."""
     try:
-        numbers = _header(path)["preset"]
-        diffusion = {name: x for name, x in numbers["diffusion"].items() if name not in ("steps", "clip", "t_start")}
-        return Preset.from_dict(numbers | {"diffusion": diffusion})
+        return Preset.from_dict(_header(path)["preset"])
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
         reason = " ".join(str(e).split())[:160]
         raise ValueError(f"{path}: not a model's preset and weights ({reason})") from e
@@ -327,12 +321,7 @@ def read_trained_on(path: Path) -> list[dict]:
     trainings = _header(path).get("trained_on")
     if not isinstance(trainings, list):
         trainings = []
-    trainings = [x for x in trainings if isinstance(x, dict) and isinstance(x.get("category"), str)]
-
-    # The shipped file is older than this entry.
-    if not trainings and path.resolve() == SHIPPED:
-        return [{"what": "prior", "category": "toys"}]
-    return trainings
+    return [x for x in trainings if isinstance(x, dict) and isinstance(x.get("category"), str)]
 
 
 def trained_distance(path: Path) -> float | None:

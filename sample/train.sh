@@ -2,7 +2,7 @@
 # A prior of toys or of things from nothing: their pictures, the autoencoder, the prior. `sample/perceptual.pt` stays as
 # it is: it measures.
 #
-#   sample/train.sh toys FOLDER [DIAL [SETTING ...]]      writes FOLDER/small.pt; keeps its log in FOLDER/train.log
+#   sample/train.sh toys FOLDER [DIAL [SETTING ...]]      writes FOLDER/nano.pt; keeps its log in FOLDER/train.log
 #   sample/train.sh things FOLDER [DIAL [SETTING ...]]    writes FOLDER/things.pt
 #
 # DIAL scales how many pictures and steps there are. With 1, the default, toys take 24 minutes of one H200. SETTINGs are
@@ -14,7 +14,7 @@ what=${1:?$usage}
 folder=$(realpath -m "${2:?$usage}")
 dial=${3:-1}
 [[ $dial =~ ^[0-9]*\.?[0-9]+$ ]] || { echo "error: DIAL $dial: not a number above 0, such as 0.1" >&2; exit 2; }
-preset=small  # the one place to name another
+preset=nano  # the one place to name another
 case $what in  # the weights' name, what they are trained on, and more of it: kind, seed, how many, views of each
 toys) name=$preset categories=(toys) more=(toys 2 6000 16) ;;
 things) name=things categories=(toys things) more=(things 2 10000 8) ;;
@@ -64,6 +64,6 @@ finish "${more[0]}2" $drawn
 
 start prior "$python" train.py prior --root "$folder"/{toys,things}/* --category "${categories[@]}" \
     --vae "$folder/vae.pt" --out "$folder/$name.pt" --steps "$(scaled 22000 2)" \
-    --set batch="$(scaled 16 2 16)" noisings=24
+    --set batch="$(scaled 16 2 16)"
 finish prior $!
 echo "[$SECONDS s] $folder/$name.pt"

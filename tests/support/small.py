@@ -15,12 +15,13 @@ from presets import PRESETS
 
 TINY = sparsefusion.Preset(
     "nano", 32,
-    replace(presets.NANO.eft, stem=8, stages=(8, 12, 16), blocks=1, width=16, layers=1, feedforward=16, depths=4),
+    replace(presets.NANO.eft, stem=8, stages=(8, 12, 16), blocks=1, width=16, layers=1, feedforward=16, depths=4,
+            relative=False),
     vae.VAEConfig(widths=(8, 8, 16), groups=4, blocks=1),
     unet.UNetConfig(cond_channels=16, widths=(16, 16, 16), attention=(False, True), kernels=(3,), groups=4, heads=2,
                     head_dim=8, time_dim=32, token_dim=16),
     replace(presets.NANO.diffusion, noisings=2))
-RELATIVE = replace(TINY, name="small", eft=replace(TINY.eft, relative=True), vae=replace(TINY.vae, channels=8),
+RELATIVE = replace(TINY, eft=replace(TINY.eft, relative=True), vae=replace(TINY.vae, channels=8),
                    unet=replace(TINY.unet, channels=8))
 FIELD = replace(presets.NANO_FIELD, levels=3, log2_hashmap_size=12, finest_resolution=32, width=16, samples_per_ray=32,
                 occupancy_cells=32)

@@ -35,13 +35,13 @@ def test_from_nothing_to_a_prior(tmp_path):
         assert script.poll() is None, log.read_text()
         time.sleep(0.05)
     script.send_signal(signal.SIGTERM)
-    assert script.wait(120) == 143 and not (tmp_path / "small.pt").exists()
+    assert script.wait(120) == 143 and not (tmp_path / "nano.pt").exists()
 
     assert start(tmp_path).wait(200) == 0, log.read_text()
-    model = sparsefusion.load(tmp_path / "small.pt")
+    model = sparsefusion.load(tmp_path / "nano.pt")
     assert model.preset.image_size == 32
-    trainings = sparsefusion.read_trained_on(tmp_path / "small.pt")
+    trainings = sparsefusion.read_trained_on(tmp_path / "nano.pt")
     assert [x["what"] for x in trainings] == ["vae", "vae", "prior"] and trainings[2]["sequences"] == 2
     lines = log.read_text().splitlines()
     assert [line.split()[-1] == "true" for line in lines if "] toys1:" in line] == [False, True]
-    assert lines[-1].endswith(str(tmp_path / "small.pt"))
+    assert lines[-1].endswith(str(tmp_path / "nano.pt"))

@@ -212,9 +212,9 @@ def test_a_state_without_a_part(whole, training, tmp_path, capsys):
 
 def test_an_eft_without_units_is_trained_and_used(training, monkeypatch):
     """The same sequences in another unit give the same losses."""
-    monkeypatch.setitem(presets.MODELS, "small", RELATIVE)
+    monkeypatch.setitem(presets.MODELS, "nano", RELATIVE)
     monkeypatch.setattr(train, "RAY_STEP", 4)
-    vae = training("vae", "vae.pt", "--preset", "small")
+    vae = training("vae", "vae.pt")
     model = load(training("prior", "prior.pt", "--vae", vae))
     assert model.preset.eft.relative and model.preset.vae.channels == 8
     data = load_packed([SAMPLE], ["toys"], 5, 32, workers=1)
