@@ -264,9 +264,9 @@ def test_nano_shapes(noise):
     sampler = replace(presets.NANO_SAMPLER, denoise_steps=10)
     with torch.no_grad():
         latents = autoencoder.encode(torch.rand(1, 3, 128, 128))
-        assert latents.shape == (1, 4, 16, 16) and autoencoder.decode(latents).shape == (1, 3, 128, 128)
+        assert latents.shape == (1, 16, 16, 16) and autoencoder.decode(latents).shape == (1, 3, 128, 128)
         cond = torch.randn(1, presets.NANO.unet.cond_channels, 32, 32)
-        z = vldm.denoise(model.denoiser(cond, sampler), latents, [0.2], noise(1, 4, 16, 16), sampler)
+        z = vldm.denoise(model.denoiser(cond, sampler), latents, [0.2], noise(1, 16, 16, 16), sampler)
     assert z.shape == latents.shape and z.abs().max() <= sampler.clip
 
 
