@@ -1,5 +1,8 @@
 """What several test modules share, as fixtures."""
+import functools
 import multiprocessing
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +10,32 @@ import torch
 from tests.support.denoisers import Analytic
 from unet import UNetConfig
 from vldm import alpha_sigma
+
+
+def pytest_runtestloop(session):
+    """Among several processes (`__main__.py`) each file of tests is run by the first that comes to it."""
+    if "TAKEN_TESTS" not in os.environ or session.testsfailed or session.config.option.collectonly:
+        return None
+    mine = (item for item in session.items if taken(item.path))
+    item = next(mine, None)
+    while item is not None:
+        following = next(mine, None)
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        if session.shouldfail or session.shouldstop:
+            raise session.Interrupted(session.shouldfail or session.shouldstop)
+        item = following
+    return True
+
+
+@functools.cache
+def taken(file: Path) -> bool:
+    """Whether this process runs the tests of a file: where no other has said so before."""
+    name = str(file.relative_to(Path(__file__).parent)).replace(os.sep, " ")
+    try:
+        (Path(os.environ["TAKEN_TESTS"]) / name).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 @pytest.fixture
