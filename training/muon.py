@@ -30,7 +30,6 @@ class Muon:
 
     def __init__(self, parameters: Iterable[nn.Parameter], betas: tuple[float, float], device: torch.device):
         """betas: Adam's, for vectors and for matrices with fewer than 8 rows or columns."""
-        self.device = device
         self.matrices = []
         others = []
         for p in parameters:
@@ -87,7 +86,7 @@ class Muon:
 
 
 def orthogonalized(x: Tensor) -> Tensor:
-    """Matrices (n, r, c), r <= c, with the same singular vectors and singular values from .65 to 1.2, but for those that
+    """Matrices (n, r, c), r <= c, with the same singular vectors, and singular values from .65 to 1.2 but where they
     were less than two thousandths of the norm.
     """
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)

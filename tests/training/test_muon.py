@@ -101,7 +101,8 @@ def test_a_rate_of_nothing_moves_nothing(device):
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before))
 
 
-@pytest.mark.parametrize("momentum", [torch.zeros(2, 2), torch.full((8, 4, 3, 3), torch.nan), torch.zeros(8, 4, 3, 3).int()])
+@pytest.mark.parametrize("momentum", [torch.zeros(2, 2), torch.full((8, 4, 3, 3), torch.nan),
+                                      torch.zeros(8, 4, 3, 3).int()])
 def test_a_momentum_of_something_else(momentum):
     optimizer = Muon(network().parameters(), (0.9, 0.99), torch.device("cpu"))
     state = optimizer.state_dict()
