@@ -46,6 +46,7 @@ from training import ranks
 from training.fit import Fit, FitConfig, Losses
 from training.packed import PackedScenes, load_packed
 from training.ranks import Draws
+from training.roughness import Roughness, draw_roughness, roughen
 from unet import ResBlock
 from vae import VAE, VAEBlock
 from vldm import latent_mask
@@ -68,11 +69,13 @@ class TrainConfig:
     frames: int = 16    # evenly spaced frames of each sequence that are used, if it has as many
     min_views: int = 1  # fewest input views of the prior [released: 2, train.py:594]
     max_views: int = 8  # most input views of the prior [released: 5, train.py:594]
+    rough: float = 0.0  # how rough masks and exposures of its input views become, to 1: of drawn ones, which are exact
     fit: FitConfig = FitConfig()
     model: Preset = MODELS["nano"]  # a prior's comes from its --vae file
 
     def __post_init__(self):
-        check_ranges(self, {"batch": (1, 2**14), "frames": (1, 10_000), "min_views": (1, 64), "max_views": (1, 64)})
+        check_ranges(self, {"batch": (1, 2**14), "frames": (1, 10_000), "min_views": (1, 64), "max_views": (1, 64),
+                            "rough": (0, 1)})
         if not self.min_views <= self.max_views:
             raise ValueError(f"min_views {self.min_views} is more than max_views {self.max_views}")
 
@@ -237,18 +240,20 @@ class PriorBatch(NamedTuple):
     times: Tensor   # (b, n) of the noisings, in [0, 1]
     keep: Tensor    # (b, n) 1, or 0 where the UNet does without features
     noise: Tensor   # (b, n, channels, h, h) standard normal
+    rough: Roughness
 
 
 class PriorLosses(nn.Module):
     """A training step of EFT and UNet (Sec. 3.1): the diffusion loss of the query latents and the EFT's color loss."""
 
-    def __init__(self, model: SparseFusion):
+    def __init__(self, model: SparseFusion, rough: float = 0.0):
         super().__init__()
         self.preset = model.preset
         self.encode = model.vae.encode  # frozen, so no part of this module
         self.eft = model.eft
         self.vldm = model.vldm
         self.register_buffer("levels", LEVELS.clone(), persistent=False)
+        self.rough = rough
         self.rays = {}  # number of input views -> how many rays of a query view the EFT is asked about (default: all)
 
     def forward(self, batch: PriorBatch) -> Losses:
@@ -256,7 +261,7 @@ class PriorLosses(nn.Module):
         # The EFT looks at the inputs along rays of the query view.
         views = batch.views
         target = views.target / self.levels
-        images = views.images[:, :, :3] / self.levels[:3]
+        images = self.inputs(batch)[:, :, :3]
         index, xy, near, far, sees = self.choose_rays(batch)
         seen = self.eft(self.eft.encode(images), images, views.cameras, views.query, xy, near, far)
         truth = colors_at(target, xy)
@@ -281,6 +286,11 @@ class PriorLosses(nn.Module):
         diffusion = self.vldm.loss(x0, features, batch.times.flatten(), batch.noise.flatten(0, 1), mask)
         return {"diffusion": diffusion, "color": color}
 
+    def inputs(self, batch: PriorBatch) -> Tensor:
+        """The input views (b, V, 5, S, S) as the EFT is shown them, in [0, 1]."""
+        images = batch.views.images / self.levels
+        return roughen(images, batch.rough, self.rough) if self.rough else images
+
     def choose_rays(self, batch: PriorBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The same number of rays R of every query view, in the relative form first those that see the visual hull:
         their places in the map (b, R), their NDC (b, R, 2), their depth ranges (b, R), and whether they see it (b, R).
@@ -291,7 +301,7 @@ class PriorLosses(nn.Module):
         near, far = (x[:, None].expand_as(batch.order) for x in (batch.near, batch.far))
         sees = torch.ones_like(batch.order)
         if self.preset.eft.relative:
-            possible = hull_maps(*(views.images[:, :, 3:] / self.levels[3:]).split(1, dim=2))
+            possible = hull_maps(*self.inputs(batch)[:, :, 3:].split(1, dim=2))
             near, far, sees = self.eft.see_hull(possible, views.cameras, views.query, grid)
         count = self.rays.get(views.images.shape[1], side**2)
         index = (sees + batch.order).topk(count).indices
@@ -311,7 +321,7 @@ class PriorTraining:
         self.model = model
         self.model.preset = config.model
         self.model.vldm.config = config.model.diffusion
-        self.module = PriorLosses(model).to(device).requires_grad_(True)
+        self.module = PriorLosses(model, config.rough).to(device).requires_grad_(True)
         if device == "cuda":
             fuse(model.vldm.unet, {ResBlock: fused_unet_block})
 
@@ -351,7 +361,8 @@ class PriorTraining:
         model = self.config.model
         noise = draws.randn(n, model.vae.channels, model.latent_size, model.latent_size)
         order = draws.rand(model.map_size**2)
-        return PriorBatch(views, self.near[views.scene], self.far[views.scene], order, times, keep, noise)
+        rough = draw_roughness(draws, views.images.shape[1], model.image_size)
+        return PriorBatch(views, self.near[views.scene], self.far[views.scene], order, times, keep, noise, rough)
 
     def finish(self, average: dict[str, Tensor], out: Path, trained_on: list[dict]) -> Image.Image:
         """Write a weights file: the averaged EFT and UNet, and the autoencoder as it was. Returns a query view of each

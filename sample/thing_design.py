@@ -254,7 +254,7 @@ def random_shape(dice: Dice, device) -> tuple[Shape, Room, tuple[np.ndarray, flo
     # Drawn anew until all of it hangs together: what is cut may leave pieces.
     whole = False
     while not whole:
-        solid, cut = dice.choice(FAMILIES, [15, 25, 12, 48])(dice)
+        solid, cut = dice.choice(FAMILIES, [25, 27, 12, 36])(dice)
         turn = dice.choice([UPRIGHT, random_axes(dice)], [3, 1])
         solid, cut = ([part.moved(turn) for part in parts] for parts in (solid, cut))
 

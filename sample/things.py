@@ -1,15 +1,14 @@
 """Synthetic *things*, written to disk as a CO3Dv2 tree, to train a prior for any object. None of it is a photograph.
 
     python sample/things.py --root things --instances 10000 --seed 1
-    python sample/things.py --root unseen --instances 24 --seed 2000 --clean
+    python sample/things.py --root unseen --instances 24 --seed 2000
 
 A thing is fruit, a vessel, furniture, or one to a dozen parts of any kind on one another: solids of revolution,
 rounded boxes, super-ellipsoids, capsules, rings, rods and plates, perhaps rippled or with a part cut out. Procedural
 shapes with random materials train reconstruction nearly as well as scanned objects [LRM-Zero, arXiv 2406.09371].
 
-The photographs are like hand-held ones: highlights that move with the camera, exposure and white balance that differ
-between views, blur, noise, JPEG, and masks that are some pixels too large or too small, ragged or bitten into. With
-`--clean`, masks are exact, exposures alike, and blur, noise and JPEG slight: the truth of an evaluation must be fair.
+The photographs are like hand-held ones, with highlights that move with the camera; slight blur, noise, JPEG. Masks are
+exact and exposures alike, for the truth must be fair: training roughens what it is shown (`training/roughness.py`).
 The names in a tree, `things` and `thing_...`, say that it is drawn.
 
 Seeds: 1-99 training, 1000 shipped, 2000 reported, 3000 tuning.
@@ -24,7 +23,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,7 +41,6 @@ from sample.tree import Photographs  # noqa: E402
 ELEVATIONS = (-15.0, 65.0)  # degrees
 DISTANCES = (2.5, 12.0)     # radii of the ball around a thing
 ROLL = 10.0                 # degrees, most
-BITTEN = 0.15               # part of the masks
 KERNEL = 9                  # pixels: the widest blur
 
 
@@ -91,33 +88,21 @@ def _jitter(dice: Dice, amount: float, *shape: int) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------- photographs
 
-def draw(clean: bool, device, generator: torch.Generator, views: int, height: int, width: int) -> Photographs:
+def draw(device, generator: torch.Generator, views: int, height: int, width: int) -> Photographs:
     """The next thing of a generator in its surroundings: `views` photographs of `height` x `width` pixels."""
     thing = make_thing(generator, device)
     cameras = hand_held(thing, generator, views)
     color, mask = render(thing, cameras, height, width)
     color = color + (1 - mask) * _surroundings(cameras, generator, height, width).to(device)
 
-    # What a camera does: exposure and white balance, then blur, gamma, noise.
-    rough = 0.0 if clean else Dice(generator).uniform()
-    gain = gains(views, rough, generator)[..., None, None]
-    blur = torch.rand(views, generator=generator) * (0.4 if clean else 1.2)
-    grain = torch.rand(views, 1, 1, 1, generator=generator) * (0.005 if clean else 0.02)
-    color = _blurred(color * gain.to(device), blur).clamp(0, 1) ** (1 / GAMMA)
+    # What a camera does: blur, gamma, noise.
+    blur = 0.4 * torch.rand(views, generator=generator)
+    grain = 0.005 * torch.rand(views, 1, 1, 1, generator=generator)
+    color = _blurred(color, blur).clamp(0, 1) ** (1 / GAMMA)
     noise = torch.randn(views, 3, height, width, generator=generator)
     color = (color + (grain * noise).to(device)).clamp(0, 1)
-
-    if not clean:
-        mask = rough_masks(mask, rough, generator)
-    qualities = torch.randint(90 if clean else 40, 96, (views,), generator=generator).tolist()
+    qualities = torch.randint(90, 96, (views,), generator=generator).tolist()
     return Photographs(cameras, tree.to_bytes(color, mask), qualities, None)
-
-
-def gains(views: int, rough: float, generator: torch.Generator) -> Tensor:
-    """What exposure and white balance multiply linear colors by, (V, 3); `rough` from 0 to 1: how far from alike."""
-    exposure = 0.15 * torch.randn(views, 1, generator=generator)
-    balance = 0.06 * torch.randn(views, 3, generator=generator)
-    return torch.exp(rough * (exposure + balance))
 
 
 def _surroundings(cameras: Cameras, generator: torch.Generator, height: int, width: int) -> Tensor:
@@ -147,47 +132,16 @@ def _blurred(images: Tensor, sigma: Tensor) -> Tensor:
     return x.view(views, channels, height, width)
 
 
-def rough_masks(mask: Tensor, rough: float, generator: torch.Generator) -> Tensor:
-    """Masks (V, 1, H, W) as a hand or a network draws them, `rough` from 0 to 1: the edge is up to three pixels off and
-    wavers, is sharp or soft, and has been bitten into in BITTEN of the views.
-    """
-    views, _, height, width = mask.shape
-    device = mask.device
-    smooth = _blurred(mask, torch.full((views,), 1.5))
-
-    # In a blurred mask the edge is where it is one half; this one is elsewhere.
-    off = (torch.rand(views, 1, 1, 1, generator=generator) - 0.5) * 0.9
-    waver = torch.randn(views, 1, height // 8, width // 8, generator=generator) * 0.25
-    waver = F.interpolate(waver, (height, width), mode="bicubic")
-    sharpness = 2 + 6 * torch.rand(views, 1, 1, 1, generator=generator)
-    off = (rough * (off + waver)).clamp(-0.48, 0.48).to(device)
-    edge = (smooth - 0.5 + off) * sharpness.to(device)
-    found = (edge + 0.5).clamp(0, 1) * (smooth > 0.02)
-    found = torch.where(smooth > 0.97, 1.0, found)
-
-    # A bite: a disc about a point of the mask's border.
-    rows, columns = torch.meshgrid(torch.arange(1.0 * height), torch.arange(1.0 * width), indexing="ij")
-    for i in (torch.rand(views, generator=generator) < BITTEN).nonzero()[:, 0].tolist():
-        border = ((smooth[i, 0] - 0.5).abs() < 0.2).nonzero().cpu()
-        place, size = torch.rand(2, generator=generator).tolist()
-        row, column = border[int(place * len(border))]
-        radius = rough * (0.1 + 0.2 * size) * mask[i].sum().sqrt().item()
-        found[i] *= (torch.hypot(rows - row, columns - column) > radius).to(device)
-    return found
-
-
 # ---------------------------------------------------------------------------------------------- the command
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = tree.parser(__doc__, "thing", "1-99 training, 1000 shipped, 2000 reported, 3000 tuning")
-    p.add_argument("--clean", action="store_true", help="exact masks, the same exposure in all views: for evaluation")
-    return p
+    return tree.parser(__doc__, "thing", "1-99 training, 1000 shipped, 2000 reported, 3000 tuning")
 
 
 def command(args: argparse.Namespace):
     """Make the things and write them."""
-    tree.command("thing", partial(draw, args.clean), args)
+    tree.command("thing", draw, args)
 
 
 def main(argv: list[str] | None = None):

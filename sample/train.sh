@@ -15,9 +15,10 @@ folder=$(realpath -m "${2:?$usage}")
 dial=${3:-1}
 [[ $dial =~ ^[0-9]*\.?[0-9]+$ ]] || { echo "error: DIAL $dial: not a number above 0, such as 0.1" >&2; exit 2; }
 preset=nano  # the one place to name another
-case $what in  # the weights' name, what they are trained on, and more of it: kind, seed, how many, views of each
-toys) name=$preset categories=(toys) more=(toys 2 6000 16) ;;
-things) name=things categories=(toys things) more=(things 2 10000 8) ;;
+# The weights' name, what they are trained on, more of it (kind, seed, how many, views of each), how rough inputs are.
+case $what in
+toys) name=$preset categories=(toys) more=(toys 2 6000 16) rough=0 ;;
+things) name=things categories=(toys things) more=(things 2 10000 8) rough=1 ;;
 *) echo "error: $what: not toys or things; $usage" >&2; exit 2 ;;
 esac
 python=${PYTHON:-python}
@@ -64,6 +65,6 @@ finish "${more[0]}2" $drawn
 
 start prior "$python" train.py prior --root "$folder"/{toys,things}/* --category "${categories[@]}" \
     --vae "$folder/vae.pt" --out "$folder/$name.pt" --steps "$(scaled 22000 2)" \
-    --set batch="$(scaled 16 2 16)"
+    --set batch="$(scaled 16 2 16)" rough=$rough
 finish prior $!
 echo "[$SECONDS s] $folder/$name.pt"

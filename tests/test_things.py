@@ -167,72 +167,33 @@ def test_cameras_are_within_their_ranges(some):
     assert min(arcs) < 120 and max(arcs) > 250
 
 
-def test_exposures_and_white_balances_differ_between_views():
-    found = things.gains(2000, 1.0, torch.Generator().manual_seed(0)).log()
-    assert found.mean(1).std().item() == pytest.approx(math.sqrt(0.15 ** 2 + 0.06 ** 2 / 3), rel=0.1)
-    assert found.std(1).mean() > 0.04 and found.mean().abs() < 0.02
-    assert (things.gains(5, 0.0, torch.Generator().manual_seed(0)) == 1).all(), "clean"
-
-
-def test_photographs_are_exposed(monkeypatch):
-    """Each view's linear colors are multiplied by its own gains."""
-    def linear(gain):
-        monkeypatch.setattr(things, "gains", lambda views, rough, generator: torch.tensor(gain))
-        drawn = things.draw(True, "cpu", generator_of(4000, 2), 2, 32, 32)
-        return torch.tensor(drawn.pixels[..., :3] / 255.0) ** 2.2
-
-    plain = linear([[1.0] * 3] * 2)
-    changed = linear([[0.5, 0.8, 1.0], [0.9, 0.6, 0.7]])
-    unclipped = (plain < 0.95).all(-1, keepdim=True)
-    ratio = (changed * unclipped).sum((1, 2)) / (plain * unclipped).sum((1, 2))
-    torch.testing.assert_close(ratio, torch.tensor([[0.5, 0.8, 1.0], [0.9, 0.6, 0.7]]).double(), atol=0.01, rtol=0)
-
-
-def test_masks_are_rough_unless_clean():
-    clean, rough = (things.draw(clean, "cpu", generator_of(4000, 3), 10, 32, 32).pixels[..., 3] / 255.0
-                    for clean in (True, False))
-    assert np.abs(clean - rough).mean() > 0.004
-
-    # The clean masks are those that are rendered.
+def test_masks_are_those_that_are_rendered():
+    drawn = things.draw("cpu", generator_of(4000, 3), 10, 32, 32).pixels[..., 3] / 255.0
     generator = generator_of(4000, 3)
     thing = make_thing(generator)
     _, mask = render(thing, things.hand_held(thing, generator, 10), 32, 32)
-    assert np.abs(mask[:, 0].numpy() - clean).max() < 0.003
-
-
-def test_rough_masks_stay_near_the_edge_but_for_bites():
-    disc = (torch.hypot(*torch.meshgrid(torch.arange(64.0) - 32, torch.arange(64.0) - 32, indexing="ij")) < 18).float()
-    generator = torch.Generator().manual_seed(0)
-    found = things.rough_masks(disc.expand(200, 1, -1, -1), 1.0, generator)
-    overlap = (torch.minimum(found, disc).sum((1, 2, 3)) / torch.maximum(found, disc).sum((1, 2, 3)))
-    assert 0.5 < overlap.min() < 0.8 and overlap.median() > 0.8 and overlap.max() > 0.93
-    outside = torch.hypot(*torch.meshgrid(torch.arange(64.0) - 32, torch.arange(64.0) - 32, indexing="ij")) > 23
-    assert found[:, 0, outside].max() == 0
-    inside = torch.hypot(*torch.meshgrid(torch.arange(64.0) - 32, torch.arange(64.0) - 32, indexing="ij")) < 14
-    bitten = found[:, 0, inside].amin(1) == 0
-    assert 15 <= bitten.sum() <= 45, "fifteen of a hundred"
+    assert np.abs(mask[:, 0].numpy() - drawn).max() < 0.003
 
 
 @pytest.fixture(scope="module")
-def clean_tree(tmp_path_factory):
+def drawn_tree(tmp_path_factory):
     root = tmp_path_factory.mktemp("things")
-    things.main(["--root", str(root), "--instances", "2", "--seed", "4000", "--views", "8", "--device", "cpu",
-                 "--clean"])
+    things.main(["--root", str(root), "--instances", "2", "--seed", "4000", "--views", "8", "--device", "cpu"])
     return root
 
 
-def test_the_tree_is_read_and_fits(clean_tree, tmp_path, capsys):
-    scene = co3d.load_sequence(clean_tree, "things", "thing_4000_00000", size=64)
+def test_the_tree_is_read_and_fits(drawn_tree, tmp_path, capsys):
+    scene = co3d.load_sequence(drawn_tree, "things", "thing_4000_00000", size=64)
     assert len(scene) == 8 and 0.02 < scene.masks.mean() < 0.6
-    check.main([str(clean_tree), "--category", "things", "--out", str(tmp_path / "check.png")])
+    check.main([str(drawn_tree), "--category", "things", "--out", str(tmp_path / "check.png")])
     assert "masks and cameras fit" in capsys.readouterr().out
 
 
-def test_same_seed_same_bytes_whatever_the_number(clean_tree, tmp_path):
+def test_same_seed_same_bytes_whatever_the_number(drawn_tree, tmp_path):
     command = ["--root", str(tmp_path), "--instances", "1", "--seed", "4000", "--views", "8", "--device", "cpu"]
-    things.main([*command, "--clean"])
+    things.main(command)
     made = {str(f.relative_to(tmp_path)): f.read_bytes() for f in tmp_path.rglob("*.*g")}
-    assert len(made) == 16 and all((clean_tree / name).read_bytes() == data for name, data in made.items())
+    assert len(made) == 16 and all((drawn_tree / name).read_bytes() == data for name, data in made.items())
     first, second = (tree.generator_of(4000, i) for i in (0, 1))
     assert make_thing(first).radius != make_thing(second).radius
 

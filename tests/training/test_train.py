@@ -244,6 +244,21 @@ def test_an_eft_without_units_is_trained_and_used(training, monkeypatch):
     assert result.render(scene.cameras[:1], 32).images.isfinite().all()
 
 
+def test_inputs_become_rough_and_nothing_else(training, monkeypatch):
+    monkeypatch.setitem(presets.MODELS, "nano", RELATIVE)
+    model = tiny_model(preset=RELATIVE)
+    data = load_packed([SAMPLE], ["toys"], 5, 32, workers=1)
+    found = {}
+    for rough in (0.0, 1.0):
+        work = train.PriorTraining(data, train.TrainConfig(batch=2, model=RELATIVE, rough=rough), model, "cpu")
+        batch = work.batch(Draws(0, 0, 2, range(2)), (3, 3))
+        found[rough] = batch, work.module.inputs(batch), work.module.eval()(batch)
+    (clean, exact, losses), (same, changed, others) = found.values()
+    assert torch.equal(clean.views.images, same.views.images) and torch.equal(clean.views.target, same.views.target)
+    assert torch.equal(exact, clean.views.images / train.LEVELS) and (changed - exact).abs().mean() > 1e-3
+    assert all(losses[name] != others[name] for name in losses)
+
+
 # --- what a weights file says about its trainings ---
 
 def test_weights_know_what_they_were_trained_on(whole, training, tmp_path):
