@@ -17,7 +17,7 @@ from training.ranks import Draws
 
 EXPOSURE, BALANCE = 0.15, 0.06  # standard deviations of logarithmic gains, of a picture and of its channels
 GAMMA = 2.2
-OFF, WAVER = 0.45, 0.25  # how far from one half the edge is in a blurred mask: at most everywhere; of every eighth pixel
+OFF, WAVER = 0.45, 0.25  # how far from one half the edge is in a blurred mask: most of a picture, of each eighth pixel
 BITTEN = 0.15            # part of the masks; as many have a bump
 
 
@@ -38,7 +38,7 @@ def draw_roughness(draws: Draws, views: int, size: int) -> Roughness:
 
 
 def roughen(images: Tensor, rough: Roughness, most: float) -> Tensor:
-    """Of views (b, V, 5, S, S), masked colors, mask and valid region in [0, 1], the same, rougher; `most` from 0 to 1."""
+    """Of views (b, V, 5, S, S), masked colors, mask and valid region in [0, 1], the same, rougher; most: 0 to 1."""
     views = images.shape[1]
     side = images.shape[-1]
     color, mask, valid = images.flatten(0, 1).split([3, 1, 1], 1)

@@ -23,7 +23,8 @@ def test_a_graph_trains_as_its_steps_one_by_one(tmp_path, monkeypatch):
         torch.manual_seed(0)
         model = SparseFusion(TINY).cuda().eval().requires_grad_(False)
         data = load_packed([SAMPLE], ["toys"], 5, TINY.image_size, workers=1)
-        fit = Fit(train.PriorTraining(data, config, model, "cuda"), config.fit, tmp_path / "x.pt", 0, "cuda", {}, [], [])
+        prior = train.PriorTraining(data, config, model, "cuda")
+        fit = Fit(prior, config.fit, tmp_path / "x.pt", 0, "cuda", {}, [], [])
         fit.graphs.enabled = graphs
         if not graphs:
             fit.draw = lambda step, fit=fit, draw=fit.draw: map_tensors(torch.Tensor.cuda, draw(step))
