@@ -59,7 +59,7 @@ PRESETS = {
     # As many samples as NeRF's two passes, in one: where empty space is skipped it finds as much.
     "paper": DistillConfig(denoise_batch=32, field=FieldConfig(samples_per_ray=128, importance_samples=0)),
     "nano": DistillConfig(
-        iterations=300, bootstrap=20, viewpoints=24, image_size=128, render_size=64,
+        iterations=300, bootstrap=20, viewpoints=24, image_size=128, render_size=64, picture_side=2,
         lr_grid=5e-2, lr_mlp=1e-2, final_lr_fraction=0.1, betas=(0.9, 0.99), eps=1e-15,
         min_noise_level=0.8, denoise_batch=8, prior_views=3.0, lr_exposure=1e-2, sampler=NANO_SAMPLER,
         field=NANO_FIELD,

@@ -56,6 +56,7 @@ def test_the_paper_preset_has_the_released_numbers():
     nano, plain = presets.PRESETS["nano"], presets.PRESETS["plain"]
     assert (nano.sampler.solver, nano.sampler.denoise_steps, nano.denoise_batch) == ("dpmpp", 2, 8)
     assert (plain.blur, plain.field.view_degree, nano.blur, nano.field.view_degree) == (3, 4, 1, 0)
+    assert plain.picture_side == nano.picture_side == 2
     assert max(paper.denoise_batch, nano.denoise_batch) <= graphs.SIZES[-1]  # or a GPU would divide a batch
     for name, fraction in (("nano", 0.1), ("plain", 0.05)):
         tuned = presets.PRESETS[name]
