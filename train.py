@@ -261,8 +261,9 @@ class PriorLosses(nn.Module):
         # The EFT looks at the inputs along rays of the query view.
         views = batch.views
         target = views.target / self.levels
-        images = self.inputs(batch)[:, :, :3]
-        index, xy, near, far, sees = self.choose_rays(batch)
+        inputs = self.inputs(batch)
+        images = inputs[:, :, :3]
+        index, xy, near, far, sees = self.choose_rays(batch, inputs)
         seen = self.eft(self.eft.encode(images), images, views.cameras, views.query, xy, near, far)
         truth = colors_at(target, xy)
         color = (pseudo_huber(seen.color.float() - truth[..., :3]) * (truth[..., 4:] > 0.5)).mean()
@@ -291,9 +292,10 @@ class PriorLosses(nn.Module):
         images = batch.views.images / self.levels
         return roughen(images, batch.rough, self.rough) if self.rough else images
 
-    def choose_rays(self, batch: PriorBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The same number of rays R of every query view, in the relative form first those that see the visual hull:
-        their places in the map (b, R), their NDC (b, R, 2), their depth ranges (b, R), and whether they see it (b, R).
+    def choose_rays(self, batch: PriorBatch, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The same number of rays R of every query view, in the relative form first those that see the visual hull of
+        the input views (b, V, 5, S, S): their places in the map (b, R), their NDC (b, R, 2), their depth ranges (b, R),
+        and whether they see it (b, R).
         """
         views = batch.views
         side = self.preset.map_size
@@ -301,7 +303,7 @@ class PriorLosses(nn.Module):
         near, far = (x[:, None].expand_as(batch.order) for x in (batch.near, batch.far))
         sees = torch.ones_like(batch.order)
         if self.preset.eft.relative:
-            possible = hull_maps(*self.inputs(batch)[:, :, 3:].split(1, dim=2))
+            possible = hull_maps(*inputs[:, :, 3:].split(1, dim=2))
             near, far, sees = self.eft.see_hull(possible, views.cameras, views.query, grid)
         count = self.rays.get(views.images.shape[1], side**2)
         index = (sees + batch.order).topk(count).indices
@@ -336,7 +338,7 @@ class PriorTraining:
         for inputs in range(config.min_views, most + 1) if config.model.eft.relative else ():
             draws = Draws(0, f"rays {inputs}", RAY_SAMPLES, range(RAY_SAMPLES))
             batch = map_tensors(lambda x: x.to(device), self.batch(draws, (inputs, inputs)))
-            *_, sees = self.module.choose_rays(batch)
+            *_, sees = self.module.choose_rays(batch, self.module.inputs(batch))
             count = float(sees.sum(1).quantile(0.98))
             self.module.rays[inputs] = min(RAY_STEP * math.ceil(count / RAY_STEP + 1e-9), config.model.map_size**2)
 

@@ -234,7 +234,7 @@ def test_an_eft_without_units_is_trained_and_used(training, monkeypatch):
     # Rays that miss the visual hull need not be asked about.
     rays = work.module.rays
     assert set(rays) == {1, 2, 3, 4} and rays[1] >= rays[2] >= rays[4] and rays[4] % 4 == 0 and rays[2] < 64
-    index, xy, near, far, sees = work.module.choose_rays(batch)
+    index, xy, near, far, sees = work.module.choose_rays(batch, work.module.inputs(batch))
     assert sees.sum() > 20 and (sees.diff() <= 0).all() and (near < far).all()
     assert torch.equal(xy, pixel_grid(8, 8, 32)[index])
     work.module.rays = {}
