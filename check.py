@@ -95,7 +95,7 @@ def _forecast(photographs: Photographs) -> str:
     inputs = default_inputs(photographs)
     alone = len(inputs) >= ENOUGH
     config = PRESETS["plain" if alone else "nano"].fitted(len(inputs))
-    weights = None if alone else sparsefusion.SHIPPED
+    weights = None if alone else sparsefusion.THINGS
     instance = Instance(photographs, config, weights, 0, (), HELD_OUT, 0, Path(), None, "cpu")
     seconds = instance.expected_seconds()
 

@@ -18,8 +18,8 @@ import sparsefusion
 from common import cli
 from datasets.protocol import PROTOCOLS, CO3DSequence
 from evaluation import results
-from evaluation.instance import (Instance, add_instance_flags, config_from_flags, instance_from_flags,
-                                 note_new_categories, run_instance, trained_categories)
+from evaluation.instance import (Instance, add_instance_flags, choose_weights, config_from_flags,
+                                 instance_from_flags, note_new_categories, run_instance, trained_categories)
 from evaluation.tables import table
 from evaluation.views import ENOUGH, Source, check_inputs, default_inputs, find_views, random_views
 from photographs.capture import Photographs
@@ -115,6 +115,7 @@ def instance_of_command(args: argparse.Namespace) -> Instance:
     """What all flags say."""
     # Of own photographs their number decides about a prior.
     source = find_source(args)
+    choose_weights(args, [source])
     input_frames = args.input_frames
     no_prior = args.no_prior
     if isinstance(source, Photographs):

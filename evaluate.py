@@ -24,8 +24,8 @@ from common.progress import Progress
 from datasets import co3d
 from datasets.protocol import PROTOCOLS, CO3DSequence, read_list, save_list
 from evaluation import results
-from evaluation.instance import (Instance, add_instance_flags, config_from_flags, instance_from_flags,
-                                 note_new_categories, run_instance)
+from evaluation.instance import (Instance, add_instance_flags, choose_weights, config_from_flags,
+                                 instance_from_flags, note_new_categories, run_instance)
 from evaluation.tables import markdown, means, paired
 
 
@@ -82,9 +82,11 @@ def choose_entries(args: argparse.Namespace) -> list[CO3DSequence]:
 def choose_jobs(args: argparse.Namespace) -> list[Job]:
     """What to do for each of them."""
     # The same numbers for all of them.
+    entries = choose_entries(args)
+    choose_weights(args, entries)
     config = config_from_flags(args)
     jobs = []
-    for entry in choose_entries(args):
+    for entry in entries:
         instance = instance_from_flags(args, entry, config)
         folder = args.out / files.safe_name(entry.category) / files.safe_name(entry.sequence)
         if (folder.parent.name, folder.name) != (entry.category, entry.sequence):

@@ -33,7 +33,8 @@ from gpu.graphs import HalfFeatures, accelerate, half_copy, half_is_accurate
 from gpu.groupnorm import fuse, fused_unet_block, fused_vae_block
 
 ROOT = Path(__file__).resolve().parent
-SHIPPED = ROOT / "sample" / "nano.pt"
+SHIPPED = ROOT / "sample" / "nano.pt"    # the prior of toys
+THINGS = ROOT / "sample" / "things.pt"  # that of anything else
 
 TRAINED_DISTANCE = 9.8  # mean distance of the toys' cameras from the origin, to which our training brings every scene
 

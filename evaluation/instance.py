@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -111,8 +112,8 @@ def add_instance_flags(parser: argparse.ArgumentParser, targets: int) -> tuple[a
 
     # The numbers of the distillation.
     how = parser.add_argument_group("how the field is optimized")
-    how.add_argument("--weights", type=Path, default=sparsefusion.SHIPPED, metavar="F",
-                     help="the prior (default: the shipped nano weights)")
+    how.add_argument("--weights", type=Path, metavar="F",
+                     help="the prior (default: of toys sample/nano.pt, of anything else sample/things.pt)")
     how.add_argument("--preset", choices=PRESETS,
                      help="numbers to start from (default: those of the weights; plain without a prior)")
     how.add_argument("--iterations", type=cli.count, metavar="N", help="default: the preset's")
@@ -162,6 +163,13 @@ def config_from_flags(args: argparse.Namespace) -> DistillConfig:
     if any(setting.partition("=")[0] == "iterations" for setting in settings):
         config = replace(config, iterations_per_view=0)
     return config
+
+
+def choose_weights(args: argparse.Namespace, sources: Sequence[Source]) -> None:
+    """Without `--weights`: the shipped prior of toys, if all sources are toys, or that of things."""
+    if args.weights is None:
+        toys = all(getattr(source, "category", None) == "toys" for source in sources)
+        args.weights = sparsefusion.SHIPPED if toys else sparsefusion.THINGS
 
 
 def trained_categories(weights: Path) -> list[str]:

@@ -122,7 +122,7 @@ def test_a_few_photographs_get_the_prior(shoot, tiny_weights, tmp_path, monkeypa
     folder.mkdir()
     write_transforms(folder, shoot.at([0, 3, 7]))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sparsefusion, "SHIPPED", tiny_weights)
+    monkeypatch.setattr(sparsefusion, "THINGS", tiny_weights)
     distill.main(["--capture", str(folder), "--device", "cpu", "--iterations", "4"])
     out, = (tmp_path / "output").iterdir()
     result = json.loads((out / "metrics.json").read_text())

@@ -13,10 +13,12 @@ import distill
 import presets
 import reconstruction
 import sparsefusion
-from evaluation.instance import (SAMPLE, SHIPPED_FEATURE_NET, baselines, config_from_flags, instance_from_flags,
-                                 note_new_categories)
+from datasets import protocol
+from evaluation.instance import (SAMPLE, SHIPPED_FEATURE_NET, baselines, choose_weights, config_from_flags,
+                                 instance_from_flags, note_new_categories)
 from export.page import TURNTABLE
 from export.pictures import LABELS, WIDEST
+from photographs import capture
 from presets import PRESETS
 from reconstruction import Checkpoint, reconstruct
 from tests.support.helpers import one_line
@@ -261,6 +263,22 @@ def test_without_out_nothing_is_replaced(fast, tmp_path, monkeypatch, capsys):
     assert "resumed at iteration 6" in printed and f"results in {folder}\n" in printed
     assert json.loads((folder / "metrics.json").read_text())["resumed_from"] == [6]
     assert {path.name for path in Path("output").iterdir()} == {folder.name, second.name}
+
+
+# --- which prior ---
+
+def test_toys_have_a_prior_of_their_own(tmp_path):
+    """Of a list with anything else in it, all have the same."""
+    toys, apples = (protocol.CO3DSequence(tmp_path, category, "a", 0, (1, 2)) for category in ("toys", "apple"))
+    own = capture.Photographs(tmp_path, [], None, torch.zeros(0, 3))
+    for sources, expected in (([toys, toys], sparsefusion.SHIPPED), ([toys, apples], sparsefusion.THINGS),
+                              ([own], sparsefusion.THINGS)):
+        args = distill.parser().parse_args([])
+        choose_weights(args, sources)
+        assert args.weights == expected
+    given = distill.parser().parse_args(["--weights", "mine.pt"])
+    choose_weights(given, [toys])
+    assert given.weights == Path("mine.pt")
 
 
 # --- what one line says ---
