@@ -5,9 +5,10 @@
 #   sample/train.sh toys FOLDER [DIAL [SETTING ...]]      writes FOLDER/nano.pt; keeps its log in FOLDER/train.log
 #   sample/train.sh things FOLDER [DIAL [SETTING ...]]    writes FOLDER/things.pt
 #
-# DIAL scales how many pictures and steps there are. With 1, the default, toys take 24 minutes of one H200. SETTINGs are
-# numbers of the model, as in `train.py vae --set`. Stopped anywhere (Ctrl-C, SIGTERM), the same command resumes:
-# finished stages are skipped, a training that was stopped goes on. Another dial needs another folder.
+# DIAL scales how many pictures and steps there are. With 1, the default, toys take 24 minutes of one H200; things, four
+# times as long, were trained in stages (docs/training.md). SETTINGs are numbers of the model, as in `train.py vae
+# --set`. Stopped anywhere (Ctrl-C, SIGTERM), the same command resumes: finished stages are skipped, a training that was
+# stopped goes on. Another dial needs another folder.
 set -euo pipefail
 usage="usage: sample/train.sh toys|things FOLDER [DIAL [SETTING ...]]"
 what=${1:?$usage}
@@ -15,10 +16,11 @@ folder=$(realpath -m "${2:?$usage}")
 dial=${3:-1}
 [[ $dial =~ ^[0-9]*\.?[0-9]+$ ]] || { echo "error: DIAL $dial: not a number above 0, such as 0.1" >&2; exit 2; }
 preset=nano  # the one place to name another
-# The weights' name, what they are trained on, more of it (kind, seed, how many, views of each), how rough inputs are.
+# The weights' name, what they are trained on, toys of seed 1, more (kind, seed, how many, views of each), how long, how
+# rough inputs are.
 case $what in
-toys) name=$preset categories=(toys) more=(toys 2 6000 16) rough=0 ;;
-things) name=things categories=(toys things) more=(things 2 10000 8) rough=1 ;;
+toys) name=$preset categories=(toys) toys=2000 more=(toys 2 6000 16) steps=22000 rough=0 ;;
+things) name=things categories=(toys things) toys=10000 more=(things 2 29000 8) steps=92000 rough=1 ;;
 *) echo "error: $what: not toys or things; $usage" >&2; exit 2 ;;
 esac
 python=${PYTHON:-python}
@@ -54,7 +56,7 @@ draw() {  # a stage: kind, seed, how many, views of each
 # drawn meanwhile.
 draw things 1 2000 8
 finish things1 $!
-draw toys 1 2000 16
+draw toys 1 $toys 16
 finish toys1 $!
 draw "${more[@]}"
 drawn=$!
@@ -64,7 +66,7 @@ finish vae $!
 finish "${more[0]}2" $drawn
 
 start prior "$python" train.py prior --root "$folder"/{toys,things}/* --category "${categories[@]}" \
-    --vae "$folder/vae.pt" --out "$folder/$name.pt" --steps "$(scaled 22000 2)" \
+    --vae "$folder/vae.pt" --out "$folder/$name.pt" --steps "$(scaled $steps 2)" \
     --set batch="$(scaled 16 2 16)" rough=$rough
 finish prior $!
 echo "[$SECONDS s] $folder/$name.pt"
