@@ -18,7 +18,7 @@ import sparsefusion
 from common import cli
 from datasets.protocol import PROTOCOLS, CO3DSequence
 from evaluation import results
-from evaluation.instance import (Instance, add_instance_flags, choose_weights, config_from_flags,
+from evaluation.instance import (ANYTHING, Instance, add_instance_flags, choose_weights, config_from_flags,
                                  instance_from_flags, note_new_categories, run_instance, trained_categories)
 from evaluation.tables import table
 from evaluation.views import ENOUGH, Source, check_inputs, default_inputs, find_views, random_views
@@ -105,8 +105,10 @@ def without_prior(args: argparse.Namespace, photographs: int) -> bool:
         return True
 
     # What a prior has learned, it sees in everything.
-    known = ", ".join(trained_categories(args.weights))
-    limit = f", which knows {known} and sees them in everything" if known else ""
+    known = trained_categories(args.weights)
+    limit = f", which knows {', '.join(known)} and sees them in everything" if known else ""
+    if ANYTHING in known:
+        limit = ", which knows drawn things of any kind"
     print(f"{photographs} input photographs, with the prior {args.weights.name}{limit} (--no-prior fits them alone)")
     return False
 

@@ -38,6 +38,8 @@ from sparsefusion import SparseFusion
 SAMPLE = sparsefusion.ROOT / "sample" / "co3d"
 SHIPPED_FEATURE_NET = sparsefusion.ROOT / "sample" / "perceptual.pt"
 
+ANYTHING = "things"  # a category of objects of any kind: to a prior that knows it, none is new
+
 
 @dataclass(frozen=True)
 class Instance:
@@ -182,7 +184,7 @@ def note_new_categories(weights: Path, categories: list[str]) -> None:
     known = trained_categories(weights)
     new = sorted(set(categories) - set(known))
     old = ", ".join(known)
-    if known and new:
+    if new and known and ANYTHING not in known:
         print(f"note: the prior in {weights.name} was trained on {old}; {', '.join(new)}: new to it, so it will see "
               f"{old} in them (--no-prior fits the photographs alone)")
 

@@ -296,6 +296,11 @@ def test_data_that_a_prior_has_never_seen_are_named(tmp_path, capsys):
     assert "nano.pt was trained on toys; apple: new to it" in capsys.readouterr().out
 
 
+def test_to_the_prior_of_things_nothing_is_new(capsys):
+    note_new_categories(sparsefusion.THINGS, ["apple", "toys"])
+    assert capsys.readouterr().out == ""
+
+
 # --- bad input ---
 
 def refused(capsys, tmp_path, flags, *words):
